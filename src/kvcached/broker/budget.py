@@ -1,0 +1,159 @@
+"""``Budget``: what a page pool asks before it backs anything; and ``LocalBudget``, without a broker.
+
+The broker's client (``client.py``) implements the same protocol over a socket.
+
+Rules (reliability.md 5):
+
+* Grow: ``claim``, then create. Shrink: unmap and release, then ``give_back``.
+* ``claim`` may release the owner's lock while it waits, so that the owner can answer reclaim
+  requests meanwhile. Call it at a clean point and read your state again afterwards.
+* ``claim`` is all or nothing. A refusal raises ``BudgetExceeded`` and changes nothing.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Protocol
+
+from kvcached.config import format_size
+from kvcached.errors import BudgetExceeded, ClosedError, InvalidInput
+from kvcached.stats import LimitRecord, TenantReport
+
+
+class Tenant(Protocol):
+    """The owner of a lease, as the budget sees it: the cache."""
+
+    def reclaim(self, nbytes: int) -> int:
+        """Give back up to ``nbytes`` of physical memory now (spares, cached prefixes, splits).
+
+        Calls ``give_back`` on the budget for what it freed, and returns that many bytes.
+        Runs with the owner's lock held. Never raises for want of something to give.
+        """
+        ...
+
+    def report(self) -> TenantReport:
+        """What is held, for the broker's choice and for ``kvcached ps``. Cheap."""
+        ...
+
+
+class Budget(Protocol):
+    """The bytes that one tenant may back with physical memory."""
+
+    @property
+    def lease_bytes(self) -> int:
+        """Bytes granted to this tenant now; at least what it has claimed."""
+        ...
+
+    @property
+    def claimed_bytes(self) -> int:
+        """Bytes claimed and not given back: what the tenant backs, or is about to."""
+        ...
+
+    @property
+    def limit_bytes(self) -> int:
+        """Most bytes that this tenant may hold."""
+        ...
+
+    def attach(self, tenant: Tenant, lock: threading.RLock) -> None:
+        """Name the owner and the lock that guards it. Called once, before the first claim."""
+        ...
+
+    def claim(self, nbytes: int) -> None:
+        """Add ``nbytes`` to the claim, or raise ``BudgetExceeded`` and change nothing."""
+        ...
+
+    def give_back(self, nbytes: int) -> None:
+        """Return ``nbytes`` whose physical memory is already back with the device."""
+        ...
+
+    def set_limit(self, nbytes: int) -> LimitRecord:
+        """Set the limit. Lowering it below what is held makes the owner give back."""
+        ...
+
+    def limit_record(self) -> LimitRecord:
+        """The limit as desired, and what is held."""
+        ...
+
+    def check(self) -> None:
+        """Assert the invariants (I7: claimed <= lease <= capacity)."""
+        ...
+
+    def close(self) -> None:
+        """Return everything. The owner has released its memory before."""
+        ...
+
+
+class LocalBudget:
+    """A budget of one process: a limit and a count."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit = limit_bytes
+        self._claimed = 0
+        self._revision = 0
+        self._tenant: Tenant | None = None
+        self._lock = threading.RLock()
+        self._closed = False
+
+    @property
+    def lease_bytes(self) -> int:
+        """Bytes claimed: without a broker nothing is leased ahead."""
+        return self._claimed
+
+    @property
+    def claimed_bytes(self) -> int:
+        """Bytes claimed and not given back."""
+        return self._claimed
+
+    @property
+    def limit_bytes(self) -> int:
+        """Most bytes that may be claimed."""
+        return self._limit
+
+    def attach(self, tenant: Tenant, lock: threading.RLock) -> None:
+        """See ``Budget.attach``."""
+        self._tenant, self._lock = tenant, lock
+
+    def claim(self, nbytes: int) -> None:
+        """See ``Budget.claim``."""
+        with self._lock:
+            if self._closed:
+                raise ClosedError("the budget is closed")
+            if self._claimed + nbytes > self._limit:
+                raise BudgetExceeded(
+                    f"cannot back {format_size(nbytes)} more: {format_size(self._claimed)} of the "
+                    f"limit of {format_size(self._limit)} are held",
+                    hint="Free sequences, or raise the limit with set_limit().",
+                )
+            self._claimed += nbytes
+
+    def give_back(self, nbytes: int) -> None:
+        """See ``Budget.give_back``."""
+        with self._lock:
+            assert 0 <= nbytes <= self._claimed, "I1: gave back more than was claimed"
+            self._claimed -= nbytes
+
+    def set_limit(self, nbytes: int) -> LimitRecord:
+        """See ``Budget.set_limit``. Reclaims at once, on the caller's thread."""
+        if nbytes < 0:
+            raise InvalidInput(f"limit is {nbytes} bytes, but must be >= 0")
+        with self._lock:
+            self._limit = nbytes
+            self._revision += 1
+            if self._tenant is not None and self._claimed > nbytes:
+                self._tenant.reclaim(self._claimed - nbytes)
+            return self.limit_record()
+
+    def limit_record(self) -> LimitRecord:
+        """See ``Budget.limit_record``."""
+        return LimitRecord(self._limit, self._revision, self._claimed)
+
+    def check(self) -> None:
+        """Claims are never negative; they exceed the limit only after it was lowered."""
+        assert self._claimed >= 0, "I1: negative claim"
+        assert self._revision or self._claimed <= self._limit, "I7: claim above the limit"
+
+    def close(self) -> None:
+        """See ``Budget.close``. Idempotent."""
+        with self._lock:
+            assert self._claimed == 0, "I4: budget closed while memory is still claimed"
+            self._closed = True

@@ -1,0 +1,149 @@
+"""Configuration: one frozen ``Config``, the only reader of environment variables.
+
+Every variable is listed in ``docs/env.md``; ``tests/test_tidy.py`` compares the two.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from kvcached.errors import InvalidConfig, InvalidInput, InvalidSize
+
+_SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([a-z%]*)\s*$", re.IGNORECASE)
+_UNITS = {"": 1, "b": 1} | {
+    unit: 1 << shift
+    for shift, units in ((10, ("k", "kb", "kib")), (20, ("m", "mb", "mib")),
+                         (30, ("g", "gb", "gib")), (40, ("t", "tb", "tib")))
+    for unit in units
+}  # fmt: skip
+_NAME = re.compile(r"^[a-z0-9][a-z0-9._-]{0,63}$")
+
+
+def parse_size(text: int | str, *, total: int | None = None) -> int:
+    """Read a size in bytes: ``1048576``, ``"512MiB"``, ``"8G"`` (G means GiB) or ``"40%"``.
+
+    ``total`` is what a percentage refers to. Raises ``InvalidSize``.
+    """
+    if isinstance(text, bool) or not isinstance(text, (int, str)):
+        raise _bad_size(text)
+    if isinstance(text, int):
+        if text < 0:
+            raise _bad_size(text)
+        return text
+    match = _SIZE.match(text)
+    if match is None:
+        raise _bad_size(text)
+    number, unit = float(match[1]), match[2].lower()
+    if unit == "%":
+        if total is None or number > 100:
+            raise _bad_size(text)
+        return int(total * number / 100)
+    if unit not in _UNITS:
+        raise _bad_size(text)
+    return int(number * _UNITS[unit])
+
+
+def _bad_size(text: object) -> InvalidSize:
+    return InvalidSize(
+        f"{text!r} is not a size", hint="Sizes: 1048576, '512MiB', '8G' (=GiB), '40%'."
+    )
+
+
+def format_size(nbytes: int) -> str:
+    """Write a number of bytes for a person: ``format_size(3 << 20) == "3.0 MiB"``."""
+    value = float(nbytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(value) < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} TiB"
+
+
+def check_name(name: str) -> str:
+    """Return ``name`` if it can name a tenant or device, else raise ``InvalidInput``.
+
+    Names become file names and table cells, so the alphabet is small.
+    """
+    if not isinstance(name, str) or not _NAME.match(name):
+        raise InvalidInput(
+            f"{name!r} is not a valid name",
+            hint="Names: a-z, 0-9, '.', '_' and '-', at most 64, starting with a letter or digit.",
+        )
+    return name
+
+
+def _flag(text: str) -> bool:
+    lowered = text.strip().lower()
+    if lowered in {"1", "true", "yes", "on"}:
+        return True
+    if lowered in {"", "0", "false", "no", "off"}:
+        return False
+    raise InvalidConfig(f"{text!r} is not a flag", hint="Use 1 or 0.")
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """All settings of a process. Field ``x`` is read from ``KVCACHED_X``."""
+
+    runtime_dir: str = ""
+    """Directory of the broker's sockets; empty: see ``broker.protocol.runtime_dir``."""
+    budget: str = ""
+    """Capacity of a device for all tenants together (``"8G"``, ``"40%"``); empty: the default."""
+    headroom: str = "1GiB"
+    """What the default capacity leaves to memory outside kvcached."""
+    broker: bool = True
+    """Share one budget with the other processes of the device. Off: a budget of one's own."""
+    check: bool = False
+    """Verify the invariants after each operation that changes what is backed (slow; for tests)."""
+    host_page: str = ""
+    """Page size of the host backend; empty: the largest power of two that divides a block."""
+    max_handle: str = "256MiB"
+    """Largest single physical allocation."""
+    spare_seconds: float = 1.0
+    """How long freed extents may stay mapped as spares when nothing grows."""
+    zero: str = "on-tenant-change"
+    """When pages are cleared: ``never``, ``on-tenant-change`` or ``always``."""
+    log_level: str = ""
+    """Level for the ``kvcached`` logger in processes that we start (broker, demo)."""
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] | None = None) -> Config:
+        """Read ``KVCACHED_*`` from ``environ`` (default: ``os.environ``).
+
+        Raises ``InvalidConfig`` naming the variable. Unknown variables are left alone.
+        """
+        env = os.environ if environ is None else environ
+        given = {f.name: env[f"KVCACHED_{f.name.upper()}"] for f in fields(cls)
+                 if f"KVCACHED_{f.name.upper()}" in env}  # fmt: skip
+        values: dict[str, Any] = {name: _read(name, text) for name, text in given.items()}
+        return cls(**values)
+
+
+_READERS: dict[str, Callable[[str], Any]] = {
+    "broker": _flag,
+    "check": _flag,
+    "spare_seconds": float,
+    "headroom": lambda text: (parse_size(text, total=1), text)[1],
+    "budget": lambda text: (parse_size(text, total=1), text)[1] if text else text,
+    "host_page": lambda text: (parse_size(text), text)[1] if text else text,
+    "max_handle": lambda text: (parse_size(text), text)[1],
+}
+
+
+def _read(name: str, text: str) -> Any:
+    try:
+        value = _READERS.get(name, str)(text)
+    except ValueError as error:  # InvalidSize and InvalidConfig are ValueErrors too
+        reason = getattr(error, "message", str(error))
+        raise InvalidConfig(f"KVCACHED_{name.upper()}={text!r}: {reason}") from error
+    if name == "zero" and value not in {"never", "on-tenant-change", "always"}:
+        raise InvalidConfig(
+            f"KVCACHED_ZERO={text!r} is unknown", hint="Use never, on-tenant-change or always."
+        )
+    if name == "spare_seconds" and not 0 <= value < 1e6:
+        raise InvalidConfig(f"KVCACHED_SPARE_SECONDS={text!r} is not a number of seconds >= 0")
+    return value

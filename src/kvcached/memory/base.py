@@ -1,0 +1,102 @@
+"""``MemoryBackend``: the narrow waist between bookkeeping and physical memory.
+
+A backend knows address ranges (reservations), physical allocations (handles) and the mapping of
+one onto the other. It knows nothing of blocks, sequences, budgets or tenants; limits, counters and
+injected faults are wrappers around it (``kvcached.testing``).
+
+The contract, checked for every backend by ``kvcached.testing.check_memory_backend``:
+
+* All sizes are multiples of ``page_bytes``, which is asked from the device and never assumed.
+* A handle is mapped and unmapped whole, and may be mapped at several addresses at once.
+* ``map`` onto a range that is already mapped (in part or whole), or outside the reservation,
+  raises ``InvalidInput`` and changes nothing. So does ``unmap`` of something that is not mapped.
+* ``release`` of a handle that is still mapped, or was released before, raises ``InvalidInput``.
+* ``close`` of a reservation that still has mappings raises ``InvalidInput``.
+* Physical memory goes back to the device once the handle is unmapped everywhere and released.
+* Fresh memory reads as zero on the host backend; on CUDA see ``docs/security.md``.
+* No physical memory: ``OutOfPages``. Any other refusal: ``DriverError`` with the status' name.
+  A failed call leaves the backend as it was.
+* Calls are thread-safe against each other, except two calls on the same reservation range or the
+  same handle, which the caller orders.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """A range of address space: ``nbytes`` from ``address``; closed by its own address and size."""
+
+    address: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Handle:
+    """One physical allocation of ``num_pages`` pages; ``key`` is the backend's own name for it."""
+
+    key: int
+    num_pages: int
+
+
+@runtime_checkable
+class Fence(Protocol):
+    """A point in a device's work after which freed blocks can no longer be read."""
+
+    def passed(self) -> bool:
+        """Whether the point lies behind us. Never blocks; once true, stays true."""
+        ...
+
+
+@runtime_checkable
+class MemoryBackend(Protocol):
+    """Reserve, create, map, unmap, release: see the module's docstring for the contract."""
+
+    @property
+    def device(self) -> str:
+        """``"cpu"`` or ``"cuda:0"``: where tensors over this memory live."""
+        ...
+
+    @property
+    def page_bytes(self) -> int:
+        """The unit of physical memory in bytes."""
+        ...
+
+    def reserve(self, nbytes: int) -> Reservation:
+        """Reserve ``nbytes`` of address space, backed by nothing. ``OutOfPages`` if it is full."""
+        ...
+
+    def create(self, num_pages: int) -> Handle:
+        """Allocate ``num_pages`` of physical memory, mapped nowhere. ``OutOfPages`` if none."""
+        ...
+
+    def map(self, reservation: Reservation, page_index: int, handle: Handle) -> None:
+        """Map ``handle`` at page ``page_index`` of ``reservation``, readable and writable."""
+        ...
+
+    def unmap(self, reservation: Reservation, page_index: int, handle: Handle) -> None:
+        """Undo exactly one ``map``. Touching the range afterwards faults."""
+        ...
+
+    def release(self, handle: Handle) -> None:
+        """Give the handle's physical memory back to the device."""
+        ...
+
+    def close(self, reservation: Reservation) -> None:
+        """Give the address range back."""
+        ...
+
+    def available(self) -> int:
+        """Bytes of physical memory that the device could still give, as it reports them now."""
+        ...
+
+    def copy(self, dst: int, src: int, nbytes: int) -> None:
+        """Copy ``nbytes`` between mapped addresses, complete (for the device) on return."""
+        ...
+
+    def shutdown(self) -> None:
+        """Free what the backend itself holds. Idempotent; open handles and ranges are an error."""
+        ...

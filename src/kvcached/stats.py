@@ -1,0 +1,107 @@
+"""Frozen, versioned snapshots. Field names are a public contract: add, never rename."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class PoolCounters:
+    """How often the pool changed what is backed, and how long the backend took for it."""
+
+    grow: int = 0
+    grow_ns: int = 0
+    shrink: int = 0
+    shrink_ns: int = 0
+    split: int = 0
+    split_ns: int = 0
+    reclaim: int = 0
+    reclaim_ns: int = 0
+    evicted_blocks: int = 0
+    failed_grow: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class CacheStats:
+    """One moment of one cache. All ``*_bytes`` are bytes of physical memory unless said otherwise.
+
+    ``backed = in_use + cached + spare + quarantined`` (invariant I1). An extent is counted whole,
+    under the strongest claim on it: a block in use, else a fence not yet passed (quarantined),
+    else a cached prefix, else it is spare. So each figure says what an action can give back:
+    spare at once, cached by eviction, quarantined by waiting, in use by a split, down to
+    ``packed_floor_bytes``.
+    """
+
+    schema_version: int
+    name: str
+    device: str
+    page_bytes: int
+    block_bytes: int
+    reserved_bytes: int
+    """Bytes of address space; costs no memory."""
+    backed_bytes: int
+    in_use_bytes: int
+    cached_bytes: int
+    spare_bytes: int
+    quarantined_bytes: int
+    lease_bytes: int
+    limit_bytes: int
+    packed_floor_bytes: int
+    """The fewest whole pages that could hold the blocks in use."""
+    blocks_total: int
+    """Block ids that exist (address space)."""
+    blocks_usable: int
+    """Blocks all of whose pages are backed."""
+    blocks_in_use: int
+    blocks_cached: int
+    blocks_quarantined: int
+    blocks_free: int
+    """Usable blocks that hold nothing."""
+    extents: int
+    sequences: int
+    counters: PoolCounters
+
+    def to_dict(self) -> dict[str, Any]:
+        """A plain dict, ready for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class LimitRecord:
+    """The one limit record (design.md 4), the same in the CLI, the API and the broker.
+
+    ``applied`` holds if and only if ``held_bytes <= desired_bytes``; until then the owner is
+    giving back.
+    """
+
+    desired_bytes: int
+    revision: int
+    held_bytes: int
+    floor_bytes: int = 0
+    weight: float = 1.0
+
+    @property
+    def applied(self) -> bool:
+        """Whether the owner holds no more than it may."""
+        return self.held_bytes <= self.desired_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class TenantReport:
+    """What a tenant tells the broker about its lease, so that reclaim can choose well."""
+
+    backed_bytes: int = 0
+    in_use_bytes: int = 0
+    cached_bytes: int = 0
+    spare_bytes: int = 0
+    quarantined_bytes: int = 0
+    packed_floor_bytes: int = 0
+    oldest_cached_age_s: float = 0.0
+    """Seconds since the least recently used cached prefix was used."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """A plain dict, ready for JSON."""
+        return asdict(self)
