@@ -1,0 +1,238 @@
+"""What a backend has reserved, created and mapped where.
+
+Every mistake that the contract in ``memory/base.py`` names is found here, in plain Python, before
+the operating system or the driver is asked: so a mistake changes nothing, on any backend.
+
+Three steps make a change: ``*_plan`` validates and changes nothing, the backend then does the real
+work, and ``add_*``/``drop_*`` records it. The backend's lock is held around the plain-Python steps.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+
+from kvcached.errors import InvalidInput
+from kvcached.memory.base import Handle, Reservation
+
+
+class Spans:
+    """Disjoint half-open spans ``[start, end)`` of page indices, sorted."""
+
+    __slots__ = ("_ends", "_starts")
+
+    def __init__(self) -> None:
+        self._starts: list[int] = []
+        self._ends: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def is_free(self, start: int, end: int) -> bool:
+        """Whether no span overlaps ``[start, end)``."""
+        i = bisect_right(self._starts, start)
+        if i and self._ends[i - 1] > start:
+            return False
+        return i == len(self._starts) or self._starts[i] >= end
+
+    def add(self, start: int, end: int) -> None:
+        """Add ``[start, end)``, which is free."""
+        i = bisect_left(self._starts, start)
+        self._starts.insert(i, start)
+        self._ends.insert(i, end)
+
+    def remove(self, start: int) -> None:
+        """Remove the span that begins at ``start``."""
+        i = bisect_left(self._starts, start)
+        del self._starts[i], self._ends[i]
+
+    def check(self) -> None:
+        """Assert that the spans are sorted, not empty and disjoint."""
+        for i, (start, end) in enumerate(zip(self._starts, self._ends, strict=True)):
+            assert 0 <= start < end, "I5: an empty span"
+            assert i == 0 or self._ends[i - 1] <= start, "I5: two spans overlap"
+
+
+class RangeState:
+    """One open reservation: its mappings by first page index."""
+
+    __slots__ = ("handles", "num_pages", "reservation", "spans")
+
+    def __init__(self, reservation: Reservation, num_pages: int) -> None:
+        self.reservation = reservation
+        self.num_pages = num_pages
+        self.handles: dict[int, HandleState] = {}
+        self.spans = Spans()
+
+
+class HandleState:
+    """One live handle and the number of places where it is mapped."""
+
+    __slots__ = ("handle", "mapped")
+
+    def __init__(self, handle: Handle) -> None:
+        self.handle = handle
+        self.mapped = 0
+
+
+class Mappings:
+    """The books of one backend: reservations, handles, and which handle is mapped where."""
+
+    def __init__(self, page_bytes: int) -> None:
+        self.page_bytes = page_bytes
+        self.ranges: dict[int, RangeState] = {}
+        self.handles: dict[int, HandleState] = {}
+        self.handle_bytes = 0
+        self._last_key = 0
+
+    # --- validation: raise InvalidInput, change nothing ---------------------------------------
+
+    def reserve_plan(self, nbytes: int) -> None:
+        """Check the size of a reservation."""
+        if isinstance(nbytes, bool) or not isinstance(nbytes, int) or nbytes <= 0:
+            raise InvalidInput(f"cannot reserve {nbytes!r} bytes: the size must be an int > 0")
+        if nbytes % self.page_bytes:
+            raise InvalidInput(
+                f"cannot reserve {nbytes} bytes: not a multiple of the page of {self.page_bytes}",
+                hint="Round the size up to whole pages.",
+            )
+
+    def create_plan(self, num_pages: int) -> None:
+        """Check the size of a handle."""
+        if isinstance(num_pages, bool) or not isinstance(num_pages, int) or num_pages <= 0:
+            raise InvalidInput(f"cannot create {num_pages!r} pages: the count must be an int > 0")
+
+    def map_plan(
+        self, reservation: Reservation, page_index: int, handle: Handle
+    ) -> tuple[RangeState, HandleState]:
+        """Check that ``handle`` can be mapped at ``page_index``."""
+        rng, state = self._range(reservation), self._handle(handle)
+        end = page_index + handle.num_pages
+        if page_index < 0 or end > rng.num_pages:
+            raise InvalidInput(
+                f"cannot map pages {page_index}..{end - 1}: the reservation at "
+                f"{reservation.address:#x} has pages 0..{rng.num_pages - 1}"
+            )
+        if not rng.spans.is_free(page_index, end):
+            raise InvalidInput(
+                f"cannot map pages {page_index}..{end - 1} of the reservation at "
+                f"{reservation.address:#x}: some of them are mapped already",
+                hint="Unmap them first.",
+            )
+        return rng, state
+
+    def unmap_plan(
+        self, reservation: Reservation, page_index: int, handle: Handle
+    ) -> tuple[RangeState, HandleState]:
+        """Check that exactly ``handle`` is mapped at exactly ``page_index``."""
+        rng, state = self._range(reservation), self._handle(handle)
+        if rng.handles.get(page_index) is not state:
+            raise InvalidInput(
+                f"cannot unmap handle {handle.key} at page {page_index} of the reservation at "
+                f"{reservation.address:#x}: it is not mapped there"
+            )
+        return rng, state
+
+    def release_plan(self, handle: Handle) -> HandleState:
+        """Check that ``handle`` is alive and mapped nowhere."""
+        state = self._handle(handle)
+        if state.mapped:
+            raise InvalidInput(
+                f"cannot release handle {handle.key}: it is still mapped {state.mapped} times",
+                hint="Unmap it everywhere first.",
+            )
+        return state
+
+    def close_plan(self, reservation: Reservation) -> RangeState:
+        """Check that ``reservation`` is open and holds no mapping."""
+        rng = self._range(reservation)
+        if rng.handles:
+            raise InvalidInput(
+                f"cannot close the reservation at {reservation.address:#x}: "
+                f"{len(rng.handles)} handles are still mapped in it",
+                hint="Unmap them first.",
+            )
+        return rng
+
+    def shutdown_plan(self) -> None:
+        """Check that nothing is open."""
+        if self.handles or self.ranges:
+            raise InvalidInput(
+                f"cannot shut the backend down: {len(self.handles)} handles "
+                f"({self.handle_bytes} bytes) and {len(self.ranges)} reservations are open",
+                hint="Release the handles and close the reservations first.",
+            )
+
+    def _range(self, reservation: Reservation) -> RangeState:
+        rng = self.ranges.get(reservation.address)
+        if rng is None or rng.reservation.nbytes != reservation.nbytes:
+            raise InvalidInput(
+                f"no reservation of {reservation.nbytes} bytes is open at {reservation.address:#x}",
+                hint="It was closed before, or belongs to another backend.",
+            )
+        return rng
+
+    def _handle(self, handle: Handle) -> HandleState:
+        state = self.handles.get(handle.key)
+        if state is None or state.handle.num_pages != handle.num_pages:
+            raise InvalidInput(
+                f"handle {handle.key} of {handle.num_pages} pages does not exist",
+                hint="It was released before, or belongs to another backend.",
+            )
+        return state
+
+    # --- records: after the real work succeeded -----------------------------------------------
+
+    def add_range(self, address: int, nbytes: int) -> RangeState:
+        """Record a new reservation."""
+        assert address not in self.ranges, "I5: an address was reserved twice"
+        rng = RangeState(Reservation(address, nbytes), nbytes // self.page_bytes)
+        self.ranges[address] = rng
+        return rng
+
+    def drop_range(self, rng: RangeState) -> None:
+        """Record that a reservation was closed."""
+        del self.ranges[rng.reservation.address]
+
+    def add_handle(self, num_pages: int) -> Handle:
+        """Record a new handle under a key that is never used again."""
+        self._last_key += 1
+        handle = Handle(self._last_key, num_pages)
+        self.keep_handle(HandleState(handle))
+        return handle
+
+    def keep_handle(self, state: HandleState) -> None:
+        """Put a handle (back) into the books."""
+        self.handles[state.handle.key] = state
+        self.handle_bytes += state.handle.num_pages * self.page_bytes
+
+    def drop_handle(self, state: HandleState) -> None:
+        """Take a handle out of the books."""
+        del self.handles[state.handle.key]
+        self.handle_bytes -= state.handle.num_pages * self.page_bytes
+
+    def add_map(self, rng: RangeState, page_index: int, state: HandleState) -> None:
+        """Record a mapping."""
+        rng.spans.add(page_index, page_index + state.handle.num_pages)
+        rng.handles[page_index] = state
+        state.mapped += 1
+
+    def drop_map(self, rng: RangeState, page_index: int, state: HandleState) -> None:
+        """Record that a mapping is gone."""
+        rng.spans.remove(page_index)
+        del rng.handles[page_index]
+        state.mapped -= 1
+
+    def check(self) -> None:
+        """Assert that the books agree with themselves (I4, I5)."""
+        pages = sum(state.handle.num_pages for state in self.handles.values())
+        assert pages * self.page_bytes == self.handle_bytes, "I4: handle bytes miscounted"
+        counts = dict.fromkeys(self.handles, 0)
+        for rng in self.ranges.values():
+            rng.spans.check()
+            assert len(rng.spans) == len(rng.handles), "I5: spans and mappings differ"
+            for page_index, state in rng.handles.items():
+                assert page_index + state.handle.num_pages <= rng.num_pages, "I5: outside"
+                assert state.handle.key in counts, "I4: a released handle is still mapped"
+                counts[state.handle.key] += 1
+        for key, state in self.handles.items():
+            assert counts[key] == state.mapped, "I4: mappings of a handle miscounted"

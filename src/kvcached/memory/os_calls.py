@@ -1,0 +1,77 @@
+"""The operating-system calls of the host backend, by ctypes: the boundary where tests inject faults.
+
+Not ``mmap.mmap``: it keeps a duplicate of the file descriptor, so a forked child would hold the
+memory whatever we close.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+
+PROT_NONE, PROT_READ_WRITE = 0, 3
+MAP_SHARED, MAP_PRIVATE, MAP_FIXED, MAP_ANONYMOUS, MAP_NORESERVE = 1, 2, 0x10, 0x20, 0x4000
+MADV_DONTFORK = 10
+_KEEP_SIZE, _PUNCH_HOLE = 1, 2
+# From fcntl.h; Python names them only where its C library did.
+_F_ADD_SEALS, _F_SEAL_SEAL, _F_SEAL_SHRINK, _F_SEAL_GROW = 1033, 1, 2, 4
+
+_LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+def _function(name: str, *argtypes: type, restype: type = ctypes.c_int) -> ctypes._NamedFuncPointer:
+    function = getattr(_LIBC, name)
+    function.argtypes, function.restype = argtypes, restype
+    return function  # type: ignore[no-any-return]
+
+
+_ADDRESS, _SIZE, _INT, _OFFSET = ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_int64
+_MMAP = _function("mmap", _ADDRESS, _SIZE, _INT, _INT, _INT, _OFFSET, restype=ctypes.c_ssize_t)
+_MUNMAP = _function("munmap", _ADDRESS, _SIZE)
+_MADVISE = _function("madvise", _ADDRESS, _SIZE, _INT)
+_FALLOCATE = _function("fallocate", _INT, _INT, _OFFSET, _OFFSET)
+
+
+def _failed() -> OSError:
+    number = ctypes.get_errno()
+    return OSError(number, os.strerror(number))
+
+
+class OsCalls:
+    """Each method is one system call and raises ``OSError`` when it fails."""
+
+    def memfd(self, name: str, nbytes: int) -> int:
+        """Make a sparse memfd of ``nbytes`` whose size can never change again."""
+        fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(fd, nbytes)
+            # A file that shrank under a mapping is SIGBUS. F_SEAL_WRITE and F_SEAL_FUTURE_WRITE
+            # stay off: they forbid punching holes and mapping writable.
+            fcntl.fcntl(fd, _F_ADD_SEALS, _F_SEAL_SHRINK | _F_SEAL_GROW | _F_SEAL_SEAL)
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+
+    def mmap(self, address: int, nbytes: int, prot: int, flags: int, fd: int, offset: int) -> int:
+        """``mmap(2)``; returns the address."""
+        result: int = _MMAP(address, nbytes, prot, flags, fd, offset)
+        if result == -1:
+            raise _failed()
+        return result
+
+    def munmap(self, address: int, nbytes: int) -> None:
+        """``munmap(2)``."""
+        if _MUNMAP(address, nbytes):
+            raise _failed()
+
+    def madvise(self, address: int, nbytes: int, advice: int) -> None:
+        """``madvise(2)``."""
+        if _MADVISE(address, nbytes, advice):
+            raise _failed()
+
+    def punch_hole(self, fd: int, offset: int, nbytes: int) -> None:
+        """``fallocate(2)``: free the pages of a file range; it reads as zero afterwards."""
+        if _FALLOCATE(fd, _PUNCH_HOLE | _KEEP_SIZE, offset, nbytes):
+            raise _failed()
