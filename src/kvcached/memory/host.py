@@ -18,34 +18,27 @@ gives it back. In the child the backend raises ``ForkedProcessError``.
 from __future__ import annotations
 
 import ctypes
-import errno
 import mmap as os_mmap
 import os
 import threading
-import weakref
-from collections.abc import Callable
 
 from kvcached.config import format_size
 from kvcached.errors import (
     BackendUnavailable,
     ClosedError,
-    DriverError,
-    ForkedProcessError,
     InvalidInput,
-    KvcachedError,
     OutOfPages,
+    PoolBroken,
 )
-from kvcached.memory import os_calls
+from kvcached.memory import forks, os_calls
 from kvcached.memory.base import Handle, Reservation
-from kvcached.memory.mappings import HandleState, Mappings, RangeState, Spans
-from kvcached.memory.os_calls import OsCalls
+from kvcached.memory.mappings import Mappings, RangeState, Spans
+from kvcached.memory.os_calls import OsCalls, errno_name, meminfo_bytes, retry, translate
 
 _FILE_BYTES = 1 << 62
 _ANON = os_calls.MAP_PRIVATE | os_calls.MAP_ANONYMOUS | os_calls.MAP_NORESERVE
 _ANON_FIXED = _ANON | os_calls.MAP_FIXED
 _SHARED_FIXED = os_calls.MAP_SHARED | os_calls.MAP_FIXED
-_NO_MEMORY = {errno.ENOMEM, errno.ENOSPC}
-_EINTR_TRIES = 16
 
 
 class _Place:
@@ -106,10 +99,10 @@ class HostBackend:
             self._fd = self._calls.memfd("kvcached", _FILE_BYTES)
         except OSError as error:
             raise BackendUnavailable(
-                f"cannot make a memfd: {error.strerror} ({_errno_name(error)})",
+                f"cannot make a memfd: {error.strerror} ({errno_name(error)})",
                 hint="Needs Linux with memfd sealing, a free file descriptor and no ulimit -f.",
             ) from error
-        _LIVE.add(self)
+        forks.watch(self)
 
     @property
     def device(self) -> str:
@@ -178,7 +171,7 @@ class HostBackend:
             try:
                 self._cover(address, handle.num_pages * self._page_bytes)
             except OSError as error:
-                raise _translate(error, "mmap", "cannot unmap pages") from error
+                raise translate(error, "mmap", "cannot unmap pages") from error
             self._books.drop_map(rng, page_index, state)
 
     def release(self, handle: Handle) -> None:
@@ -186,10 +179,12 @@ class HostBackend:
         with self._lock:
             self._require_usable()
             state = self._books.release_plan(handle)
-            self._books.drop_handle(state)
-            place = self._places.pop(handle.key, None)
+            place = self._places.get(handle.key)
         if place is not None:
-            self._punch(state, place)  # may take milliseconds, so without the lock
+            self._punch(place, handle)  # may take milliseconds, so without the lock
+        with self._lock:
+            self._books.drop_handle(state)
+            self._drop_place(handle)
 
     def close(self, reservation: Reservation) -> None:
         """See ``MemoryBackend.close``."""
@@ -199,12 +194,12 @@ class HostBackend:
             try:
                 self._calls.munmap(reservation.address, reservation.nbytes)
             except OSError as error:
-                raise _translate(error, "munmap", "cannot close a reservation") from error
+                raise translate(error, "munmap", "cannot close a reservation") from error
             self._books.drop_range(rng)
             del self._homes[reservation.address]
 
     def available(self) -> int:
-        """Bytes that ``create`` could still give: MemAvailable, and what is left of the capacity."""
+        """Bytes that ``create`` could still give: MemAvailable, or less if the capacity says so."""
         self._require_usable()
         return min(meminfo_bytes("MemAvailable"), self._capacity - self._books.handle_bytes)
 
@@ -223,7 +218,7 @@ class HostBackend:
             self._books.shutdown_plan()
             os.close(self._fd)
             self._fd = -1
-            _LIVE.discard(self)
+            forks.unwatch(self)
 
     # --- what only this backend has -----------------------------------------------------------
 
@@ -243,19 +238,21 @@ class HostBackend:
             resident = os.fstat(self._fd).st_blocks * 512
             assert resident <= self._books.handle_bytes, "I4: the kernel holds released memory"
 
+    def disown(self) -> None:
+        """After a fork, in the child: let go of the parent's memory."""
+        # The lock may be held by a thread that does not exist here.
+        self._forked, self._lock = True, threading.Lock()
+        fd, self._fd = self._fd, -1
+        os.close(fd)
+        for rng in list(self._books.ranges.values()):
+            # Covers what a thread was mapping at the moment of the fork, before its madvise.
+            self._cover(rng.reservation.address, rng.reservation.nbytes)
+
     # --- internals ------------------------------------------------------------------------------
 
     def _require_usable(self) -> None:
         if self._fd < 0:
-            raise self._unusable()
-
-    def _unusable(self) -> KvcachedError:
-        if self._forked:
-            return ForkedProcessError(
-                "this memory belongs to the process that forked this one",
-                hint="Start workers with the 'spawn' method, or make a backend after the fork.",
-            )
-        return ClosedError("the host backend was shut down")
+            raise forks.forked_error() if self._forked else ClosedError("the backend is shut down")
 
     def _take_offset(self, nbytes: int) -> int:
         offset = self._next_offset
@@ -268,7 +265,7 @@ class HostBackend:
         try:
             start = self._calls.mmap(0, nbytes + slack, os_calls.PROT_NONE, _ANON, -1, 0)
         except OSError as error:
-            raise _translate(error, "mmap", f"cannot reserve {format_size(nbytes)}") from error
+            raise translate(error, "mmap", f"cannot reserve {format_size(nbytes)}") from error
         address = -(-start // self._page_bytes) * self._page_bytes
         head, end = address - start, start + nbytes + slack
         try:
@@ -277,7 +274,7 @@ class HostBackend:
             self._cut(address + nbytes, end - address - nbytes)
         except OSError as error:
             self._calls.munmap(start, end - start)
-            raise _translate(error, "munmap", f"cannot reserve {format_size(nbytes)}") from error
+            raise translate(error, "munmap", f"cannot reserve {format_size(nbytes)}") from error
         return address
 
     def _cut(self, address: int, nbytes: int) -> None:
@@ -289,21 +286,34 @@ class HostBackend:
         self._calls.mmap(address, nbytes, os_calls.PROT_NONE, _ANON_FIXED, -1, 0)
 
     def _map_shared(self, address: int, nbytes: int, offset: int) -> None:
-        call = "mmap"
+        prot, flags = os_calls.PROT_READ_WRITE, _SHARED_FIXED
         try:
-            self._calls.mmap(
-                address, nbytes, os_calls.PROT_READ_WRITE, _SHARED_FIXED, self._fd, offset
-            )
-            call = "madvise"
+            self._calls.mmap(address, nbytes, prot, flags, self._fd, offset)
+        except OSError as error:
+            self._mend(address, nbytes, error)
+            raise translate(error, "mmap", f"cannot map {format_size(nbytes)}") from error
+        try:
             self._calls.madvise(address, nbytes, os_calls.MADV_DONTFORK)
         except OSError as error:
-            translated = _translate(error, call, f"cannot map {format_size(nbytes)}")
-            try:
-                # Old kernels may leave a hole behind a failed MAP_FIXED: never leave one.
-                self._cover(address, nbytes)
-            except OSError as second:
-                translated.add_note(f"and the range could not be covered again: {second}")
-            raise translated from error
+            self._cover_or_break(address, nbytes, error)
+            raise translate(error, "madvise", f"cannot map {format_size(nbytes)}") from error
+
+    def _mend(self, address: int, nbytes: int, cause: OSError) -> None:
+        """After a failed MAP_FIXED, which on old kernels may have left a hole: never leave one."""
+        try:
+            self._calls.madvise(address, nbytes, os_calls.MADV_NORMAL)  # ENOMEM: there is a hole
+        except OSError:
+            self._cover_or_break(address, nbytes, cause)
+
+    def _cover_or_break(self, address: int, nbytes: int, cause: OSError) -> None:
+        try:
+            self._cover(address, nbytes)
+        except OSError as error:
+            raise PoolBroken(
+                f"a mapping of {format_size(nbytes)} at {address:#x} could not be undone: {error}; "
+                f"it was undone because of {cause}",
+                hint="Close the cache; the kernel frees the memory when the process ends.",
+            ) from cause
 
     def _find_place(self, rng: RangeState, page_index: int, handle: Handle) -> _Place:
         homes = self._homes[rng.reservation.address]
@@ -318,37 +328,18 @@ class HostBackend:
             place.homes.add(place.page_index, place.page_index + handle.num_pages)
         self._places[handle.key] = place
 
-    def _punch(self, state: HandleState, place: _Place) -> None:
-        nbytes = state.handle.num_pages * self._page_bytes
+    def _drop_place(self, handle: Handle) -> None:
+        place = self._places.pop(handle.key, None)
+        if place is not None and place.homes is not None:
+            place.homes.remove(place.page_index)
+
+    def _punch(self, place: _Place, handle: Handle) -> None:
+        nbytes = handle.num_pages * self._page_bytes
         try:
-            _retry(lambda: self._calls.punch_hole(self._fd, place.offset, nbytes))
+            retry(lambda: self._calls.punch_hole(self._fd, place.offset, nbytes))
         except OSError as error:
-            with self._lock:
-                self._books.keep_handle(state)
-                self._places[state.handle.key] = place
             what = f"cannot release {format_size(nbytes)}"
-            raise _translate(error, "fallocate", what) from error
-        if place.homes is not None:
-            with self._lock:
-                place.homes.remove(place.page_index)
-
-    def _after_fork_in_child(self) -> None:
-        """Let go of the parent's memory. The lock may be held by a thread that is not here."""
-        self._forked, self._lock = True, threading.Lock()
-        fd, self._fd = self._fd, -1
-        os.close(fd)
-        for rng in list(self._books.ranges.values()):
-            # Covers what a thread was mapping at the moment of the fork, before its madvise.
-            self._cover(rng.reservation.address, rng.reservation.nbytes)
-
-
-def meminfo_bytes(field: str) -> int:
-    """A field of ``/proc/meminfo`` in bytes, such as ``MemAvailable``."""
-    with open("/proc/meminfo", "rb") as file:
-        for line in file:
-            if line.startswith(field.encode() + b":"):
-                return int(line.split()[1]) * 1024
-    raise BackendUnavailable(f"/proc/meminfo has no {field}")
+            raise translate(error, "fallocate", what) from error
 
 
 def _checked_page_bytes(page_bytes: int) -> int:
@@ -364,45 +355,3 @@ def _checked_capacity(capacity_bytes: int) -> int:
     if not isinstance(capacity_bytes, int) or capacity_bytes < 0:
         raise InvalidInput(f"capacity_bytes is {capacity_bytes!r}, but must be an int >= 0")
     return capacity_bytes
-
-
-def _retry(call: Callable[[], None]) -> None:
-    """Call again when a signal interrupts, a bounded number of times."""
-    for _ in range(_EINTR_TRIES):
-        try:
-            return call()
-        except InterruptedError:
-            continue
-    return call()
-
-
-def _errno_name(error: OSError) -> str:
-    return errno.errorcode.get(error.errno or 0, str(error.errno))
-
-
-def _translate(error: OSError, call: str, what: str) -> OutOfPages | DriverError:
-    name = _errno_name(error)
-    message = f"{what}: {call} says {name} ({error.strerror})"
-    if error.errno in _NO_MEMORY:
-        return OutOfPages(message, hint=_no_memory_hint())
-    return DriverError(message, status=name, call=call)
-
-
-def _no_memory_hint() -> str:
-    """Say whether the number of mappings is the likely cause."""
-    with open("/proc/self/maps", "rb") as maps, open("/proc/sys/vm/max_map_count") as limit:
-        count, most = sum(1 for _ in maps), int(limit.read())
-    if count > most * 0.9:
-        return f"{count} of {most} mappings are in use: raise sysctl vm.max_map_count."
-    return "Free memory, or reserve less."
-
-
-_LIVE: weakref.WeakSet[HostBackend] = weakref.WeakSet()
-
-
-def _disown_all() -> None:
-    for backend in list(_LIVE):
-        backend._after_fork_in_child()  # noqa: SLF001 - this module's own class
-
-
-os.register_at_fork(after_in_child=_disown_all)

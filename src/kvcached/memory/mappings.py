@@ -186,8 +186,12 @@ class Mappings:
         """Record a new reservation."""
         assert address not in self.ranges, "I5: an address was reserved twice"
         rng = RangeState(Reservation(address, nbytes), nbytes // self.page_bytes)
-        self.ranges[address] = rng
+        self.keep_range(rng)
         return rng
+
+    def keep_range(self, rng: RangeState) -> None:
+        """Put a reservation (back) into the books."""
+        self.ranges[rng.reservation.address] = rng
 
     def drop_range(self, rng: RangeState) -> None:
         """Record that a reservation was closed."""
@@ -197,13 +201,9 @@ class Mappings:
         """Record a new handle under a key that is never used again."""
         self._last_key += 1
         handle = Handle(self._last_key, num_pages)
-        self.keep_handle(HandleState(handle))
+        self.handles[handle.key] = HandleState(handle)
+        self.handle_bytes += num_pages * self.page_bytes
         return handle
-
-    def keep_handle(self, state: HandleState) -> None:
-        """Put a handle (back) into the books."""
-        self.handles[state.handle.key] = state
-        self.handle_bytes += state.handle.num_pages * self.page_bytes
 
     def drop_handle(self, state: HandleState) -> None:
         """Take a handle out of the books."""

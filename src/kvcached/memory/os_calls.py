@@ -1,4 +1,4 @@
-"""The operating-system calls of the host backend, by ctypes: the boundary where tests inject faults.
+"""The operating-system calls of the host backend, by ctypes: where tests inject faults.
 
 Not ``mmap.mmap``: it keeps a duplicate of the file descriptor, so a forked child would hold the
 memory whatever we close.
@@ -7,15 +7,22 @@ memory whatever we close.
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import os
+from collections.abc import Callable
+
+from kvcached.errors import BackendUnavailable, DriverError, OutOfPages
 
 PROT_NONE, PROT_READ_WRITE = 0, 3
 MAP_SHARED, MAP_PRIVATE, MAP_FIXED, MAP_ANONYMOUS, MAP_NORESERVE = 1, 2, 0x10, 0x20, 0x4000
-MADV_DONTFORK = 10
+MADV_NORMAL, MADV_DONTFORK = 0, 10
 _KEEP_SIZE, _PUNCH_HOLE = 1, 2
 # From fcntl.h; Python names them only where its C library did.
 _F_ADD_SEALS, _F_SEAL_SEAL, _F_SEAL_SHRINK, _F_SEAL_GROW = 1033, 1, 2, 4
+
+_NO_MEMORY = {errno.ENOMEM, errno.ENOSPC}
+_EINTR_TRIES = 16
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
@@ -75,3 +82,45 @@ class OsCalls:
         """``fallocate(2)``: free the pages of a file range; it reads as zero afterwards."""
         if _FALLOCATE(fd, _PUNCH_HOLE | _KEEP_SIZE, offset, nbytes):
             raise _failed()
+
+
+def meminfo_bytes(field: str) -> int:
+    """A field of ``/proc/meminfo`` in bytes, such as ``MemAvailable``."""
+    with open("/proc/meminfo", "rb") as file:
+        for line in file:
+            if line.startswith(field.encode() + b":"):
+                return int(line.split()[1]) * 1024
+    raise BackendUnavailable(f"/proc/meminfo has no {field}")
+
+
+def retry(call: Callable[[], None]) -> None:
+    """Call again when a signal interrupts, a bounded number of times."""
+    for _ in range(_EINTR_TRIES):
+        try:
+            return call()
+        except InterruptedError:
+            continue
+    return call()
+
+
+def errno_name(error: OSError) -> str:
+    """``"ENOMEM"`` and the like."""
+    return errno.errorcode.get(error.errno or 0, str(error.errno))
+
+
+def translate(error: OSError, call: str, what: str) -> OutOfPages | DriverError:
+    """The error of ours for a failed system call; ``what`` says what it was for."""
+    name = errno_name(error)
+    message = f"{what}: {call} says {name} ({error.strerror})"
+    if error.errno in _NO_MEMORY:
+        return OutOfPages(message, hint=_no_memory_hint())
+    return DriverError(message, status=name, call=call)
+
+
+def _no_memory_hint() -> str:
+    """Say whether the number of mappings is the likely cause."""
+    with open("/proc/self/maps", "rb") as maps, open("/proc/sys/vm/max_map_count") as limit:
+        count, most = sum(1 for _ in maps), int(limit.read())
+    if count > most * 0.9:
+        return f"{count} of {most} mappings are in use: raise sysctl vm.max_map_count."
+    return "Free memory, or reserve less."

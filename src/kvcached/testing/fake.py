@@ -1,4 +1,4 @@
-"""``FakeBackend``: a plain-Python memory backend with real contents, for tests without a machine."""
+"""``FakeBackend``: a plain-Python memory backend with real contents."""
 
 from __future__ import annotations
 

@@ -1,0 +1,346 @@
+"""``CudaBackend``: elastic device memory from the CUDA driver's virtual memory functions.
+
+The only module that imports ``cuda.bindings``, and only when a backend is made. All driver calls go
+through one ``Calls`` object (``driver.py``), where a failed status becomes an exception.
+
+Virtual memory calls need no current context. The others run with the device's primary context (the
+one that torch uses) pushed and popped again, so a thread finds its own context as it left it.
+Driver calls release the GIL, and no lock is held around them.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+from kvcached.config import format_size
+from kvcached.errors import (
+    BackendUnavailable,
+    ClosedError,
+    DriverError,
+    InvalidInput,
+    KvcachedError,
+    PoolBroken,
+)
+from kvcached.memory import forks
+from kvcached.memory.base import Handle, Reservation
+from kvcached.memory.driver import Calls, Driver, find_device, uuid_of
+from kvcached.memory.mappings import Mappings
+
+
+class CudaBackend:
+    """Physical memory of one GPU. See the module's docstring.
+
+    Parameters
+    ----------
+    device:
+        ``"cuda:0"``, an ordinal, or a UUID (``"GPU-..."``, as ``nvidia-smi -L`` prints it).
+    driver:
+        The call boundary; ``None`` means ``cuda.bindings.driver``.
+    exportable:
+        Make handles that can be shared as POSIX file descriptors, where the driver allows it (the
+        ``exportable`` property then says whether it did).
+
+    Raises ``BackendUnavailable`` without a driver, a GPU or virtual memory support, and
+    ``UnknownName`` if there is no such device.
+    """
+
+    def __init__(
+        self,
+        device: str | int = "cuda:0",
+        *,
+        driver: Driver | None = None,
+        exportable: bool = False,
+    ) -> None:
+        self._call = Calls(load_driver() if driver is None else driver)
+        self._lock = threading.Lock()
+        self._driver_handles: dict[int, Any] = {}
+        self._fences: set[CudaFence] = set()
+        self._closed = self._forked = False
+        self._call.init()
+        self._ordinal, self._cu_device = find_device(self._call, device)
+        self._require_vmm()
+        (self._context,) = self._call("cuDevicePrimaryCtxRetain", self._cu_device)
+        try:
+            self._prop = self._make_prop(exportable=exportable)
+            self._books = Mappings(self._granularity())
+            with self._call.in_context(self._context):
+                flags = self._call.driver.CUstream_flags.CU_STREAM_NON_BLOCKING
+                (self._stream,) = self._call("cuStreamCreate", int(flags))
+        except BaseException:
+            self._call("cuDevicePrimaryCtxRelease", self._cu_device)
+            raise
+        forks.watch(self)
+
+    @property
+    def device(self) -> str:
+        """``"cuda:0"``: where tensors over this memory live."""
+        return f"cuda:{self._ordinal}"
+
+    @property
+    def page_bytes(self) -> int:
+        """The driver's minimum granularity in bytes."""
+        return self._books.page_bytes
+
+    @property
+    def exportable(self) -> bool:
+        """Whether handles are made with a POSIX file descriptor."""
+        none = self._call.driver.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_NONE
+        return bool(self._prop.requestedHandleTypes != none)
+
+    @property
+    def uuid(self) -> str:
+        """The device's UUID, without the ``GPU-`` in front."""
+        return uuid_of(self._call, self._cu_device)
+
+    @property
+    def name(self) -> str:
+        """The device's product name."""
+        (name,) = self._call("cuDeviceGetName", 256, self._cu_device)
+        return str(name.split(b"\0")[0].decode())
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of memory of the whole device."""
+        (total,) = self._call("cuDeviceTotalMem", self._cu_device)
+        return int(total)
+
+    # --- the contract of MemoryBackend --------------------------------------------------------
+
+    def reserve(self, nbytes: int) -> Reservation:
+        """See ``MemoryBackend.reserve``."""
+        self._require_usable()
+        self._books.reserve_plan(nbytes)
+        (pointer,) = self._call("cuMemAddressReserve", nbytes, self.page_bytes, 0, 0)
+        with self._lock:
+            return self._books.add_range(int(pointer), nbytes).reservation
+
+    def create(self, num_pages: int) -> Handle:
+        """See ``MemoryBackend.create``."""
+        self._require_usable()
+        self._books.create_plan(num_pages)
+        nbytes = num_pages * self.page_bytes
+        driver_handle = self._create(nbytes)
+        with self._lock:
+            handle = self._books.add_handle(num_pages)
+            self._driver_handles[handle.key] = driver_handle
+            return handle
+
+    def map(self, reservation: Reservation, page_index: int, handle: Handle) -> None:
+        """See ``MemoryBackend.map``."""
+        with self._lock:
+            self._require_usable()
+            rng, state = self._books.map_plan(reservation, page_index, handle)
+            driver_handle = self._driver_handles[handle.key]
+        address = reservation.address + page_index * self.page_bytes
+        nbytes = handle.num_pages * self.page_bytes
+        self._call("cuMemMap", address, nbytes, 0, driver_handle, 0)
+        try:
+            self._call("cuMemSetAccess", address, nbytes, [self._access], 1)
+        except KvcachedError as error:
+            self._undo_map(address, nbytes, error)
+            raise
+        with self._lock:
+            self._books.add_map(rng, page_index, state)
+
+    def unmap(self, reservation: Reservation, page_index: int, handle: Handle) -> None:
+        """See ``MemoryBackend.unmap``. A kernel that touches the range afterwards faults."""
+        with self._lock:
+            self._require_usable()
+            rng, state = self._books.unmap_plan(reservation, page_index, handle)
+        address = reservation.address + page_index * self.page_bytes
+        self._call("cuMemUnmap", address, handle.num_pages * self.page_bytes)
+        with self._lock:
+            self._books.drop_map(rng, page_index, state)
+
+    def release(self, handle: Handle) -> None:
+        """See ``MemoryBackend.release``."""
+        with self._lock:
+            self._require_usable()
+            state = self._books.release_plan(handle)
+        self._call("cuMemRelease", self._driver_handles[handle.key])
+        with self._lock:
+            self._books.drop_handle(state)
+            del self._driver_handles[handle.key]
+
+    def close(self, reservation: Reservation) -> None:
+        """See ``MemoryBackend.close``."""
+        with self._lock:
+            self._require_usable()
+            rng = self._books.close_plan(reservation)
+            # Out of the books first: once freed, another thread may get the same address.
+            self._books.drop_range(rng)
+        try:
+            self._call("cuMemAddressFree", reservation.address, reservation.nbytes)
+        except KvcachedError:
+            with self._lock:
+                self._books.keep_range(rng)
+            raise
+
+    def available(self) -> int:
+        """Free bytes of the device, as the driver counts them now."""
+        self._require_usable()
+        with self._call.in_context(self._context):
+            free, _total = self._call("cuMemGetInfo")
+        return int(free)
+
+    def copy(self, dst: int, src: int, nbytes: int) -> None:
+        """See ``MemoryBackend.copy``. Runs on a stream of its own and waits for that stream only.
+
+        The caller orders it after the work that wrote ``src`` (a fence).
+        """
+        self._require_usable()
+        if nbytes < 0:
+            raise InvalidInput(f"cannot copy {nbytes} bytes")
+        with self._call.in_context(self._context):
+            self._call("cuMemcpyDtoDAsync", dst, src, nbytes, self._stream)
+            self._call("cuStreamSynchronize", self._stream)
+
+    def shutdown(self) -> None:
+        """See ``MemoryBackend.shutdown``. Fences that were never polled to their end go too."""
+        with self._lock:
+            if self._closed or self._forked:
+                return
+            self._books.shutdown_plan()
+            self._closed = True
+            fences = list(self._fences)
+        forks.unwatch(self)
+        with self._call.in_context(self._context):
+            for fence in fences:
+                fence.close()
+            self._call("cuStreamDestroy", self._stream)
+        self._call("cuDevicePrimaryCtxRelease", self._cu_device)
+
+    # --- what only this backend has -----------------------------------------------------------
+
+    def fence(self, stream: int = 0) -> CudaFence:
+        """A fence behind all work that is queued on ``stream`` now (a ``cudaStream_t`` as an int).
+
+        0 is the legacy default stream; pass ``torch.cuda.current_stream().cuda_stream``.
+        """
+        self._require_usable()
+        with self._call.in_context(self._context):
+            flags = self._call.driver.CUevent_flags.CU_EVENT_DISABLE_TIMING
+            (event,) = self._call("cuEventCreate", int(flags))
+            try:
+                self._call("cuEventRecord", event, stream)
+            except BaseException:
+                self._call("cuEventDestroy", event)
+                raise
+        fence = CudaFence(self, event)
+        self._fences.add(fence)
+        return fence
+
+    def check(self) -> None:
+        """Assert that the books are sound and that each handle has its driver handle (I4)."""
+        with self._lock:
+            self._require_usable()
+            self._books.check()
+            assert set(self._driver_handles) == set(self._books.handles), "I4: handles differ"
+
+    def disown(self) -> None:
+        """After a fork, in the child: a CUDA context does not survive, so nothing is called."""
+        self._forked, self._lock = True, threading.Lock()
+
+    # --- internals ------------------------------------------------------------------------------
+
+    def _require_usable(self) -> None:
+        if self._closed or self._forked:
+            raise forks.forked_error() if self._forked else ClosedError("the backend is shut down")
+
+    def _undo_map(self, address: int, nbytes: int, cause: KvcachedError) -> None:
+        try:
+            self._call("cuMemUnmap", address, nbytes)
+        except KvcachedError as error:
+            raise PoolBroken(
+                f"a mapping of {format_size(nbytes)} at {address:#x} could not be undone: "
+                f"{error.message}; it was undone because {cause.message}",
+                hint="Close the cache; the driver frees the memory when the process ends.",
+            ) from cause
+
+    def _create(self, nbytes: int) -> Any:
+        """``cuMemCreate``; drops the exportable type for good if the driver refuses it."""
+        try:
+            return self._call("cuMemCreate", nbytes, self._prop, 0)[0]
+        except DriverError as error:
+            refused = {"CUDA_ERROR_NOT_PERMITTED", "CUDA_ERROR_NOT_SUPPORTED"}
+            if not self.exportable or error.status not in refused:
+                raise
+        self._prop = self._make_prop(exportable=False)
+        return self._call("cuMemCreate", nbytes, self._prop, 0)[0]
+
+    def _require_vmm(self) -> None:
+        attributes = self._call.driver.CUdevice_attribute
+        attribute = attributes.CU_DEVICE_ATTRIBUTE_VIRTUAL_ADDRESS_MANAGEMENT_SUPPORTED
+        (supported,) = self._call("cuDeviceGetAttribute", attribute, self._cu_device)
+        if not supported:
+            raise BackendUnavailable(
+                f"the driver has no virtual memory management for {self.device}",
+                hint="Virtual GPUs often lack it; use the whole device, or device='cpu'.",
+            )
+
+    def _make_prop(self, *, exportable: bool) -> Any:
+        d = self._call.driver
+        prop = d.CUmemAllocationProp()
+        prop.type = d.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
+        prop.location.type = d.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
+        prop.location.id = self._ordinal
+        types = d.CUmemAllocationHandleType
+        prop.requestedHandleTypes = (
+            types.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
+            if exportable
+            else types.CU_MEM_HANDLE_TYPE_NONE
+        )
+        self._access = d.CUmemAccessDesc()
+        self._access.location = prop.location
+        self._access.flags = d.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
+        return prop
+
+    def _granularity(self) -> int:
+        option = self._call.driver.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM
+        (granularity,) = self._call("cuMemGetAllocationGranularity", self._prop, option)
+        return int(granularity)
+
+
+class CudaFence:
+    """A CUDA event on a stream; made by ``CudaBackend.fence``."""
+
+    def __init__(self, backend: CudaBackend, event: Any) -> None:
+        self._backend, self._event = backend, event
+        self._call = backend._call  # noqa: SLF001
+        self._done = False
+
+    def passed(self) -> bool:
+        """Whether the device got past the event. Never blocks; once true, stays true.
+
+        ``DriverError`` if the device failed before it got there.
+        """
+        if self._done:
+            return True
+        self._backend._require_usable()  # noqa: SLF001 - the fence is a part of its backend
+        driver = self._call.driver
+        result = driver.cuEventQuery(self._event)
+        if result[0] == driver.CUresult.CUDA_ERROR_NOT_READY:
+            return False
+        self._call.check(result, "cuEventQuery")
+        self.close()
+        return True
+
+    def close(self) -> None:
+        """Destroy the event, passed or not. Idempotent."""
+        if not self._done:
+            self._done = True
+            self._backend._fences.discard(self)  # noqa: SLF001
+            self._call("cuEventDestroy", self._event)
+
+
+def load_driver() -> Driver:
+    """The module ``cuda.bindings.driver``; ``BackendUnavailable`` if it is not installed."""
+    try:
+        from cuda.bindings import driver  # noqa: PLC0415 - only when a backend is made
+    except ImportError as error:
+        raise BackendUnavailable(
+            f"cuda.bindings cannot be imported: {error}",
+            hint="pip install 'kvcached-py[cuda]', or use device='cpu'.",
+        ) from error
+    return driver  # type: ignore[no-any-return]

@@ -1,0 +1,168 @@
+"""``Driver``: the functions of the CUDA driver that ``CudaBackend`` calls, as a protocol.
+
+``cuda.bindings.driver`` (the module) is one; ``kvcached.testing.FakeCudaDriver`` is another. Names,
+arguments and results are the driver's own: every function returns a tuple that begins with a
+``CUresult``. The types are ``Any``, because the bindings ship no stubs.
+
+``Calls`` makes a failed status an exception; ``find_device`` reads what users call a device.
+"""
+
+from __future__ import annotations
+
+import uuid as uuids
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from kvcached.config import format_size
+from kvcached.errors import (
+    BackendUnavailable,
+    DriverError,
+    InvalidInput,
+    OutOfPages,
+    UnknownName,
+)
+
+Result = tuple[Any, ...]
+
+
+class Driver(Protocol):
+    """See https://docs.nvidia.com/cuda/cuda-driver-api/ for what each function does."""
+
+    # The enums and structs that the calls use.
+    CUresult: Any
+    CUmemAllocationProp: Any
+    CUmemAccessDesc: Any
+    CUmemAllocationType: Any
+    CUmemAllocationHandleType: Any
+    CUmemLocationType: Any
+    CUmemAccess_flags: Any
+    CUmemAllocationGranularity_flags: Any
+    CUdevice_attribute: Any
+    CUevent_flags: Any
+    CUstream_flags: Any
+
+    # Device and context.
+    def cuInit(self, flags: int) -> Result: ...  # noqa: D102, N802
+    def cuDeviceGetCount(self) -> Result: ...  # noqa: D102, N802
+    def cuDeviceGet(self, ordinal: int) -> Result: ...  # noqa: D102, N802
+    def cuDeviceGetUuid(self, device: Any) -> Result: ...  # noqa: D102, N802
+    def cuDeviceGetName(self, length: int, device: Any) -> Result: ...  # noqa: D102, N802
+    def cuDeviceTotalMem(self, device: Any) -> Result: ...  # noqa: D102, N802
+    def cuDeviceGetAttribute(self, attribute: Any, device: Any) -> Result: ...  # noqa: D102, N802
+    def cuDevicePrimaryCtxRetain(self, device: Any) -> Result: ...  # noqa: D102, N802
+    def cuDevicePrimaryCtxRelease(self, device: Any) -> Result: ...  # noqa: D102, N802
+    def cuCtxPushCurrent(self, context: Any) -> Result: ...  # noqa: D102, N802
+    def cuCtxPopCurrent(self) -> Result: ...  # noqa: D102, N802
+
+    # Virtual memory.
+    def cuMemGetAllocationGranularity(self, prop: Any, option: Any) -> Result: ...  # noqa: D102, N802
+    def cuMemAddressReserve(  # noqa: D102, N802
+        self, size: int, alignment: int, address: int, flags: int
+    ) -> Result: ...
+    def cuMemAddressFree(self, address: int, size: int) -> Result: ...  # noqa: D102, N802
+    def cuMemCreate(self, size: int, prop: Any, flags: int) -> Result: ...  # noqa: D102, N802
+    def cuMemRelease(self, handle: Any) -> Result: ...  # noqa: D102, N802
+    def cuMemMap(  # noqa: D102, N802
+        self, address: int, size: int, offset: int, handle: Any, flags: int
+    ) -> Result: ...
+    def cuMemUnmap(self, address: int, size: int) -> Result: ...  # noqa: D102, N802
+    def cuMemSetAccess(  # noqa: D102, N802
+        self, address: int, size: int, descriptors: Any, count: int
+    ) -> Result: ...
+    def cuMemGetInfo(self) -> Result: ...  # noqa: D102, N802
+
+    # Copies, streams, events.
+    def cuMemcpyDtoDAsync(  # noqa: D102, N802
+        self, dst: int, src: int, nbytes: int, stream: Any
+    ) -> Result: ...
+    def cuStreamCreate(self, flags: int) -> Result: ...  # noqa: D102, N802
+    def cuStreamSynchronize(self, stream: Any) -> Result: ...  # noqa: D102, N802
+    def cuStreamDestroy(self, stream: Any) -> Result: ...  # noqa: D102, N802
+    def cuEventCreate(self, flags: int) -> Result: ...  # noqa: D102, N802
+    def cuEventRecord(self, event: Any, stream: Any) -> Result: ...  # noqa: D102, N802
+    def cuEventQuery(self, event: Any) -> Result: ...  # noqa: D102, N802
+    def cuEventDestroy(self, event: Any) -> Result: ...  # noqa: D102, N802
+
+
+class Calls:
+    """Calls a driver by function name: ``(free, total) = calls("cuMemGetInfo")``."""
+
+    def __init__(self, driver: Driver) -> None:
+        self.driver = driver
+
+    def __call__(self, name: str, *args: Any) -> Result:
+        """The results after the status. ``OutOfPages`` or ``DriverError`` if the call failed."""
+        return self.check(getattr(self.driver, name)(*args), name, args)
+
+    def check(self, result: Result, call: str, args: tuple[Any, ...] = ()) -> Result:
+        """Strip the status off ``result``, or raise what it stands for.
+
+        The name comes from the enum: without a driver even ``cuGetErrorName`` fails.
+        """
+        status = result[0]
+        if status == self.driver.CUresult.CUDA_SUCCESS:
+            return result[1:]
+        name = getattr(status, "name", str(status))
+        if status == self.driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
+            size = f" for {format_size(args[0])}" if call == "cuMemCreate" else ""
+            raise OutOfPages(
+                f"{call} says {name}{size}",
+                hint="Free sequences, lower a limit, or see with nvidia-smi who holds the memory.",
+            )
+        shown = ", ".join(hex(arg) for arg in args if type(arg) is int)
+        raise DriverError(f"{call}({shown}) says {name}", status=name, call=call)
+
+    @contextmanager
+    def in_context(self, context: Any) -> Iterator[None]:
+        """Run with ``context`` current, and leave the thread's own as it was."""
+        self("cuCtxPushCurrent", context)
+        try:
+            yield
+        finally:
+            self("cuCtxPopCurrent")
+
+    def init(self) -> None:
+        """``cuInit``; ``BackendUnavailable`` without a usable driver."""
+        try:
+            self("cuInit", 0)
+        except (DriverError, RuntimeError) as error:
+            # cuda.bindings raises DynamicLibNotFoundError, a RuntimeError, where no driver is.
+            raise BackendUnavailable(
+                f"no usable CUDA driver: {getattr(error, 'message', error)}",
+                hint="Install the NVIDIA driver (nvidia-smi must work), or use device='cpu'.",
+            ) from error
+
+
+def find_device(calls: Calls, device: str | int) -> tuple[int, Any]:
+    """The ordinal and the driver's device for ``"cuda:0"``, an ordinal or a UUID."""
+    wanted = _parse_device(device)
+    (count,) = calls("cuDeviceGetCount")
+    for ordinal in range(count):
+        (cu_device,) = calls("cuDeviceGet", ordinal)
+        if wanted in {ordinal, uuid_of(calls, cu_device)}:
+            return ordinal, cu_device
+    raise UnknownName(
+        f"there is no CUDA device {device!r}: this process sees {count}",
+        hint="List them with nvidia-smi -L; CUDA_VISIBLE_DEVICES hides devices.",
+    )
+
+
+def uuid_of(calls: Calls, cu_device: Any) -> str:
+    """The UUID of a device, in lower case, without the ``GPU-`` in front."""
+    # Before CUDA 13 the first version names a MIG instance's parent; the second does not.
+    has_v2 = hasattr(calls.driver, "cuDeviceGetUuid_v2")
+    (value,) = calls("cuDeviceGetUuid_v2" if has_v2 else "cuDeviceGetUuid", cu_device)
+    return str(uuids.UUID(bytes=bytes(value.bytes)))
+
+
+def _parse_device(device: str | int) -> int | str:
+    text = str(device).removeprefix("cuda").removeprefix(":") or "0"
+    if text.isdecimal() and not isinstance(device, bool):
+        return int(text)
+    try:
+        return str(uuids.UUID(text.upper().removeprefix("GPU-").removeprefix("MIG-")))
+    except ValueError:
+        raise InvalidInput(
+            f"{device!r} is not a CUDA device", hint="Use 'cuda:0', an ordinal, or a UUID."
+        ) from None
