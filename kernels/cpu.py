@@ -1,0 +1,113 @@
+"""Attention on CPU tensors: packs a checked call for the compiled workers of ``_attend``."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+import torch
+from numba import njit
+
+from kvcached.errors import InvalidInput
+from kvcached.kernels import _team
+from kvcached.kernels._attend import Q_TILE_ROWS, TASK, attention_worker
+from kvcached.kernels.attention import AttentionCall, check_places
+
+_STORAGE: dict[torch.dtype, Any] = {
+    torch.float32: np.float32,
+    torch.float64: np.float64,
+    torch.bfloat16: np.uint16,
+    torch.float16: np.int16,
+}
+_worker = functools.cache(attention_worker)
+
+
+def attend(call: AttentionCall) -> None:
+    """Run ``call``; writes ``call.out`` and ``call.lse``.
+
+    Raises ``InvalidInput`` for a length, table width or block id that leads out of the cache;
+    ids behind a sequence's last block are not looked at.
+    """
+    check_places(call)
+    lens, batch = call.lens.numpy(), len(call.lens)
+    if call.table is not None:
+        _check_ids(call.table.numpy(), lens, call.kv)
+    starts = (
+        np.arange(batch + 1, dtype=np.int32) * np.int32(call.max_q)
+        if call.q_starts is None
+        else call.q_starts.numpy()
+    )
+    group = call.q.shape[1] // call.kv.num_kv_heads
+    tokens = max(1, Q_TILE_ROWS // group)
+    seqs, firsts = _items(starts, tokens)
+    if not len(seqs):
+        return
+    counter = np.zeros(1, np.int64)
+    task = _task(call, group)
+    integers = {
+        "counter": counter.ctypes.data, "lens": lens.ctypes.data, "q_starts": starts.ctypes.data,
+        "item_seq": seqs.ctypes.data, "item_token": firsts.ctypes.data,
+        "items": len(seqs) * call.kv.num_kv_heads, "item_tokens": min(tokens, call.max_q),
+    }  # fmt: skip
+    for name, value in integers.items():
+        task[name] = value
+    threads = min(torch.get_num_threads(), integers["items"])
+    _team.run(_worker(_STORAGE[call.kv.dtype]), task.ctypes.data, threads)
+
+
+def _items(starts: Any, tokens: int) -> tuple[Any, Any]:
+    """(sequence, first query token in it) of each tile of at most ``tokens`` query tokens."""
+    counts = np.diff(starts)
+    if not len(counts) or counts.max() <= tokens:
+        seqs = np.flatnonzero(counts).astype(np.int32)
+        return seqs, np.zeros_like(seqs)
+    tiles = -(-counts // tokens)
+    seqs = np.repeat(np.arange(len(counts), dtype=np.int32), tiles)
+    before = np.cumsum(tiles) - tiles
+    firsts = (np.arange(len(seqs)) - before[seqs]) * tokens
+    # The last tile of a causal sequence has the most to do: take the long ones first.
+    return seqs[::-1].copy(), firsts[::-1].astype(np.int32)
+
+
+def _task(call: AttentionCall, group: int) -> Any:
+    kv, task = call.kv, np.zeros((), TASK)
+    values = {
+        "q": call.q, "out": call.out, "lse": call.lse, "table": call.table,
+        "starts": call.starts, "sinks": call.sinks, "slopes": call.slopes,
+    }  # fmt: skip
+    for name, tensor in values.items():
+        task[name] = 0 if tensor is None else tensor.data_ptr()
+    fields = {
+        "k": kv.k_ptr, "v": kv.v_ptr, "kv_heads": kv.num_kv_heads, "group": group,
+        "dim": kv.head_dim, "dim_v": kv.head_dim_v, "block_size": kv.block_size,
+        "left": call.left, "right": call.right,
+        "q_token": call.q.stride(0), "q_head": call.q.stride(1),
+        "out_token": call.out.stride(0), "out_head": call.out.stride(1),
+        "table_row": 0 if call.table is None else call.table.stride(0),
+        "k_block": kv.block_stride, "k_slot": kv.slot_stride, "k_head": kv.head_stride,
+        "v_block": kv.v_block_stride, "v_slot": kv.v_slot_stride, "v_head": kv.v_head_stride,
+        "scale": call.scale, "softcap": call.softcap,
+    }  # fmt: skip
+    for name, value in fields.items():
+        task[name] = value
+    return task
+
+
+def _check_ids(table: Any, lens: Any, kv: Any) -> None:
+    row, column = _bad_id(table, lens, kv.block_size, kv.num_blocks)
+    if row >= 0:
+        raise InvalidInput(
+            f"page_table[{row}, {column}] is {table[row, column]}, but the cache has "
+            f"{kv.num_blocks} blocks"
+        )
+
+
+@njit(cache=True, nogil=True)
+def _bad_id(table, lens, block_size, num_blocks):
+    """(row, column) of the first block id that is needed and does not exist, else (-1, -1)."""
+    for row in range(len(lens)):
+        for column in range((lens[row] + block_size - 1) // block_size):
+            if not 0 <= table[row, column] < num_blocks:
+                return row, column
+    return -1, -1
