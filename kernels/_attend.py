@@ -113,7 +113,7 @@ def _load_queries(tile, task, first_row, head, tokens, scale, like, itemsize):
 
 @njit
 def _dot(q, k, scores, rows, columns, zero):
-    """scores = q @ k.T for whole vectors of columns; the depth is the padded head dim."""
+    """Scores = q @ k.T for whole vectors of columns; the depth is the padded head dim."""
     depth, width = q.shape[1], scores.shape[1]
     qa, ka, sa, size = q.ctypes.data, k.ctypes.data, scores.ctypes.data, scores.itemsize
     if rows == 1:
@@ -131,7 +131,7 @@ def _dot(q, k, scores, rows, columns, zero):
 
 @njit
 def _add(scores, v, acc, rows, columns, zero):
-    """acc += scores @ v."""
+    """Add scores @ v to acc."""
     dim, width = acc.shape[1], scores.shape[1]
     sa, va, oa, size = scores.ctypes.data, v.ctypes.data, acc.ctypes.data, acc.itemsize
     step = 1 if rows == 1 else 4

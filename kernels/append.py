@@ -45,7 +45,7 @@ def reshape_and_cache(
     if kv.device.type == "cpu":
         _write_cpu(key, value, k_cache, v_cache, slots.numpy())
         return
-    from kvcached.kernels.decode import append_triton  # noqa: PLC0415 - Triton is optional
+    from kvcached.kernels.decode import append_triton
 
     append_triton(key, value, kv, slots)
 

@@ -104,7 +104,7 @@ def attn_with_kvcache(
         Scores become ``softcap * tanh(score / softcap)``; slopes float32 ``[Hq]`` take off
         ``slope * distance``; sinks float32 ``[Hq]`` join the softmax's denominator (not the LSE).
     out, return_softmax_lse:
-        ``[T, Hq, Dv]`` to write to; whether to return also the natural-log LSE, float32 ``[T, Hq]``.
+        ``[T, Hq, Dv]`` to write to; whether to return the natural-log LSE too, float32 ``[T, Hq]``.
         A query that sees no token gives 0 and -inf.
 
     Raises ``InvalidInput`` naming the argument. ``num_splits`` is a hint. ``custom_mask``,
@@ -137,11 +137,11 @@ def attn_with_kvcache(
 def run_attention(call: AttentionCall, num_splits: int = 0) -> None:
     """Hand a checked call to the backend of its device."""
     if call.kv.device.type == "cpu":
-        from kvcached.kernels.cpu import attend  # noqa: PLC0415 - Numba only when it is used
+        from kvcached.kernels.cpu import attend
 
         attend(call)
     else:
-        from kvcached.kernels.decode import attend_triton  # noqa: PLC0415 - Triton is optional
+        from kvcached.kernels.decode import attend_triton
 
         attend_triton(call, num_splits)
 
@@ -291,7 +291,7 @@ def _append(
     max_q: int,
 ) -> torch.Tensor:
     """Write ``k`` and ``v`` behind each sequence; returns the new lengths."""
-    from kvcached.kernels.append import reshape_and_cache  # noqa: PLC0415 - imports Numba
+    from kvcached.kernels.append import reshape_and_cache
 
     if k is None or v is None or k.shape[:1] != q.shape[:1]:
         raise InvalidInput("k and v must both be given, with a row for each token of q")

@@ -158,12 +158,13 @@ def check_rows(name: str, rows: torch.Tensor, count: int, cache: torch.Tensor) -
 
 def check_range(name: str, ids: Any, count: int) -> None:
     """All of ``ids`` must lie in ``[0, count)``."""
-    if len(ids) and not (0 <= ids.min() and ids.max() < count):
+    if len(ids) and (ids.min() < 0 or ids.max() >= count):
         bad = ids.min() if ids.min() < 0 else ids.max()
         raise InvalidInput(f"{name} holds {bad}, but ids go from 0 to {count - 1}")
 
 
 def check_distinct(name: str, ids: Any) -> None:
+    """No id may occur twice."""
     ordered = np.sort(ids)
     twice = np.flatnonzero(ordered[1:] == ordered[:-1])
     if len(twice):
