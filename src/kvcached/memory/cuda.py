@@ -337,7 +337,8 @@ class CudaFence:
 def load_driver() -> Driver:
     """The module ``cuda.bindings.driver``; ``BackendUnavailable`` if it is not installed."""
     try:
-        from cuda.bindings import driver  # noqa: PLC0415 - only when a backend is made
+        # Only when a backend is made, and only here.
+        from cuda.bindings import driver  # type: ignore[import-untyped, unused-ignore]  # noqa: PLC0415
     except ImportError as error:
         raise BackendUnavailable(
             f"cuda.bindings cannot be imported: {error}",

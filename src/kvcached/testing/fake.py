@@ -13,7 +13,7 @@ class FakeBackend:
     """Keeps a ``bytearray`` per handle, so tests can prove what is read where.
 
     ``page_bytes`` is any positive int, ``capacity_pages`` the pages of all handles together
-    (``None``: no limit). Addresses are invented and never used twice; ``read``, ``write`` and
+    (default: 1 TiB). Addresses are invented and never used twice; ``read``, ``write`` and
     ``copy`` raise ``InvalidInput`` for an address that is not mapped.
     """
 
@@ -21,7 +21,7 @@ class FakeBackend:
         if not isinstance(page_bytes, int) or page_bytes <= 0:
             raise InvalidInput(f"page_bytes is {page_bytes!r}, but must be an int > 0")
         self._books = Mappings(page_bytes)
-        self._capacity = None if capacity_pages is None else capacity_pages * page_bytes
+        self._capacity = 1 << 40 if capacity_pages is None else capacity_pages * page_bytes
         self._contents: dict[int, bytearray] = {}
         self._pages: dict[int, tuple[int, int]] = {}  # page number -> (handle key, byte offset)
         self._next_address = -(-_FIRST_ADDRESS // page_bytes) * page_bytes
@@ -50,7 +50,7 @@ class FakeBackend:
         self._require_open()
         self._books.create_plan(num_pages)
         nbytes = num_pages * self.page_bytes
-        if self._capacity is not None and self._books.handle_bytes + nbytes > self._capacity:
+        if self._books.handle_bytes + nbytes > self._capacity:
             raise OutOfPages(f"the fake backend has no {num_pages} pages left")
         handle = self._books.add_handle(num_pages)
         self._contents[handle.key] = bytearray(nbytes)
@@ -86,12 +86,14 @@ class FakeBackend:
         self._books.drop_range(self._books.close_plan(reservation))
 
     def available(self) -> int:
-        """What is left of the capacity; 1 TiB where there is none."""
+        """What is left of the capacity."""
         self._require_open()
-        return (1 << 40 if self._capacity is None else self._capacity) - self._books.handle_bytes
+        return self._capacity - self._books.handle_bytes
 
     def copy(self, dst: int, src: int, nbytes: int) -> None:
         """See ``MemoryBackend.copy``; raises where the real one would fault."""
+        if nbytes < 0:
+            raise InvalidInput(f"cannot copy {nbytes} bytes")
         self.write(dst, self.read(src, nbytes))
 
     def shutdown(self) -> None:
