@@ -1,0 +1,354 @@
+"""The attention function ``"kvcached"`` of transformers, and what its cache classes share.
+
+Importing this module registers the function. How the parts meet: a model's attention layer first
+calls ``past_key_values.update(key, value, layer)`` and hands what that returns, unchanged, to the
+attention function. Our ``update`` returns the same new key and value with a *ticket* attached that
+names the cache and the layer. The attention function writes them into the pages of that layer and
+attends over the block table. A key without a ticket (training, no cache, a stock cache) goes to
+transformers' own SDPA.
+
+``PackedCache`` is for engines of one's own: one row of tokens of many sequences, packed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from kvcached.errors import EngineUnsupported, InvalidInput
+from kvcached.kernels import attn_with_kvcache, reshape_and_cache
+
+if TYPE_CHECKING:
+    from kvcached.cache import KVCache
+
+NAME = "kvcached"
+_TICKET = "_kvcached_ticket"
+_LAYER_KINDS = {"full_attention", "sliding_attention"}
+
+
+class _ElasticLength(int):
+    """A key length that tells our mask function that the keys lie in elastic pages."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Ticket:
+    owner: PagedCache
+    layer: int
+
+
+# --- the attention function and its mask ----------------------------------------------------
+
+
+def elastic_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """The attention function ``"kvcached"``, called by every attention layer.
+
+    ``query [B, Hq, Q, D]``, ``key`` and ``value [B, Hkv, Q, D]``: the new tokens only, if they
+    carry a ticket. ``attention_mask``: bool ``[B, tokens so far]`` or ``None`` with a ticket.
+    Returns ``[B, Q, Hq, Dv]`` and ``None``; rows of padding are zero. No gradient flows through
+    elastic pages. Raises ``EngineUnsupported`` naming the feature it cannot do.
+    """
+    ticket: _Ticket | None = getattr(key, _TICKET, None)
+    if ticket is None:
+        _refuse(softcap=softcap, s_aux=s_aux)  # SDPA would leave these out without a word
+        out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout,
+                                        scaling=scaling, is_causal=is_causal, **kwargs)  # fmt: skip
+        return out, None
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    _refuse(
+        dropout=dropout,
+        bidirectional_attention=not causal,
+        output_attentions=kwargs.get("output_attentions"),
+        position_bias=kwargs.get("position_bias"),
+    )
+    features: dict[str, Any] = {"softmax_scale": scaling}
+    if sliding_window is not None:
+        features["window_size"] = (sliding_window - 1, 0)
+    if softcap is not None:
+        features["softcap"] = softcap
+    if s_aux is not None:
+        features["sinks"] = s_aux.detach().float()
+    out = ticket.owner._attend(ticket.layer, query, key, value, attention_mask, features)
+    return out, None
+
+
+def _refuse(**features: Any) -> None:
+    """Raise if a feature is asked for: any value but ``None``, ``False`` and 0."""
+    for name, value in features.items():
+        if isinstance(value, torch.Tensor) or value:
+            raise EngineUnsupported(
+                f"attn_implementation='kvcached' cannot do {name.replace('_', ' ')}",
+                hint="Load the model with attn_implementation='eager' for it.",
+            )
+
+
+def elastic_mask(
+    *args: Any,
+    kv_length: int,
+    attention_mask: torch.Tensor | None = None,
+    allow_is_causal_skip: bool = True,
+    **kwargs: Any,
+) -> torch.Tensor | None:
+    """The mask function that belongs to ``"kvcached"``.
+
+    For elastic pages the mask stays as the user gave it, bool ``[B, tokens]``: pads only say which
+    tokens take no slot. For everything else it is the mask that SDPA needs.
+    """
+    if not isinstance(kv_length, _ElasticLength):
+        mask: torch.Tensor | None = sdpa_mask(
+            *args, kv_length=kv_length, attention_mask=attention_mask,
+            allow_is_causal_skip=allow_is_causal_skip, **kwargs,
+        )  # fmt: skip
+        return mask
+    plain = allow_is_causal_skip and not kwargs.get("use_vmap")
+    bidirectional = "allow_is_bidirectional_skip" in kwargs
+    _refuse(masks_other_than_causal_and_sliding=not plain or bidirectional)
+    return attention_mask
+
+
+AttentionInterface.register(NAME, elastic_attention)
+AttentionMaskInterface.register(NAME, elastic_mask)
+
+
+# --- one forward pass over packed tokens ----------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class PackedBatch:
+    """Where the new tokens of one forward pass go and what they see; int32 tensors.
+
+    ``slot_mapping [T]``, ``cu_seqlens_q [n + 1]``, ``cache_seqlens [n]`` (the new tokens
+    included), ``block_table [n, width]``. ``rows``, int64 ``[T]``, picks the packed tokens out of
+    a padded ``[B * Q]`` batch; ``None`` if there is no padding.
+    """
+
+    slot_mapping: torch.Tensor
+    cu_seqlens_q: torch.Tensor
+    cache_seqlens: torch.Tensor
+    block_table: torch.Tensor
+    max_seqlen_q: int
+    rows: torch.Tensor | None = None
+
+    @classmethod
+    def of(
+        cls, cache: KVCache, work: Seq[tuple[Any, np.ndarray]], rows: torch.Tensor | None = None
+    ) -> PackedBatch:
+        """From ``(sequence, slots of its new tokens)`` pairs, as ``extend`` returned the slots."""
+        if not work:
+            raise InvalidInput("a batch needs at least one sequence")
+        counts = [len(slots) for _, slots in work]
+
+        def tensor(array: Any) -> torch.Tensor:
+            return torch.from_numpy(np.ascontiguousarray(array, np.int32)).to(cache.device)
+
+        return cls(
+            slot_mapping=tensor(np.concatenate([slots for _, slots in work])),
+            cu_seqlens_q=tensor(np.cumsum([0, *counts])),
+            cache_seqlens=tensor([sequence.num_tokens for sequence, _ in work]),
+            block_table=tensor(cache.block_tables([sequence for sequence, _ in work])),
+            max_seqlen_q=max(1, *counts),
+            rows=rows,
+        )
+
+
+# --- caches -----------------------------------------------------------------------------------
+
+
+class _ElasticLayer(CacheLayerMixin):
+    """One layer of a paged cache, as transformers' ``Cache`` wants to see it."""
+
+    is_compileable = False
+    is_croppable = False
+    supports_early_init = False
+    is_sliding = False  # every token is kept; a window only bounds what is read
+
+    def __init__(self, owner: PagedCache, layer: int) -> None:
+        super().__init__()
+        self._owner, self._layer = owner, layer
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Nothing to do: pages appear when tokens come."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attach the ticket for the attention function; nothing is written yet."""
+        self._owner._expect(self._layer, key_states, value_states)
+        setattr(key_states, _TICKET, _Ticket(self._owner, self._layer))
+        return key_states, value_states
+
+    def get_seq_length(self) -> int:
+        """Columns seen so far, padding included."""
+        return self._owner._columns
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the keys that the mask must cover."""
+        return _ElasticLength(self._owner._columns + query_length), 0
+
+    def get_max_length(self) -> int:
+        """No maximum."""
+        return -1
+
+    def reset(self) -> None:
+        """The owner resets all layers at once."""
+
+
+class PagedCache(Cache):
+    """What the two caches share: tickets, views, and the attention over one ``PackedBatch``."""
+
+    def __init__(self, config: Any) -> None:
+        config = config.get_text_config(decoder=True)
+        _check_config(config)
+        self._config = config
+        self._cache: KVCache | None = None
+        self._views: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._batch: PackedBatch | None = None
+        self._columns = 0
+        self._pending: int | None = None
+        super().__init__(layers=[_ElasticLayer(self, i) for i in range(config.num_hidden_layers)])
+
+    def _bind(self, cache: KVCache) -> None:
+        layers = cache.spec.num_layers
+        if layers != len(self.layers):
+            raise InvalidInput(f"the KVCache has {layers} layers, the model {len(self.layers)}")
+        self._cache = cache
+        self._views = [cache.layer(i) for i in range(layers)]
+
+    def _expect(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """A layer is about to attend: check that the one before it really came back to us."""
+        if self._pending is not None or self._config._attn_implementation != NAME:
+            raise EngineUnsupported(
+                f"the model's attention ({self._config._attn_implementation!r}) does not read "
+                f"elastic pages",
+                hint="Load the model with attn_implementation='kvcached'.",
+            )
+        self._pending = layer
+        if layer == 0:
+            self._start(key, value)
+
+    def _start(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        """A forward pass begins with these keys and values ``[B, Hkv, Q, D]`` of layer 0."""
+        raise NotImplementedError
+
+    def _plan(self, mask: torch.Tensor | None) -> PackedBatch:
+        """The batch of the forward pass that began, made when layer 0 attends."""
+        raise NotImplementedError
+
+    def _attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+        mask: torch.Tensor | None, features: dict[str, Any],
+    ) -> torch.Tensor:  # fmt: skip
+        self._pending = None
+        if layer == 0:
+            self._batch = None
+            self._batch = self._plan(mask)
+        batch = self._batch
+        if batch is None:
+            raise EngineUnsupported("a layer attends before layer 0 of the same forward pass did")
+        k_cache, v_cache = self._views[layer]
+        size, heads, length, _ = query.shape
+        q, k, v = (_pack(x, batch.rows) for x in (query, key, value))
+        reshape_and_cache(k, v, k_cache, v_cache, batch.slot_mapping)
+        out = attn_with_kvcache(
+            q, k_cache, v_cache, cache_seqlens=batch.cache_seqlens, page_table=batch.block_table,
+            cu_seqlens_q=batch.cu_seqlens_q, max_seqlen_q=batch.max_seqlen_q, causal=True,
+            **features,
+        )  # fmt: skip
+        if batch.rows is not None:
+            padded = out.new_zeros(size * length, *out.shape[1:])
+            padded[batch.rows] = out
+            out = padded
+        return out.view(size, length, heads, -1)
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """No maximum."""
+        return -1
+
+    def update_conv_state(self, *args: Any, **kwargs: Any) -> Any:
+        """Linear attention keeps no KV cache; refused."""
+        raise EngineUnsupported("linear attention layers cannot lie in elastic pages")
+
+    update_recurrent_state = update_indexer = update_conv_state
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Only a crop of nothing is possible (assisted generation needs more; refused)."""
+        if tokens_to_remove:
+            raise EngineUnsupported("an elastic cache cannot be cropped (assisted generation)")
+
+
+def _pack(x: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+    """``[B, H, Q, D]`` to ``[T, H, D]``."""
+    flat = x.detach().transpose(1, 2).reshape(-1, x.shape[1], x.shape[3])
+    return flat if rows is None else flat[rows]
+
+
+def _check_config(config: Any) -> None:
+    kinds = set(getattr(config, "layer_types", None) or ()) - _LAYER_KINDS
+    if getattr(config, "attention_chunk_size", None):
+        kinds.add("chunked_attention")
+    if getattr(config, "num_kv_shared_layers", 0):
+        kinds.add("layers that share keys and values")
+    if kinds:
+        raise EngineUnsupported(
+            f"{config.model_type} has {', '.join(sorted(kinds))}, which elastic pages do not hold",
+            hint="Use transformers' own cache: leave out past_key_values.",
+        )
+
+
+class PackedCache(PagedCache):
+    """The elastic pages of a ``KVCache``, for an engine's own packed forward pass.
+
+    The engine extends its sequences, then::
+
+        paged = PackedCache(model.config, cache)
+        paged.batch = PackedBatch.of(cache, [(sequence, slots), ...])
+        model(input_ids=ids, position_ids=positions, past_key_values=paged)  # both [1, T]
+
+    Parameters
+    ----------
+    config:
+        The model's configuration.
+    cache:
+        Stays the caller's, who closes it.
+    """
+
+    def __init__(self, config: Any, cache: KVCache) -> None:
+        super().__init__(config)
+        self._bind(cache)
+        self.batch: PackedBatch | None = None
+
+    def _start(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        tokens = 0 if self.batch is None else len(self.batch.slot_mapping)
+        if key.shape[0] * key.shape[2] != tokens:
+            self._pending = None
+            raise InvalidInput(
+                f"the forward pass has {key.shape[0] * key.shape[2]} tokens, the batch {tokens}",
+                hint="Set .batch before each forward pass.",
+            )
+
+    def _plan(self, mask: torch.Tensor | None) -> PackedBatch:
+        _refuse(an_attention_mask_over_packed_tokens=mask)
+        batch, self.batch = self.batch, None
+        assert batch is not None, "checked when the pass began"
+        return batch
