@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kvcached.kernels import reference
     from kvcached.kernels.append import reshape_and_cache
     from kvcached.kernels.attention import attn_with_kvcache
     from kvcached.kernels.merge import merge_state, merge_states
@@ -34,12 +35,15 @@ __all__ = [
     "gather_pages",
     "merge_state",
     "merge_states",
+    "reference",
     "reshape_and_cache",
     "scatter_pages",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "reference":
+        return importlib.import_module(f"{__name__}.reference")
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

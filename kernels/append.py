@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from kvcached.errors import InvalidInput
-from kvcached.kernels.attention import index_tensor
+from kvcached.kernels.checks import index_tensor
 from kvcached.kernels.move import check_distinct, check_range, check_rows, move_rows
 from kvcached.kernels.view import KVView
 

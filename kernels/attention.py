@@ -5,73 +5,24 @@ The arguments are those of ``flash_attn_with_kvcache`` (Dao-AILab/flash-attentio
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from kvcached.errors import InvalidInput
-from kvcached.kernels.view import KVView
-from kvcached.layout import cdiv
-
-UNBOUNDED = 1 << 40
-"""A window side that never cuts anything off."""
-
-
-@dataclass(frozen=True, slots=True)
-class AttentionCall:
-    """The checked arguments of one call, the same for every backend.
-
-    Shapes: ``q [T, Hq, D]``, ``out [T, Hq, Dv]``, ``lse [T, Hq]`` float32, ``lens [B]`` int32,
-    ``q_starts [B + 1]`` int32 or ``None`` if each sequence has ``max_q`` tokens, ``table [B, n]``
-    int32 or ``None``, ``starts [B]`` int32 or ``None``. ``left`` and ``right`` are the tokens
-    that a query sees before and after its own position.
-    """
-
-    q: torch.Tensor
-    kv: KVView
-    out: torch.Tensor
-    lse: torch.Tensor
-    lens: torch.Tensor
-    table: torch.Tensor | None
-    starts: torch.Tensor | None
-    q_starts: torch.Tensor | None
-    max_q: int
-    scale: float
-    softcap: float
-    left: int
-    right: int
-    slopes: torch.Tensor | None
-    sinks: torch.Tensor | None
+from kvcached.kernels.checks import AttentionCall, check_call
 
 
 def attn_with_kvcache(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    k: torch.Tensor | None = None,
-    v: torch.Tensor | None = None,
-    *,
-    cache_seqlens: Any,
-    page_table: Any = None,
-    cache_start: Any = None,
-    cu_seqlens_q: Any = None,
-    max_seqlen_q: int = 1,
-    softmax_scale: float | None = None,
-    causal: bool = True,
-    window_size: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
-    alibi_slopes: torch.Tensor | None = None,
-    sinks: torch.Tensor | None = None,
-    custom_mask: torch.Tensor | None = None,
-    k_descale: torch.Tensor | None = None,
-    v_descale: torch.Tensor | None = None,
-    num_splits: int = 0,
-    plan: Any = None,
-    out: torch.Tensor | None = None,
-    return_softmax_lse: bool = False,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
+    k: torch.Tensor | None = None, v: torch.Tensor | None = None, *,
+    cache_seqlens: Any, page_table: Any = None, cache_start: Any = None,
+    cu_seqlens_q: Any = None, max_seqlen_q: int = 1, softmax_scale: float | None = None,
+    causal: bool = True, window_size: tuple[int, int] = (-1, -1), softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None, sinks: torch.Tensor | None = None,
+    custom_mask: None = None, k_descale: None = None, v_descale: None = None,
+    num_splits: int = 0, plan: None = None,
+    out: torch.Tensor | None = None, return_softmax_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Attention of ``q`` over sequences that lie in a paged cache; decode, prefill or both.
 
     Parameters
@@ -79,63 +30,44 @@ def attn_with_kvcache(
     q:
         ``[T, Hq, D]``, the query tokens of all sequences one after another.
     k_cache, v_cache:
-        ``[num_blocks, block_size, Hkv, D]`` and ``[..., Dv]``, any strides but 1 in the last
-        dimension, of q's dtype (float32, float16, bfloat16, float64). ``Hq % Hkv == 0``. Only
-        the slots that the sequences own and the queries see are read.
+        ``[num_blocks, block_size, Hkv, D]`` and ``[..., Dv]`` of q's dtype (float32, float16,
+        bfloat16, float64), last stride 1, ``Hq % Hkv == 0``. Only slots that a query sees are read.
     k, v:
-        ``[T, Hkv, D]``, keys and values of the query tokens, to be written first. Then
+        ``[T, Hkv, D]``, ``[..., Dv]``: of the query tokens, to be written to the cache first. Then
         ``cache_seqlens`` counts the tokens *before* them.
     cache_seqlens:
         int32 ``[B]``, tokens of each sequence in the cache, the query tokens included.
-    page_table:
-        int32 ``[B, n]``: block ids of each sequence, ``n >= ceil(longest / block_size)``.
-    cache_start:
-        int32 ``[B]``, instead of ``page_table``: the slot of each sequence's first token, the
-        others in the slots behind it.
+    page_table, cache_start:
+        One of the two. Block ids of each sequence, int32 ``[B, n]`` with ``n * block_size`` at
+        least the longest; or the slot of its first token, int32 ``[B]``, the others right behind.
     cu_seqlens_q, max_seqlen_q:
-        int32 ``[B + 1]``, where each sequence's query tokens start in ``q``. Without it each
-        sequence has ``max_seqlen_q`` of them.
-    softmax_scale:
-        ``D ** -0.5`` by default.
-    causal, window_size:
-        Bottom-right aligned: the last query sees the last token. A window ``(left, right)``
-        bounds what a query sees around its own position; -1 is unbounded.
+        Where each sequence's tokens start in ``q``, int32 ``[B + 1]``, and the most that one has.
+        Without the first each has ``max_seqlen_q``.
+    causal, window_size, softmax_scale:
+        Bottom-right aligned: the last query sees the last token. A window ``(left, right)`` bounds
+        what a query sees around its place, -1 is unbounded. The scale is ``D ** -0.5`` by default.
     softcap, alibi_slopes, sinks:
-        Scores become ``softcap * tanh(score / softcap)``; slopes float32 ``[Hq]`` take off
-        ``slope * distance``; sinks float32 ``[Hq]`` join the softmax's denominator (not the LSE).
+        Scores become ``softcap * tanh(score / softcap)``; slopes ``[Hq]`` take off ``slope *
+        distance``; sinks ``[Hq]`` join the softmax's denominator (not the LSE).
     out, return_softmax_lse:
         ``[T, Hq, Dv]`` to write to; whether to return the natural-log LSE too, float32 ``[T, Hq]``.
         A query that sees no token gives 0 and -inf.
 
-    Raises ``InvalidInput`` naming the argument. ``num_splits`` is a hint. ``custom_mask``,
+    Raises ``InvalidInput`` naming the argument. ``num_splits`` is a hint for GPUs; ``custom_mask``,
     ``k_descale``, ``v_descale`` and ``plan`` are reserved and must be ``None``.
     """
-    reserved = {"custom_mask": custom_mask, "k_descale": k_descale, "v_descale": v_descale,
-                "plan": plan}  # fmt: skip
-    for name, value in reserved.items():
-        if value is not None:
-            raise InvalidInput(f"{name} is not supported yet", hint=f"Leave {name}=None.")
-    kv = KVView.from_tensors(k_cache, v_cache)
-    _check_queries(q, kv)
-    lens = index_tensor("cache_seqlens", cache_seqlens, 1, kv.device)
-    starts = _query_starts(cu_seqlens_q, max_seqlen_q, len(lens), q)
-    table, first = _places(page_table, cache_start, len(lens), kv)
-    if k is not None or v is not None:
-        lens = _append(k, v, k_cache, v_cache, q, lens, starts, table, first, int(max_seqlen_q))
-    left, right = _window(window_size, causal)
-    call = AttentionCall(
-        q=q, kv=kv, out=_output(out, q, kv), lse=_empty_lse(q), lens=lens,
-        table=table, starts=first, q_starts=starts, max_q=int(max_seqlen_q),
-        scale=kv.head_dim**-0.5 if softmax_scale is None else float(softmax_scale),
-        softcap=_softcap(softcap), left=left, right=right,
-        slopes=_per_head("alibi_slopes", alibi_slopes, q), sinks=_per_head("sinks", sinks, q),
+    call = check_call(
+        q, k_cache, v_cache, k, v, cache_seqlens=cache_seqlens, page_table=page_table,
+        cache_start=cache_start, cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q,
+        softmax_scale=softmax_scale, causal=causal, window_size=window_size, softcap=softcap,
+        alibi_slopes=alibi_slopes, sinks=sinks, out=out, custom_mask=custom_mask,
+        k_descale=k_descale, v_descale=v_descale, plan=plan,
     )  # fmt: skip
-    run_attention(call, num_splits)
+    _run(call, num_splits)
     return (call.out, call.lse) if return_softmax_lse else call.out
 
 
-def run_attention(call: AttentionCall, num_splits: int = 0) -> None:
-    """Hand a checked call to the backend of its device."""
+def _run(call: AttentionCall, num_splits: int) -> None:
     if call.kv.device.type == "cpu":
         from kvcached.kernels.cpu import attend
 
@@ -144,171 +76,3 @@ def run_attention(call: AttentionCall, num_splits: int = 0) -> None:
         from kvcached.kernels.decode import attend_triton
 
         attend_triton(call, num_splits)
-
-
-def index_tensor(name: str, value: Any, dims: int, device: torch.device) -> torch.Tensor:
-    """``value`` (tensor, or numpy array for the CPU) as an int32 tensor; copies nothing."""
-    tensor = value if isinstance(value, torch.Tensor) else torch.as_tensor(value)
-    if tensor.dtype != torch.int32 or tensor.dim() != dims or tensor.device != device:
-        raise InvalidInput(
-            f"{name} must be {dims}-dimensional int32 on {device}, not {tensor.dim()}-dimensional "
-            f"{str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
-        )
-    return tensor if tensor.stride(-1) == 1 or tensor.numel() <= 1 else tensor.contiguous()
-
-
-def _check_queries(q: torch.Tensor, kv: KVView) -> None:
-    if not isinstance(q, torch.Tensor) or q.dim() != 3:
-        raise InvalidInput(f"q must be [T, Hq, D], not of shape {tuple(getattr(q, 'shape', ()))}")
-    if (q.dtype, q.device) != (kv.dtype, kv.device):
-        raise InvalidInput(
-            f"q is {q.dtype} on {q.device}, but the cache is {kv.dtype} on {kv.device}"
-        )
-    if q.shape[2] != kv.head_dim:
-        raise InvalidInput(f"q has head dim {q.shape[2]}, but the cache has {kv.head_dim}")
-    if q.shape[1] == 0 or q.shape[1] % kv.num_kv_heads:
-        raise InvalidInput(
-            f"q has {q.shape[1]} heads, which is no multiple of the cache's {kv.num_kv_heads}"
-        )
-    if q.stride(-1) != 1:
-        raise InvalidInput(f"q has stride {q.stride(-1)} in its last dimension, not 1")
-
-
-def _query_starts(cu: Any, max_q: int, batch: int, q: torch.Tensor) -> torch.Tensor | None:
-    if isinstance(max_q, bool) or not isinstance(max_q, int) or max_q < 1:
-        raise InvalidInput(f"max_seqlen_q is {max_q!r}, but must be an integer >= 1")
-    if cu is None:
-        if q.shape[0] != batch * max_q:
-            raise InvalidInput(
-                f"q has {q.shape[0]} tokens for {batch} sequences of max_seqlen_q={max_q}",
-                hint="Pass cu_seqlens_q if the sequences differ in length.",
-            )
-        return None
-    starts = index_tensor("cu_seqlens_q", cu, 1, q.device)
-    if len(starts) != batch + 1:
-        raise InvalidInput(f"cu_seqlens_q has {len(starts)} entries for {batch} sequences")
-    if q.device.type == "cpu":
-        _check_starts(starts, max_q, q.shape[0])
-    return starts
-
-
-def _check_starts(starts: torch.Tensor, max_q: int, tokens: int) -> None:
-    counts = starts.diff()
-    if int(starts[0]) != 0 or int(starts[-1]) != tokens or bool((counts < 0).any()):
-        raise InvalidInput(f"cu_seqlens_q must rise from 0 to q's {tokens} tokens")
-    if len(counts) and int(counts.max()) > max_q:
-        raise InvalidInput(
-            f"max_seqlen_q is {max_q}, but a sequence has {int(counts.max())} query tokens"
-        )
-
-
-def _places(
-    page_table: Any, cache_start: Any, batch: int, kv: KVView
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    if (page_table is None) == (cache_start is None):
-        raise InvalidInput("pass either page_table or cache_start")
-    name, value, dims = (
-        ("cache_start", cache_start, 1) if page_table is None else ("page_table", page_table, 2)
-    )
-    tensor = index_tensor(name, value, dims, kv.device)
-    if len(tensor) != batch:
-        raise InvalidInput(f"{name} has {len(tensor)} rows for {batch} sequences")
-    return (None, tensor) if page_table is None else (tensor, None)
-
-
-def check_places(call: AttentionCall) -> None:
-    """Check lengths, table width and slots by value; for tensors that are cheap to read."""
-    longest, shortest = (int(call.lens.max()), int(call.lens.min())) if len(call.lens) else (0, 0)
-    if shortest < 0:
-        raise InvalidInput(f"cache_seqlens has a length of {shortest}")
-    size = call.kv.block_size
-    if call.table is not None and call.table.shape[1] < cdiv(longest, size):
-        raise InvalidInput(
-            f"page_table has {call.table.shape[1]} columns, but {longest} tokens in blocks of "
-            f"{size} need {cdiv(longest, size)}"
-        )
-    if call.starts is not None and len(call.starts):
-        slots = call.kv.num_blocks * size
-        end = int((call.starts.long() + call.lens).max())
-        if int(call.starts.min()) < 0 or end > slots:
-            raise InvalidInput(f"cache_start leads to slot {end}, but the cache has {slots}")
-
-
-def _window(window_size: tuple[int, int], causal: bool) -> tuple[int, int]:
-    try:
-        left, right = (int(side) for side in window_size)
-    except (TypeError, ValueError) as error:
-        raise InvalidInput(f"window_size is {window_size!r}, not a pair of integers") from error
-    if min(left, right) < -1:
-        raise InvalidInput(f"window_size is {window_size!r}; -1 is unbounded, smaller is nothing")
-    right = 0 if causal else right
-    return (UNBOUNDED if left < 0 else left), (UNBOUNDED if right < 0 else right)
-
-
-def _softcap(softcap: float) -> float:
-    if not (math.isfinite(softcap) and softcap >= 0):
-        raise InvalidInput(f"softcap is {softcap!r}, but must be finite and >= 0 (0: none)")
-    return float(softcap)
-
-
-def _per_head(name: str, value: torch.Tensor | None, q: torch.Tensor) -> torch.Tensor | None:
-    if value is None:
-        return None
-    if value.shape != q.shape[1:2] or value.device != q.device:
-        raise InvalidInput(
-            f"{name} must be [{q.shape[1]}] on {q.device}, not {tuple(value.shape)} "
-            f"on {value.device}"
-        )
-    return value.to(torch.float32).contiguous()
-
-
-def _output(out: torch.Tensor | None, q: torch.Tensor, kv: KVView) -> torch.Tensor:
-    shape = (*q.shape[:2], kv.head_dim_v)
-    if out is None:
-        return torch.empty(shape, dtype=q.dtype, device=q.device)
-    if out.shape != shape or (out.dtype, out.device) != (q.dtype, q.device) or out.stride(-1) != 1:
-        raise InvalidInput(
-            f"out must be {shape} {q.dtype} on {q.device} with last stride 1, not "
-            f"{tuple(out.shape)} {out.dtype} on {out.device} with strides {out.stride()}"
-        )
-    return out
-
-
-def _empty_lse(q: torch.Tensor) -> torch.Tensor:
-    return torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-
-
-def _append(
-    k: torch.Tensor | None,
-    v: torch.Tensor | None,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    q: torch.Tensor,
-    lens: torch.Tensor,
-    q_starts: torch.Tensor | None,
-    table: torch.Tensor | None,
-    starts: torch.Tensor | None,
-    max_q: int,
-) -> torch.Tensor:
-    """Write ``k`` and ``v`` behind each sequence; returns the new lengths."""
-    from kvcached.kernels.append import reshape_and_cache
-
-    if k is None or v is None or k.shape[:1] != q.shape[:1]:
-        raise InvalidInput("k and v must both be given, with a row for each token of q")
-    if q_starts is None:
-        q_starts = torch.arange(len(lens) + 1, dtype=torch.int32, device=q.device) * max_q
-    counts = q_starts.diff()
-    seqs = torch.repeat_interleave(counts.long(), output_size=q.shape[0])
-    pos = torch.arange(q.shape[0], device=q.device) - q_starts[seqs] + lens[seqs]
-    size = k_cache.shape[1]
-    if table is not None:
-        if len(pos) and q.device.type == "cpu" and int(pos.max()) // size >= table.shape[1]:
-            raise InvalidInput(
-                f"page_table has {table.shape[1]} columns, but the new tokens reach position "
-                f"{int(pos.max())} in blocks of {size}"
-            )
-        slots = table[seqs, pos // size].long() * size + pos % size
-    else:
-        slots = starts[seqs] + pos
-    reshape_and_cache(k, v, k_cache, v_cache, slots.to(torch.int32))
-    return lens + counts

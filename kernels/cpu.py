@@ -12,7 +12,7 @@ from numba import njit
 from kvcached.errors import InvalidInput
 from kvcached.kernels import _team
 from kvcached.kernels._attend import Q_TILE_ROWS, TASK, attention_worker
-from kvcached.kernels.attention import AttentionCall, check_places
+from kvcached.kernels.checks import AttentionCall, check_places
 
 _STORAGE: dict[torch.dtype, Any] = {
     torch.float32: np.float32,

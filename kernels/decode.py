@@ -22,7 +22,7 @@ import triton.language as tl
 from kvcached.errors import InvalidInput
 
 if TYPE_CHECKING:
-    from kvcached.kernels.attention import AttentionCall
+    from kvcached.kernels.checks import AttentionCall
     from kvcached.kernels.view import KVView
 
 MAX_ROWS = 64
@@ -157,12 +157,14 @@ def attend_kernel(
     denominator = total
     if HAS_SINKS:  # in the denominator only, not in the LSE
         sink = tl.load(SINKS + query, mask=valid_m, other=0.0) * LOG2_E
-        denominator = total + tl.exp2(sink - top)
+        denominator = total + tl.exp2(tl.where(total > 0, sink - top, 0.0))
     out = acc / tl.where(total > 0, denominator, 1.0)[:, None]
     out_at = OUT + row[:, None] * stride_ot + query[:, None] * stride_oh + offs_v[None, :]
     valid_o = valid_m[:, None] & (offs_v < DV)[None, :]
     tl.store(out_at, out.to(OUT.dtype.element_ty), mask=valid_o)
-    lse = tl.where(total > 0, (top + tl.log2(total)) / LOG2_E, float("-inf"))
+    lse = tl.where(
+        total > 0, (top + tl.log2(tl.where(total > 0, total, 1.0))) / LOG2_E, float("-inf")
+    )
     tl.store(LSE + row * (kv_heads * G) + query, lse, mask=valid_m)
 
 
@@ -279,7 +281,7 @@ def _splits(items: int, longest: int, device: torch.device) -> int:
     if device.type != "cuda":
         return 1
     programs = 2 * torch.cuda.get_device_properties(device).multi_processor_count
-    return max(1, min(MAX_SPLITS, programs // items, longest // MIN_SPLIT_TOKENS))
+    return max(1, min(MAX_SPLITS, int(programs) // items, longest // MIN_SPLIT_TOKENS))
 
 
 def _workspace(

@@ -15,7 +15,7 @@ from numba import njit
 
 from kvcached.errors import InvalidInput
 from kvcached.kernels._simd import move_bytes
-from kvcached.kernels.attention import index_tensor
+from kvcached.kernels.checks import index_tensor
 from kvcached.kernels.view import KVView
 
 
