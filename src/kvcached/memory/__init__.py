@@ -1,0 +1,1 @@
+"""Physical memory: the backends, and torch views over their addresses."""

@@ -222,13 +222,13 @@ class CudaBackend:
         with self._call.in_context(self._context):
             flags = self._call.driver.CUevent_flags.CU_EVENT_DISABLE_TIMING
             (event,) = self._call("cuEventCreate", int(flags))
+            fence = CudaFence(self, event)
+            self._fences.add(fence)  # from here on shutdown destroys the event if nobody else does
             try:
                 self._call("cuEventRecord", event, stream)
-            except BaseException:
-                self._call("cuEventDestroy", event)
+            except KvcachedError:
+                fence.close()
                 raise
-        fence = CudaFence(self, event)
-        self._fences.add(fence)
         return fence
 
     def check(self) -> None:
@@ -307,38 +307,39 @@ class CudaFence:
 
     def __init__(self, backend: CudaBackend, event: Any) -> None:
         self._backend, self._event = backend, event
-        self._call = backend._call  # noqa: SLF001
-        self._done = False
+        self._call = backend._call  # noqa: SLF001 - the fence is a part of its backend
+        self._passed = self._closed = False
 
     def passed(self) -> bool:
         """Whether the device got past the event. Never blocks; once true, stays true.
 
         ``DriverError`` if the device failed before it got there.
         """
-        if self._done:
+        if self._passed:
             return True
-        self._backend._require_usable()  # noqa: SLF001 - the fence is a part of its backend
+        self._backend._require_usable()  # noqa: SLF001
         driver = self._call.driver
         result = driver.cuEventQuery(self._event)
         if result[0] == driver.CUresult.CUDA_ERROR_NOT_READY:
             return False
         self._call.check(result, "cuEventQuery")
+        self._passed = True
         self.close()
         return True
 
     def close(self) -> None:
         """Destroy the event, passed or not. Idempotent."""
-        if not self._done:
-            self._done = True
-            self._backend._fences.discard(self)  # noqa: SLF001
+        if not self._closed:
             self._call("cuEventDestroy", self._event)
+            self._closed = True
+            self._backend._fences.discard(self)  # noqa: SLF001
 
 
 def load_driver() -> Driver:
     """The module ``cuda.bindings.driver``; ``BackendUnavailable`` if it is not installed."""
     try:
         # Only when a backend is made, and only here.
-        from cuda.bindings import driver  # type: ignore[import-untyped, unused-ignore]  # noqa: PLC0415
+        from cuda.bindings import driver  # type: ignore[import-untyped, unused-ignore]
     except ImportError as error:
         raise BackendUnavailable(
             f"cuda.bindings cannot be imported: {error}",

@@ -273,8 +273,12 @@ class HostBackend:
             start += head
             self._cut(address + nbytes, end - address - nbytes)
         except OSError as error:
-            self._calls.munmap(start, end - start)
-            raise translate(error, "munmap", f"cannot reserve {format_size(nbytes)}") from error
+            translated = translate(error, "munmap", f"cannot reserve {format_size(nbytes)}")
+            try:
+                self._calls.munmap(start, end - start)
+            except OSError as second:  # addresses are lost, but no memory
+                translated.add_note(f"and {end - start} bytes of addresses stay taken: {second}")
+            raise translated from error
         return address
 
     def _cut(self, address: int, nbytes: int) -> None:

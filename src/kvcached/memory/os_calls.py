@@ -23,6 +23,7 @@ _F_ADD_SEALS, _F_SEAL_SEAL, _F_SEAL_SHRINK, _F_SEAL_GROW = 1033, 1, 2, 4
 
 _NO_MEMORY = {errno.ENOMEM, errno.ENOSPC}
 _EINTR_TRIES = 16
+MAX_MAP_COUNT = "/proc/sys/vm/max_map_count"
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
@@ -119,7 +120,7 @@ def translate(error: OSError, call: str, what: str) -> OutOfPages | DriverError:
 
 def _no_memory_hint() -> str:
     """Say whether the number of mappings is the likely cause."""
-    with open("/proc/self/maps", "rb") as maps, open("/proc/sys/vm/max_map_count") as limit:
+    with open("/proc/self/maps", "rb") as maps, open(MAX_MAP_COUNT) as limit:
         count, most = sum(1 for _ in maps), int(limit.read())
     if count > most * 0.9:
         return f"{count} of {most} mappings are in use: raise sysctl vm.max_map_count."

@@ -128,10 +128,10 @@ def layer_views(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The keys and values of one layer over the reservation at ``address``.
 
-    Both are strided views ``[num_blocks, block_size, num_kv_heads, dim]`` of ``spec.dtype``, without
-    a copy, contiguous from slot to dim. For MLA the values are the first ``mla_value_dim`` elements
-    of the keys. In the per-layer layout plane ``2 * layer`` holds the keys and the next one the
-    values. Raises ``InvalidInput``.
+    Both are strided views ``[num_blocks, block_size, num_kv_heads, dim]`` of ``spec.dtype``, and
+    nothing is copied. A block is contiguous from slot to dim. For MLA the values are the first
+    ``mla_value_dim`` elements of the keys. In the per-layer layout plane ``2 * layer`` holds the
+    keys and the next one the values. Raises ``InvalidInput``.
     """
     if not 0 <= layer < spec.num_layers:
         raise InvalidInput(f"layer {layer} does not exist: there are {spec.num_layers}")

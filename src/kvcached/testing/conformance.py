@@ -7,6 +7,7 @@ uses no test runner: a broken clause is an ``AssertionError`` that names it.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -147,7 +148,7 @@ def _reservations(c: Case) -> None:
         assert rng.nbytes == num_pages * c.backend.page_bytes, "a reservation has the size asked"
         assert rng.address % c.backend.page_bytes == 0, "addresses are aligned to the page"
     ordered = sorted(ranges, key=lambda r: r.address)
-    for low, high in zip(ordered, ordered[1:], strict=False):
+    for low, high in itertools.pairwise(ordered):
         assert low.address + low.nbytes <= high.address, "reservations do not overlap"
     for rng in ranges:
         c.backend.close(rng)

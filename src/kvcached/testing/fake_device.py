@@ -30,6 +30,8 @@ class CUresult(enum.IntEnum):
 
 
 class Refused(Exception):  # noqa: N818 - a status on its way, not an error of ours
+    """Makes the driver function under way return ``status``."""
+
     def __init__(self, status: CUresult) -> None:
         super().__init__(status.name)
         self.status = status
@@ -97,6 +99,7 @@ class FakeDevice:
         self.mappings: dict[int, Mapping] = {}
         self.streams: set[int] = set()
         self.events: dict[int, bool] = {}
+        self.last_failed = ""
         self._failures: dict[str, tuple[int, CUresult, bool]] = {}
         self.initialized = False
         self.next_id = 1
@@ -161,19 +164,20 @@ class FakeDevice:
         self.calls[name] += 1
         for key in (name, "*"):
             if key in self._failures:
-                self._maybe_fail(key)
+                self._maybe_fail(key, name)
         if not self.initialized and name != "cuInit":
             raise Refused(CUresult.CUDA_ERROR_NOT_INITIALIZED)
         if needs_context and not self.contexts:
             raise Refused(CUresult.CUDA_ERRORINVALID_CONTEXT)
 
-    def _maybe_fail(self, key: str) -> None:
+    def _maybe_fail(self, key: str, name: str) -> None:
         at, status, sticky = self._failures[key]
         if at > 1:
             self._failures[key] = (at - 1, status, sticky)
             return
         if not sticky:
             del self._failures[key]
+        self.last_failed = name
         raise Refused(status)
 
     def new_id(self) -> int:

@@ -1,4 +1,4 @@
-"""Hypothesis strategies for caches. The only module of ``kvcached.testing`` that needs hypothesis."""
+"""Hypothesis strategies for caches. The only module here that needs hypothesis."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from kvcached.layout import DTYPE_BYTES, LAYOUTS, CacheSpec
 from kvcached.testing.models import model_specs
 
 
-@st.composite
+@st.composite  # type: ignore[untyped-decorator, unused-ignore]
 def cache_specs(
     draw: st.DrawFn,
     *,

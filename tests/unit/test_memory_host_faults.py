@@ -1,0 +1,217 @@
+"""HostBackend: what happens when an operating-system call fails."""
+
+import ctypes
+import errno
+import itertools
+import os
+
+import pytest
+from host_maps import PAGE, maps_of
+
+from kvcached.errors import BackendUnavailable, DriverError, OutOfPages, PoolBroken
+from kvcached.memory.host import HostBackend
+from kvcached.memory.os_calls import OsCalls, translate
+
+
+class FailingCalls(OsCalls):
+    """Fails the ``fail_at``-th call, or all from there on, before it reaches the kernel."""
+
+    def __init__(self, number=errno.ENOMEM):
+        self.number, self.fail_at, self.sticky, self.seen = number, None, False, 0
+
+    def arm(self, fail_at, *, sticky=False):
+        self.fail_at, self.sticky, self.seen = fail_at, sticky, 0
+
+    def _step(self):
+        self.seen += 1
+        if self.fail_at and (
+            self.seen == self.fail_at or (self.sticky and self.seen > self.fail_at)
+        ):
+            raise OSError(self.number, os.strerror(self.number))
+
+
+for _name in ("mmap", "munmap", "madvise", "punch_hole"):
+
+    def _failing(self, *args, _name=_name):
+        self._step()
+        return getattr(OsCalls, _name)(self, *args)
+
+    setattr(FailingCalls, _name, _failing)
+
+
+def snapshot(backend):
+    books = backend._books
+    return (
+        sorted((r.reservation.address, sorted(r.handles)) for r in books.ranges.values()),
+        sorted((key, state.mapped) for key, state in books.handles.items()),
+        sorted(backend._places),
+        books.handle_bytes,
+    )
+
+
+def operations(backend):
+    """Each public operation, on a backend with something mapped; returns them by name."""
+    reservation, other = backend.reserve(8 * PAGE), backend.reserve(2 * PAGE)
+    mapped, loose, used = backend.create(2), backend.create(1), backend.create(1)
+    backend.map(reservation, 0, mapped)
+    backend.map(reservation, 4, used)
+    backend.unmap(reservation, 4, used)
+    steps = {
+        "reserve": lambda: backend.close(backend.reserve(2 * PAGE)),
+        "map": lambda: backend.map(reservation, 3, loose),
+        "unmap": lambda: backend.unmap(reservation, 0, mapped),
+        "release": lambda: backend.release(used),
+        "close": lambda: backend.close(other),
+    }
+
+    def clean():
+        for state in list(backend._books.ranges.values()):
+            for page_index, handle_state in list(state.handles.items()):
+                backend.unmap(state.reservation, page_index, handle_state.handle)
+            backend.close(state.reservation)
+        for handle_state in list(backend._books.handles.values()):
+            backend.release(handle_state.handle)
+        backend.shutdown()
+
+    return steps, reservation, clean
+
+
+def attempt(step):
+    try:
+        step()
+    except (OutOfPages, DriverError):
+        return True
+    return False
+
+
+@pytest.mark.parametrize("name", ["map", "unmap", "release", "close"])
+@pytest.mark.parametrize("number", [errno.ENOMEM, errno.EAGAIN, errno.EINTR, errno.EPERM])
+def test_nth_os_call_fails_once(name, number):
+    """F7: an exception of ours, books unchanged, contents unchanged, and the retry works."""
+    calls, failures = FailingCalls(number), 0
+    for fail_at in itertools.count(1):
+        calls.arm(None)
+        backend = HostBackend(PAGE, calls=calls)
+        steps, reservation, clean = operations(backend)
+        ctypes.memset(reservation.address, 0x5A, 2 * PAGE)
+        before, lines = snapshot(backend), maps_of(reservation)
+        calls.arm(fail_at)
+        if attempt(steps[name]):
+            failures += 1
+            assert snapshot(backend) == before
+            assert maps_of(reservation) == lines
+            assert ctypes.string_at(reservation.address, 2 * PAGE) == b"\x5a" * 2 * PAGE
+            assert not attempt(steps[name])
+        reached = calls.seen >= fail_at
+        calls.arm(None)
+        backend.check()
+        clean()
+        if not reached:
+            break
+    # An interrupted fallocate is retried by the backend itself.
+    assert failures or (name, number) == ("release", errno.EINTR)
+
+
+@pytest.mark.parametrize("sticky", [False, True])
+def test_nth_os_call_of_reserve_fails(sticky):
+    """The page is larger than the system's, so both ends are cut off: up to three calls."""
+    calls, failures = FailingCalls(), 0
+    backend = HostBackend(2 << 20, calls=calls)
+    for fail_at in (1, 2, 3):
+        calls.arm(fail_at, sticky=sticky)
+        made = []
+        failures += attempt(lambda made=made: made.append(backend.reserve(2 << 20)))
+        calls.arm(None)
+        for reservation in made:
+            backend.close(reservation)
+        assert snapshot(backend) == ([], [], [], 0)
+        backend.check()
+    assert failures >= 2
+    backend.shutdown()
+
+
+@pytest.mark.parametrize("name", ["reserve", "unmap", "release", "close"])
+def test_every_os_call_from_the_nth_on_fails(name):
+    calls = FailingCalls(errno.EPERM)
+    backend = HostBackend(PAGE, calls=calls)
+    steps, _, clean = operations(backend)
+    before = snapshot(backend)
+    calls.arm(1, sticky=True)
+    with pytest.raises(DriverError, match="EPERM") as caught:
+        steps[name]()
+    assert caught.value.status == "EPERM"
+    calls.arm(None)
+    assert snapshot(backend) == before
+    backend.check()
+    clean()
+
+
+def test_a_map_that_cannot_be_undone_says_so():
+    calls = FailingCalls(errno.EPERM)
+    backend = HostBackend(PAGE, calls=calls)
+    steps, _, clean = operations(backend)
+    calls.arm(2, sticky=True)  # mmap works; madvise and everything after it fails
+    with pytest.raises(PoolBroken, match="could not be undone"):
+        steps["map"]()
+    calls.arm(None)
+    clean()
+
+
+def test_a_hole_left_by_a_failed_map_is_covered():
+    """Old kernels may drop the old mapping before MAP_FIXED fails."""
+
+    class HoleCalls(OsCalls):
+        armed = False
+
+        def mmap(self, address, nbytes, prot, flags, fd, offset):
+            if self.armed and fd >= 0:
+                self.munmap(address, nbytes)
+                raise OSError(errno.ENOMEM, "no memory")
+            return super().mmap(address, nbytes, prot, flags, fd, offset)
+
+    calls = HoleCalls()
+    backend = HostBackend(PAGE, calls=calls)
+    reservation, handle = backend.reserve(8 * PAGE), backend.create(1)
+    calls.armed = True
+    with pytest.raises(OutOfPages):
+        backend.map(reservation, 3, handle)
+    assert maps_of(reservation) == [(8, "---p")]
+    backend.release(handle)
+    backend.close(reservation)
+    backend.shutdown()
+
+
+def test_no_memfd_is_backend_unavailable():
+    class NoMemfd(OsCalls):
+        def memfd(self, name, nbytes):
+            raise OSError(errno.EMFILE, "Too many open files")
+
+    with pytest.raises(BackendUnavailable, match="EMFILE"):
+        HostBackend(PAGE, calls=NoMemfd())
+
+
+def test_interrupted_punch_is_retried_a_bounded_number_of_times():
+    calls = FailingCalls(errno.EINTR)
+    backend = HostBackend(PAGE, calls=calls)
+    reservation, handle = backend.reserve(PAGE), backend.create(1)
+    backend.map(reservation, 0, handle)
+    backend.unmap(reservation, 0, handle)
+    calls.arm(1, sticky=True)
+    with pytest.raises(DriverError, match="EINTR"):
+        backend.release(handle)
+    assert calls.seen < 50
+    calls.arm(1)
+    backend.release(handle)
+    assert calls.seen == 2
+    calls.arm(None)
+    backend.close(reservation)
+    backend.shutdown()
+
+
+def test_out_of_mappings_names_the_sysctl(monkeypatch, tmp_path):
+    error = OSError(errno.ENOMEM, "Cannot allocate memory")
+    assert "vm.max_map_count" not in str(translate(error, "mmap", "cannot map"))
+    fake = tmp_path / "max_map_count"
+    fake.write_text("10\n")
+    monkeypatch.setattr("kvcached.memory.os_calls.MAX_MAP_COUNT", str(fake))
+    assert "raise sysctl vm.max_map_count" in str(translate(error, "mmap", "cannot map"))
