@@ -86,15 +86,12 @@ def runtime_dir(runtime_root: Path, request: pytest.FixtureRequest) -> Iterator[
     """The private ``KVCACHED_RUNTIME_DIR`` of a test; children inherit it."""
     path = runtime_root / f"{len(os.listdir(runtime_root))}"
     path.mkdir(mode=0o700)
-    before = {name: os.environ.get(name) for name in os.environ if name.startswith("KVCACHED_")}
-    before.setdefault("KVCACHED_RUNTIME_DIR", None)
+    before = {key: value for key, value in os.environ.items() if key.startswith("KVCACHED_")}
     os.environ["KVCACHED_RUNTIME_DIR"] = str(path)
     yield path
-    for name, value in before.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
+    for key in [key for key in os.environ if key.startswith("KVCACHED_")]:
+        del os.environ[key]
+    os.environ.update(before)
 
 
 # --- nothing is left behind -------------------------------------------------------------------

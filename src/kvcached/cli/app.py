@@ -1,0 +1,126 @@
+"""The command line: what each command takes. The work is in the modules beside this one."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated
+
+import typer
+
+from kvcached import __version__
+from kvcached.cli.render import note, print_json, terminal_width
+
+
+def _typer(text: str, *, completion: bool = False) -> typer.Typer:
+    # plain help: no colour codes, 80 columns, and rich (40 ms) stays unimported
+    return typer.Typer(
+        help=text,
+        no_args_is_help=True,
+        add_completion=completion,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80},
+    )
+
+
+kvcached = _typer("The KV cache of LLM servers as virtual memory.", completion=True)
+kvctl = _typer("Look at the tenants of a device, and limit them.")
+kvtop = _typer("Watch the tenants of all devices.")
+
+Device = Annotated[
+    str | None, typer.Option("--device", help="'cpu' or a GPU's UUID; default: all.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+
+
+@kvctl.command("ps")
+@kvctl.command("list", hidden=True)
+@kvcached.command("ps")
+def ps(device: Device = None, json: Json = False) -> None:
+    """List who holds memory, on which device, and how much."""
+    from kvcached.cli import tenants
+
+    devices = tenants.snapshots(device)
+    if json:
+        print_json(tenants.devices_to_dict(devices))
+        return
+    print(tenants.ps_table(devices, width=terminal_width()))
+    if not any(snapshot.tenants for snapshot in devices):
+        note("Nothing is running. The first engine starts the broker of its device.")
+    elif not all(tenant.limit.applied for snapshot in devices for tenant in snapshot.tenants):
+        note("* holds more than its limit, and is giving back")
+
+
+@kvctl.command("limit")
+@kvcached.command("limit")
+def limit(
+    name: Annotated[str, typer.Argument(help="As shown by ps.")],
+    size: Annotated[str, typer.Argument(help="512MiB, 8G (= GiB), or 40% of the device.")],
+    device: Device = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would change.")] = False,
+    json: Json = False,
+) -> None:
+    """Set the most bytes that a tenant may hold. It gives back what it has above."""
+    from kvcached.cli import tenants
+
+    change = tenants.change_limit(name, size, device=device, dry_run=dry_run)
+    if json:
+        print_json(change)
+    else:
+        print(tenants.describe_limit(change))
+
+
+@kvcached.command("doctor")
+def doctor(json: Json = False) -> None:
+    """Say what this machine can do, what is missing, and the command that mends it."""
+    from kvcached.cli import doctor as work
+
+    checks = work.run_checks()
+    works = work.host_backend_works(checks)
+    if json:
+        print_json({"ok": works, "checks": [check.to_dict() for check in checks]})
+    else:
+        print(work.report(checks))
+    raise typer.Exit(0 if works else 1)
+
+
+@kvtop.command()
+@kvcached.command("top")
+def top(
+    device: Device = None,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Between two looks.")] = 1.0,
+    once: Annotated[bool, typer.Option("--once", help="Look once and leave.")] = False,
+    plain: Annotated[bool, typer.Option("--plain", help="No colour, no redrawing.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+) -> None:
+    """Watch the tenants of all devices until q or Ctrl-C."""
+    from kvcached.cli import top as work
+
+    work.run(device, seconds=seconds, once=once, plain=plain, json=json)
+
+
+@kvcached.command("demo")
+def demo(
+    seconds: Annotated[float, typer.Option(min=1, help="About how long it may take.")] = 90.0,
+    budget: Annotated[str, typer.Option(help="KV memory of both engines together.")] = "",
+    json: Annotated[str, typer.Option(metavar="FILE", help="Write the figures here.")] = "",
+    svg: Annotated[str, typer.Option(metavar="FILE", help="Write the picture here.")] = "",
+    seed: Annotated[int, typer.Option(help="Of the workload.")] = 0,
+    model: Annotated[str, typer.Option(metavar="DIR", help="A local Hugging Face model.")] = "",
+    plain: Annotated[bool, typer.Option("--plain", help="No colour, no redrawing.")] = False,
+) -> None:
+    """Two real models in two processes share one budget: static split against elastic."""
+    from kvcached.cli import demo as work
+
+    work.run(
+        seconds=seconds, budget=budget, json=json, svg=svg, seed=seed, model=model, plain=plain
+    )
+
+
+@kvcached.callback(invoke_without_command=True)
+def _version(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        print(f"kvcached-py {__version__} from {os.path.dirname(os.path.dirname(__file__))}")
+        raise typer.Exit

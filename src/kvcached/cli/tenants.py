@@ -1,0 +1,142 @@
+"""What ``ps`` and ``limit`` ask the broker, and how they show the answers."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from kvcached.broker.client import list_tenants, set_tenant_limit
+from kvcached.cli.render import format_age, table
+from kvcached.config import Config, format_size, parse_size
+from kvcached.errors import BrokerUnavailable, InvalidInput, UnknownName
+from kvcached.stats import LimitRecord
+
+if TYPE_CHECKING:
+    from kvcached.stats import DeviceSnapshot, TenantSnapshot
+
+HEADERS = ("NAME", "DEVICE", "PID", "IN USE", "CACHED", "SPARE", "LEASE", "LIMIT", "SINCE")
+
+
+def snapshots(device: str | None) -> list[DeviceSnapshot]:
+    """All devices that have a broker; starts none."""
+    return list_tenants(device, config=Config.from_env())
+
+
+def devices_to_dict(devices: Sequence[DeviceSnapshot]) -> dict[str, Any]:
+    """The JSON form of ``ps``."""
+    return {"devices": [device.to_dict() for device in devices]}
+
+
+def ps_table(devices: Sequence[DeviceSnapshot], *, width: int | None) -> str:
+    """One line a tenant, sorted by device and name."""
+    rows = [
+        _row(device, tenant)
+        for device in devices
+        for tenant in sorted(device.tenants, key=lambda tenant: tenant.name)
+    ]
+    return table(HEADERS, rows, width=width, left=2)
+
+
+def short_device(device: str) -> str:
+    """A GPU's UUID cut to what tells the cards of one machine apart."""
+    return device if len(device) <= 12 else device[:12]
+
+
+def _row(device: DeviceSnapshot, tenant: TenantSnapshot) -> tuple[str, ...]:
+    report = tenant.report
+    size = compact_size
+    return (
+        tenant.name,
+        short_device(device.device),
+        str(tenant.pid),
+        size(report.in_use_bytes),
+        size(report.cached_bytes),
+        size(report.spare_bytes),
+        size(tenant.lease_bytes),
+        size(tenant.limit.desired_bytes) + ("" if tenant.limit.applied else "*"),
+        format_age(tenant.connected_s),
+    )
+
+
+def compact_size(nbytes: int) -> str:
+    """A size in at most five columns: ``"0"``, ``"3.0M"``, ``"512M"``, ``"24G"``."""
+    value = float(nbytes)
+    for unit in ("", "K", "M", "G"):
+        if value < 1023.5:
+            break
+        value /= 1024
+    else:
+        unit = "T"
+    return f"{value:.0f}{unit}" if not unit or value >= 99.5 else f"{value:.1f}{unit}"
+
+
+def change_limit(name: str, size: str, *, device: str | None, dry_run: bool) -> dict[str, Any]:
+    """Set the limit of tenant ``name``; ``size`` may be a share of its device (``"40%"``).
+
+    Raises ``BrokerUnavailable``, ``UnknownName`` (with the names that exist), ``InvalidSize``.
+    """
+    owner, tenant = find(snapshots(device), name)
+    nbytes = parse_size(size, total=owner.capacity_bytes)
+    if nbytes > owner.capacity_bytes:
+        raise InvalidInput(
+            f"{size} is more than {owner.device} has for all: {format_size(owner.capacity_bytes)}",
+            hint=f"kvcached limit {name} 100%",
+        )
+    before = tenant.limit
+    if dry_run:
+        record = LimitRecord(
+            nbytes, before.revision + 1, before.held_bytes, before.floor_bytes, before.weight
+        )
+    else:
+        record = set_tenant_limit(name, nbytes, device=owner.device, config=Config.from_env())
+    return {
+        "name": name,
+        "device": owner.device,
+        "dry_run": dry_run,
+        "before_bytes": before.desired_bytes,
+        "desired_bytes": record.desired_bytes,
+        "held_bytes": record.held_bytes,
+        "revision": record.revision,
+        "applied": record.applied,
+    }
+
+
+def find(devices: Sequence[DeviceSnapshot], name: str) -> tuple[DeviceSnapshot, TenantSnapshot]:
+    """The one tenant of this name, with its device."""
+    if not devices:
+        raise BrokerUnavailable(
+            "no broker is running, so there is nothing to limit",
+            hint="kvcached ps      shows what runs; the first engine starts the broker",
+        )
+    found = [(d, t) for d in devices for t in d.tenants if t.name == name]
+    if not found:
+        raise _unknown(name, sorted({t.name for d in devices for t in d.tenants}))
+    if len(found) > 1:
+        places = ", ".join(device.device for device, _ in found)
+        raise InvalidInput(
+            f"{name!r} runs on several devices: {places}",
+            hint=f"kvcached limit {name} SIZE --device {found[0][0].device}",
+        )
+    return found[0]
+
+
+def _unknown(name: str, running: list[str]) -> UnknownName:
+    close = difflib.get_close_matches(name, running, n=1, cutoff=0.5)
+    prefixed = [other for other in running if other.startswith(name)]
+    guess = (prefixed or close)[:1]
+    meant = f"  Did you mean {guess[0]}?" if guess else ""
+    return UnknownName(
+        f"no tenant named {name!r}.  Running: {', '.join(running) or 'none'}.{meant}",
+        hint="kvcached ps      shows what runs",
+    )
+
+
+def describe_limit(change: dict[str, Any]) -> str:
+    """One line for a person."""
+    verb = "would go" if change["dry_run"] else "went"
+    line = (
+        f"{change['name']}: limit {verb} from {format_size(change['before_bytes'])} to "
+        f"{format_size(change['desired_bytes'])}, holds {format_size(change['held_bytes'])}"
+    )
+    return line if change["applied"] else f"{line}, giving back"
