@@ -58,8 +58,12 @@ class Budget(Protocol):
         """Name the owner and the lock that guards it. Called once, before the first claim."""
         ...
 
-    def claim(self, nbytes: int) -> None:
-        """Add ``nbytes`` to the claim, or raise ``BudgetExceeded`` and change nothing."""
+    def claim(self, nbytes: int, *, transient: bool = False) -> None:
+        """Add ``nbytes`` to the claim, or raise ``BudgetExceeded`` and change nothing.
+
+        ``transient``: the owner gives back more than this within the same operation (a split), so
+        its own limit does not stand in the way; the capacity of the device still does.
+        """
         ...
 
     def give_back(self, nbytes: int) -> None:
@@ -113,12 +117,12 @@ class LocalBudget:
         """See ``Budget.attach``."""
         self._tenant, self._lock = tenant, lock
 
-    def claim(self, nbytes: int) -> None:
+    def claim(self, nbytes: int, *, transient: bool = False) -> None:
         """See ``Budget.claim``."""
         with self._lock:
             if self._closed:
                 raise ClosedError("the budget is closed")
-            if self._claimed + nbytes > self._limit:
+            if self._claimed + nbytes > self._limit and not transient:
                 raise BudgetExceeded(
                     f"cannot back {format_size(nbytes)} more: {format_size(self._claimed)} of the "
                     f"limit of {format_size(self._limit)} are held",
