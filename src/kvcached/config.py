@@ -13,14 +13,14 @@ from typing import Any
 
 from kvcached.errors import InvalidConfig, InvalidInput, InvalidSize
 
-_SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([a-z%]*)\s*$", re.IGNORECASE)
+_SIZE = re.compile(r"^\s*([0-9]+(?:\.[0-9]+)?)\s*([a-z%]*)\s*$", re.IGNORECASE | re.ASCII)
 _UNITS = {"": 1, "b": 1} | {
     unit: 1 << shift
     for shift, units in ((10, ("k", "kb", "kib")), (20, ("m", "mb", "mib")),
                          (30, ("g", "gb", "gib")), (40, ("t", "tb", "tib")))
     for unit in units
 }  # fmt: skip
-_NAME = re.compile(r"^[a-z0-9][a-z0-9._-]{0,63}$")
+_NAME = re.compile(r"^[a-z0-9][a-z0-9._-]{0,63}\Z")
 
 
 def parse_size(text: int | str, *, total: int | None = None) -> int:
@@ -120,6 +120,8 @@ class Config:
         given = {f.name: env[f"KVCACHED_{f.name.upper()}"] for f in fields(cls)
                  if f"KVCACHED_{f.name.upper()}" in env}  # fmt: skip
         values: dict[str, Any] = {name: _read(name, text) for name, text in given.items()}
+        if not values.get("runtime_dir") and env.get("XDG_RUNTIME_DIR"):
+            values["runtime_dir"] = f"{env['XDG_RUNTIME_DIR']}/kvcached"
         return cls(**values)
 
 

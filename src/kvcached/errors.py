@@ -35,14 +35,14 @@ class KvcachedError(Exception):
         return f"[{self.code}] {self.message}{hint}"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (type(self), self.message, self.__dict__.copy())
+        # not by __new__: MemoryError and PermissionError have their own, and refuse the others'
+        state = self.__dict__.copy()
+        given = {name: state[name] for name in ("hint", "status", "call") if name in state}
+        return _rebuild, (type(self), self.message, given), state
 
 
-def _rebuild(cls: type[KvcachedError], message: str, state: dict[str, Any]) -> KvcachedError:
-    error = cls.__new__(cls)
-    Exception.__init__(error, message)
-    error.__dict__.update(state)
-    return error
+def _rebuild(cls: type[KvcachedError], message: str, given: dict[str, Any]) -> KvcachedError:
+    return cls(message, **given)
 
 
 # --- KV1xx: memory and budget -------------------------------------------------------------

@@ -19,23 +19,23 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run ``kvcached``."""
-    from kvcached.cli.app import kvcached
+    from kvcached.cli.app import kvcached as app
 
-    _run(kvcached, "kvcached", argv)
+    _run(app, "kvcached", argv)
 
 
-def ctl(argv: Sequence[str] | None = None) -> NoReturn:
+def kvctl(argv: Sequence[str] | None = None) -> NoReturn:
     """Run ``kvctl``: ``ps``/``list`` and ``limit``."""
-    from kvcached.cli.app import kvctl
+    from kvcached.cli.app import kvctl as app
 
-    _run(kvctl, "kvctl", argv)
+    _run(app, "kvctl", argv)
 
 
-def top(argv: Sequence[str] | None = None) -> NoReturn:
+def kvtop(argv: Sequence[str] | None = None) -> NoReturn:
     """Run ``kvtop``."""
-    from kvcached.cli.app import kvtop
+    from kvcached.cli.app import kvtop as app
 
-    _run(kvtop, "kvtop", argv)
+    _run(app, "kvtop", argv)
 
 
 def _run(app: typer.Typer, name: str, argv: Sequence[str] | None) -> NoReturn:

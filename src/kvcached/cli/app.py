@@ -11,11 +11,11 @@ from kvcached import __version__
 from kvcached.cli.render import note, print_json, terminal_width
 
 
-def _typer(text: str, *, completion: bool = False) -> typer.Typer:
+def _typer(text: str, *, completion: bool = False, bare: bool = False) -> typer.Typer:
     # plain help: no colour codes, 80 columns, and rich (40 ms) stays unimported
     return typer.Typer(
         help=text,
-        no_args_is_help=True,
+        no_args_is_help=not bare,
         add_completion=completion,
         rich_markup_mode=None,
         pretty_exceptions_enable=False,
@@ -25,7 +25,7 @@ def _typer(text: str, *, completion: bool = False) -> typer.Typer:
 
 kvcached = _typer("The KV cache of LLM servers as virtual memory.", completion=True)
 kvctl = _typer("Look at the tenants of a device, and limit them.")
-kvtop = _typer("Watch the tenants of all devices.")
+kvtop = _typer("Watch the tenants of all devices.", bare=True)
 
 Device = Annotated[
     str | None, typer.Option("--device", help="'cpu' or a GPU's UUID; default: all.")
@@ -72,7 +72,7 @@ def limit(
 
 @kvcached.command("doctor")
 def doctor(json: Json = False) -> None:
-    """Say what this machine can do, what is missing, and the command that mends it."""
+    """Say what this machine can do and what mends it."""
     from kvcached.cli import doctor as work
 
     checks = work.run_checks()
@@ -109,7 +109,7 @@ def demo(
     model: Annotated[str, typer.Option(metavar="DIR", help="A local Hugging Face model.")] = "",
     plain: Annotated[bool, typer.Option("--plain", help="No colour, no redrawing.")] = False,
 ) -> None:
-    """Two real models in two processes share one budget: static split against elastic."""
+    """Let two real models share one budget."""
     from kvcached.cli import demo as work
 
     work.run(

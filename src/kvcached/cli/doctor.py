@@ -186,11 +186,12 @@ def _check_memlock() -> Check:
 
 
 def _check_shm() -> Check:
+    place = "/dev/shm"  # noqa: S108 (only looked at)
     try:
-        room = os.statvfs("/dev/shm")  # noqa: S108 (only looked at)
+        room = os.statvfs(place)
     except OSError:
-        return Check("/dev/shm", "info", "not there; kvcached does not need it, torch may")
-    return Check("/dev/shm", "ok", f"{format_size(room.f_bavail * room.f_frsize)} free")
+        return Check(place, "info", "not there; kvcached does not need it, torch may")
+    return Check(place, "ok", f"{format_size(room.f_bavail * room.f_frsize)} free")
 
 
 def check_brokers() -> Iterator[Check]:

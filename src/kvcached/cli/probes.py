@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from typing import Any
@@ -103,7 +104,7 @@ def _probe_gpu(cuda: ctypes.CDLL, index: int) -> Gpu:
 def _format_uuid(raw: bytes) -> str:
     text = raw.hex()
     cuts = (0, 8, 12, 16, 20, 32)
-    return "GPU-" + "-".join(text[a:b] for a, b in zip(cuts, cuts[1:], strict=False))
+    return "GPU-" + "-".join(text[a:b] for a, b in itertools.pairwise(cuts))
 
 
 # --- memory limits of the system --------------------------------------------------------------

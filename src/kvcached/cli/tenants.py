@@ -61,14 +61,12 @@ def _row(device: DeviceSnapshot, tenant: TenantSnapshot) -> tuple[str, ...]:
 
 def compact_size(nbytes: int) -> str:
     """A size in at most five columns: ``"0"``, ``"3.0M"``, ``"512M"``, ``"24G"``."""
-    value = float(nbytes)
-    for unit in ("", "K", "M", "G"):
-        if value < 1023.5:
-            break
-        value /= 1024
-    else:
-        unit = "T"
-    return f"{value:.0f}{unit}" if not unit or value >= 99.5 else f"{value:.1f}{unit}"
+    value, units = float(nbytes), "KMGT"
+    if value < 1023.5:
+        return f"{value:.0f}"
+    while value >= 1023.5:
+        value, unit, units = value / 1024, units[0], units[1:] or "T"
+    return f"{value:.0f}{unit}" if value >= 99.5 else f"{value:.1f}{unit}"
 
 
 def change_limit(name: str, size: str, *, device: str | None, dry_run: bool) -> dict[str, Any]:

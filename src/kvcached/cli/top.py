@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import select
 import sys
@@ -64,7 +65,7 @@ def segments(tenant: TenantSnapshot, width: int, scale_bytes: int) -> list[int]:
         total += nbytes
         edge = round(width * min(total, scale_bytes) / max(scale_bytes, 1))
         edges.append(min(width, max(edge, edges[-1] + (nbytes > 0))))
-    return [b - a for a, b in zip(edges, edges[1:], strict=False)]
+    return [b - a for a, b in itertools.pairwise(edges)]
 
 
 def bar(tenant: TenantSnapshot, width: int, scale_bytes: int) -> str:
