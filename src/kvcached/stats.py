@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
 SCHEMA_VERSION = 1
+
+
+@dataclass(slots=True)
+class Timer:
+    """A count and the time spent."""
+
+    count: int = 0
+    ns: int = 0
+
+    def add(self, started: int, count: int = 1) -> None:
+        """Count something that began at ``started`` (``time.perf_counter_ns``)."""
+        self.count += count
+        self.ns += time.perf_counter_ns() - started
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +35,6 @@ class PoolCounters:
     reclaim: int = 0
     reclaim_ns: int = 0
     evicted_blocks: int = 0
-    failed_grow: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,3 +118,45 @@ class TenantReport:
     def to_dict(self) -> dict[str, Any]:
         """A plain dict, ready for JSON."""
         return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class TenantSnapshot:
+    """One tenant of a device, as its broker sees it."""
+
+    name: str
+    pid: int
+    """0 if the tenant lives in a pid namespace that the broker cannot see into."""
+    uid: int
+    state: str
+    """``live``; ``late`` (missed a reclaim); ``revoked`` or ``draining`` (ended, bytes not back)."""
+    lease_bytes: int
+    limit: LimitRecord
+    report: TenantReport
+    connected_s: float
+    meta: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """A plain dict, ready for JSON."""
+        row = asdict(self)
+        row["limit"]["applied"] = self.limit.applied
+        return row
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceSnapshot:
+    """One device and all its tenants. ``leased_bytes`` includes leases that are not back yet."""
+
+    schema_version: int
+    device: str
+    capacity_bytes: int
+    leased_bytes: int
+    broker_pid: int
+    epoch: int
+    tenants: tuple[TenantSnapshot, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """A plain dict, ready for JSON."""
+        row = asdict(self)
+        row["tenants"] = [tenant.to_dict() for tenant in self.tenants]
+        return row

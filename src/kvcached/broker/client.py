@@ -1,0 +1,472 @@
+"""``BrokerBudget``: a budget shared with the other processes of the device, through the broker.
+
+The hot path stays in the process: a claim within the lease and a ``give_back`` touch no socket.
+Leases grow in batches; what is not claimed goes back when nothing happens for a while, or at once
+when the broker asks. A thread of the budget's own answers the broker, so that an idle engine gives
+way too. It takes the owner's lock to do so, and ``claim`` releases that lock while it waits: two
+engines that claim from each other at the same time both get their answer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import threading
+import time
+import weakref
+from typing import Any
+
+from kvcached.broker import protocol as p
+from kvcached.broker.admin import list_tenants, request_reclaim, set_tenant_limit
+from kvcached.broker.budget import Tenant
+from kvcached.broker.capacity import default_capacity
+from kvcached.broker.link import Welcome, enter
+from kvcached.broker.protocol import Message, Op
+from kvcached.config import Config, check_name, format_size
+from kvcached.errors import (
+    BudgetExceeded,
+    ClosedError,
+    ForkedProcessError,
+    InvalidInput,
+    KvcachedError,
+    ProtocolError,
+)
+from kvcached.stats import LimitRecord, TenantReport
+
+__all__ = ["BrokerBudget", "list_tenants", "request_reclaim", "set_tenant_limit"]
+
+_LOG = logging.getLogger("kvcached.broker")
+_TICK_S = 0.1
+_IDLE_S = 0.5
+"""Bytes leased and not claimed for this long go back."""
+_CLAIM_S = 2.5
+"""How long a claim waits: more than the broker makes it wait, so that normally it is answered."""
+_JOIN_S = 10.0
+_MAX_BATCH = 64 << 20
+_MAX_BACKOFF_S = 1.0
+_LIVE: weakref.WeakSet[BrokerBudget] = weakref.WeakSet()
+
+
+def _disown_all() -> None:
+    for budget in list(_LIVE):
+        budget._forked = True
+    _LIVE.clear()
+
+
+os.register_at_fork(after_in_child=_disown_all)
+
+
+class _Answer:
+    """A claim that waits for the broker."""
+
+    __slots__ = ("status",)
+
+    def __init__(self) -> None:
+        self.status: int | None = None
+
+
+_LOST = -1
+
+
+class BrokerBudget:
+    """One tenant of a device's broker; see ``Budget`` for what the methods promise.
+
+    Parameters
+    ----------
+    name:
+        Of the tenant, unique among the live ones of the device; ``NameTaken`` otherwise.
+    device:
+        ``"cpu"``, or a GPU's UUID.
+    limit_bytes, floor_bytes, weight:
+        Most bytes (``None``: the capacity), guaranteed bytes, share of the rest.
+    capacity_bytes:
+        Of the device, should this process start the broker; ``None``: from ``config``.
+    meta:
+        Shown by ``kvcached ps --json``; at most 2 KiB of JSON.
+
+    Raises ``BrokerUnavailable`` if no broker answers or can be started.
+    """
+
+    def __init__(
+        self, name: str, *, device: str, limit_bytes: int | None, floor_bytes: int = 0,
+        weight: float = 1.0, capacity_bytes: int | None = None, config: Config | None = None,
+        meta: dict[str, Any] | None = None,
+    ) -> None:  # fmt: skip
+        self._name = check_name(name)
+        self._device = device
+        self._config = Config.from_env() if config is None else config
+        self._floor, self._weight = _size("floor", floor_bytes), weight
+        self._limit = p.MAX_BYTES if limit_bytes is None else _size("limit", limit_bytes)
+        self._meta = meta or {}
+        self._capacity = capacity_bytes
+        self._instance = secrets.token_hex(16)
+        self._revision = self._claimed = self._lease = 0
+        self._tenant: Tenant | None = None
+        self._changed = threading.Condition(threading.RLock())
+        self._answers: dict[int, _Answer] = {}
+        self._next_request = 1
+        self._urgent = 0  # reclaims in progress: what is given back leaves at once
+        self._busy_at = time.monotonic()
+        self._reported: TenantReport | None = None
+        self._closed = self._forked = self._ended = False
+        self._welcome: Welcome | None = self._enter(time.monotonic() + _JOIN_S)
+        _LIVE.add(self)
+        self._thread = threading.Thread(
+            target=_listen, args=(weakref.ref(self),), name=f"kvcached-{name}", daemon=True
+        )
+        self._thread.start()
+
+    # --- Budget -----------------------------------------------------------------------------------
+
+    @property
+    def lease_bytes(self) -> int:
+        """See ``Budget.lease_bytes``."""
+        return self._lease
+
+    @property
+    def claimed_bytes(self) -> int:
+        """See ``Budget.claimed_bytes``."""
+        return self._claimed
+
+    @property
+    def limit_bytes(self) -> int:
+        """See ``Budget.limit_bytes``."""
+        return self._limit
+
+    @property
+    def capacity_bytes(self) -> int:
+        """Bytes of the device for all tenants together."""
+        assert self._capacity is not None, "I7: joined without a capacity"
+        return self._capacity
+
+    def attach(self, tenant: Tenant, lock: threading.RLock) -> None:
+        """See ``Budget.attach``."""
+        with self._changed:
+            self._tenant = tenant
+            self._changed = threading.Condition(lock)
+
+    def claim(self, nbytes: int) -> None:
+        """See ``Budget.claim``. Waits up to 2.5 s for others to give back.
+
+        Without a broker this grants what the lease still covers, and raises beyond.
+        """
+        self._require_usable()
+        _size("claim", nbytes)
+        with self._changed:
+            self._busy_at = time.monotonic()
+            if self._claimed + nbytes > min(self._lease, self._limit):
+                self._wait_for(nbytes)
+            self._claimed += nbytes
+
+    def give_back(self, nbytes: int) -> None:
+        """See ``Budget.give_back``."""
+        self._require_usable()
+        with self._changed:
+            assert 0 <= nbytes <= self._claimed, "I1: gave back more than was claimed"
+            self._claimed -= nbytes
+            self._busy_at = time.monotonic()
+            if self._urgent or self._lease > self._limit or self._pressure():
+                self._return_slack()
+
+    def set_limit(self, nbytes: int) -> LimitRecord:
+        """See ``Budget.set_limit``. Reclaims at once, on the caller's thread."""
+        self._require_usable()
+        _size("limit", nbytes)
+        with self._changed:
+            self._limit = nbytes
+            self._revision += 1
+            self._try_send(Message(Op.OWN_LIMIT, body={"limit": nbytes}))
+            self._apply_limit()
+            return self.limit_record()
+
+    def limit_record(self) -> LimitRecord:
+        """See ``Budget.limit_record``."""
+        return LimitRecord(self._limit, self._revision, self._lease, self._floor, self._weight)
+
+    def report_out_of_memory(self, nbytes: int) -> None:
+        """The device refused ``nbytes`` that were claimed; the broker hands out less for a while.
+
+        The caller gives the claim back itself.
+        """
+        self._require_usable()
+        self._try_send(Message(Op.OUT_OF_MEMORY, values=(nbytes,)))
+
+    def check(self) -> None:
+        """See ``Budget.check``."""
+        if self._forked:
+            return
+        with self._changed:
+            assert 0 <= self._claimed <= self._lease, "I7: claimed bytes are not leased"
+
+    def close(self) -> None:
+        """See ``Budget.close``. Idempotent; ends the thread and waits for the broker's word."""
+        if self._forked or self._closed:
+            return
+        with self._changed:
+            assert self._claimed == 0, "I4: budget closed while memory is still claimed"
+            self._closed = True
+            self._lease = 0
+            self._try_send(Message(Op.BYE))
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._ended, 1.0)
+        _LIVE.discard(self)
+        if self._welcome is not None:
+            self._drop_connection(self._welcome)
+        self._thread.join(1.0)
+
+    # --- claims -----------------------------------------------------------------------------------
+
+    def _wait_for(self, nbytes: int) -> None:
+        """Return once the lease covers ``nbytes`` more; raise ``BudgetExceeded`` if it will not."""
+        deadline = time.monotonic() + _CLAIM_S
+        while True:
+            self._require_usable()
+            if self._claimed + nbytes > self._limit:
+                raise self._refused(nbytes, f"the limit is {format_size(self._limit)}")
+            need = self._claimed + nbytes - self._lease
+            if need <= 0:
+                return
+            status = self._ask(need, deadline)
+            if status == p.REFUSED:
+                raise self._refused(nbytes, "the others hold the rest and cannot give it now")
+            if time.monotonic() >= deadline:
+                why = "the broker does not answer" if status == _LOST else "others are too slow"
+                raise self._refused(nbytes, why)
+            if status in {_LOST, p.LATE}:  # nobody to ask yet, or our own answer is overdue
+                self._changed.wait(0.01)
+
+    def _ask(self, need: int, deadline: float) -> int:
+        """Ask for a bigger lease. Returns the answer's status; ``_LOST``: there was none."""
+        request, answer = self._next_request, _Answer()
+        self._next_request += 1
+        want = max(need, min(2 * need + self._lease // 8, _MAX_BATCH))
+        self._answers[request] = answer
+        try:
+            if not self._try_send(Message(Op.CLAIM, request, values=(need, want))):
+                return _LOST
+            self._changed.wait_for(
+                lambda: answer.status is not None or self._closed,
+                max(0.0, deadline - time.monotonic()),
+            )
+        finally:
+            del self._answers[request]
+        return _LOST if answer.status is None else answer.status
+
+    def _refused(self, nbytes: int, why: str) -> BudgetExceeded:
+        return BudgetExceeded(
+            f"{self._name} cannot back {format_size(nbytes)} more: {format_size(self._claimed)} "
+            f"are held and {why}",
+            hint="`kvcached ps` shows who holds what. Free sequences, or raise a limit.",
+        )
+
+    # --- giving back, with the owner's lock held --------------------------------------------------
+
+    def _pressure(self) -> bool:
+        return self._welcome is not None and self._welcome.mirror.pressure > 0
+
+    def _return_slack(self, most: int = p.MAX_BYTES) -> int:
+        """Hand back what is leased and not claimed, up to ``most`` bytes."""
+        nbytes = min(self._lease - self._claimed, most)
+        if nbytes <= 0:
+            return 0
+        self._lease -= nbytes
+        if not self._try_send(Message(Op.GIVE_BACK, values=(nbytes,))):
+            self._lease += nbytes  # a later tick, or the next hello, tells the broker
+            return 0
+        return nbytes
+
+    def _reclaim(self, nbytes: int) -> int:
+        """Give back up to ``nbytes``: first what is not claimed, then what the owner can free."""
+        given = self._return_slack(nbytes)
+        if given >= nbytes or self._tenant is None:
+            return given
+        before = self._lease
+        self._urgent += 1
+        try:
+            self._tenant.reclaim(nbytes - given)
+        except Exception:  # an owner's bug must not end the thread that keeps its lease
+            _LOG.exception("%s: reclaiming %d bytes failed", self._name, nbytes)
+        finally:
+            self._urgent -= 1
+        self._return_slack(max(0, nbytes - given - (before - self._lease)))
+        return given + max(0, before - self._lease)
+
+    def _apply_limit(self) -> None:
+        if self._lease > self._limit:
+            self._reclaim(self._lease - self._limit)
+
+    # --- the thread -------------------------------------------------------------------------------
+
+    def _step(self) -> bool:
+        """One round of the thread: a message, or a tick. Returns whether to go on."""
+        welcome = self._welcome
+        if welcome is None:
+            self._reconnect()
+            return not self._finished()
+        try:
+            message, fds = welcome.connection.receive(_TICK_S)
+            for fd in fds:
+                os.close(fd)
+            self._on_message(message)
+        except TimeoutError:
+            pass
+        except (OSError, ProtocolError) as error:
+            if not self._closed:
+                _LOG.info("%s: lost the broker: %s", self._name, error)
+            self._lose()
+        self._tick()
+        return not self._finished()
+
+    def _finished(self) -> bool:
+        if self._forked:
+            return True
+        if self._closed and self._welcome is None:
+            self._ended = True
+        if self._ended:
+            with self._changed:
+                self._changed.notify_all()
+        return self._ended
+
+    def _on_message(self, message: Message) -> None:
+        op = message.op
+        with self._changed:
+            if op is Op.GRANT:
+                self._on_grant(message)
+            elif op is Op.RECLAIM:
+                given = self._reclaim(message.values[0])
+                self._try_send(Message(Op.ANSWER, message.request, values=(given,)))
+            elif op is Op.LIMIT:
+                self._on_limit(message)
+            elif op is Op.DONE and self._closed:
+                self._ended = True
+            elif op is Op.DONE:
+                self._revision = max(self._revision, p.field(message.body, "revision", 0))
+            elif op is Op.ERROR and not self._closed:
+                _LOG.warning("%s: the broker says: %s", self._name, message.body.get("error"))
+
+    def _on_grant(self, message: Message) -> None:
+        self._lease += message.values[0]
+        answer = self._answers.get(message.request)
+        if answer is not None:
+            answer.status = message.status
+        self._changed.notify_all()
+
+    def _on_limit(self, message: Message) -> None:
+        nbytes, revision = message.values
+        before = self._lease
+        if revision >= self._revision:
+            self._limit, self._revision = nbytes, revision
+            self._apply_limit()
+        self._try_send(Message(Op.ANSWER, message.request, values=(max(0, before - self._lease),)))
+        self._changed.notify_all()
+
+    def _tick(self) -> None:
+        """What nobody asks for: the report, unused lease, a limit that was out of reach."""
+        if self._closed or not self._changed.acquire(blocking=False):
+            return  # the owner is at work; the next round comes soon
+        try:
+            if self._lease > self._limit:
+                self._apply_limit()
+            if time.monotonic() - self._busy_at > _IDLE_S:
+                self._return_slack()
+            self._send_report()
+        finally:
+            self._changed.release()
+
+    def _send_report(self) -> None:
+        if self._tenant is None:
+            return
+        report = self._tenant.report()
+        if report != self._reported and self._try_send(Message(Op.REPORT, body=report.to_dict())):
+            self._reported = report
+
+    # --- the connection ---------------------------------------------------------------------------
+
+    def _enter(self, deadline: float) -> Welcome:
+        welcome = enter(
+            self._config, self._device, self._hello, self._capacity_to_start_with, deadline
+        )
+        self._capacity = welcome.capacity
+        if self._limit == p.MAX_BYTES:
+            self._limit = welcome.capacity
+        if welcome.revision > self._revision:
+            self._limit, self._revision = welcome.limit, welcome.revision
+        return welcome
+
+    def _hello(self) -> dict[str, object]:
+        with self._changed:
+            self._lease = self._claimed  # what was leased ahead of use is not asserted
+            return {
+                "name": self._name, "instance": self._instance, "limit": self._limit,
+                "floor": self._floor, "weight": self._weight, "lease": self._lease,
+                "revision": self._revision, "meta": self._meta,
+            }  # fmt: skip
+
+    def _capacity_to_start_with(self) -> int:
+        if self._capacity is None:
+            self._capacity = default_capacity(self._config, self._device)
+        return self._capacity
+
+    def _lose(self) -> None:
+        with self._changed:
+            welcome, self._welcome = self._welcome, None
+            for answer in self._answers.values():
+                answer.status = _LOST
+            self._changed.notify_all()
+        if welcome is not None:
+            self._drop_connection(welcome)
+
+    @staticmethod
+    def _drop_connection(welcome: Welcome) -> None:
+        welcome.connection.close()
+
+    def _reconnect(self) -> None:
+        """Try until it works: engines go on with what they hold meanwhile."""
+        pause = 0.001
+        while not self._closed and not self._forked:
+            try:
+                welcome = self._enter(time.monotonic() + 1.0)
+            except KvcachedError as error:
+                _LOG.warning("%s: no broker: %s", self._name, error.message)
+                time.sleep(pause)
+                pause = min(2 * pause, _MAX_BACKOFF_S)
+                continue
+            with self._changed:
+                self._welcome, self._reported = welcome, None
+                self._changed.notify_all()
+            return
+
+    def _try_send(self, message: Message) -> bool:
+        """Send if there is a broker that reads. A broken connection is the thread's to notice."""
+        if self._welcome is None:
+            return False
+        with contextlib.suppress(OSError):
+            self._welcome.connection.send(message)
+            return True
+        return False
+
+    def _require_usable(self) -> None:
+        if self._forked:
+            raise ForkedProcessError(
+                f"the budget {self._name!r} belongs to the process that forked this one",
+                hint="Start workers with the 'spawn' method, or make the cache after the fork.",
+            )
+        if self._closed:
+            raise ClosedError(f"the budget {self._name!r} is closed")
+
+
+def _listen(reference: weakref.ref[BrokerBudget]) -> None:
+    """The thread's loop. A budget that was dropped without ``close`` ends it."""
+    while True:
+        budget = reference()
+        if budget is None or not budget._step():
+            return
+        del budget
+
+
+def _size(what: str, nbytes: int) -> int:
+    if isinstance(nbytes, bool) or not isinstance(nbytes, int) or not 0 <= nbytes <= p.MAX_BYTES:
+        raise InvalidInput(f"{what} is {nbytes!r}, but must be a number of bytes >= 0")
+    return nbytes

@@ -1,0 +1,380 @@
+"""``Ledger``: who holds how much of one device, and who may have more. A pure state machine.
+
+No socket, no clock, no process: time is passed in, and what is to be sent comes back as effects
+from ``pump``. So the whole of it is tested against a plain model (tests/property).
+
+States of a lease: ``live -> revoked`` (its socket or its process has ended) ``-> draining`` (both
+have) ``-> credited`` (its bytes are back with the device, so it is gone from the books).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from kvcached.broker.plan import Holding, fair_shares, plan_reclaim
+from kvcached.broker.protocol import LATE, MAX_BYTES, REFUSED
+
+LIVE, REVOKED, DRAINING = "live", "revoked", "draining"
+GRACE_S = 0.5
+"""How long a new broker grants nothing while engines of the last one are still missing."""
+ASK_S = 0.5
+"""How long a tenant may take to answer a reclaim."""
+CLAIM_S = 1.5
+"""How long a claim may wait for others to give back."""
+OOM_S = 5.0
+"""How long the capacity stays lowered after the device refused memory that was leased."""
+
+
+class Report(NamedTuple):
+    """What a tenant said about itself last; zeros before the first report."""
+
+    backed: int = 0
+    cached: int = 0
+    spare: int = 0
+    packed_floor: int = 0
+    oldest_cached_s: float = 0.0
+
+
+class Tenant:
+    """One lease."""
+
+    __slots__ = ("asked", "floor", "ident", "late", "lease", "limit", "name",
+                 "report", "revision", "state", "weight")  # fmt: skip
+
+    def __init__(self, ident: int, name: str, *, limit: int, floor: int, weight: float) -> None:
+        self.ident, self.name = ident, name
+        self.limit, self.floor, self.weight = limit, floor, weight
+        self.lease = 0
+        self.revision = 0
+        self.state = LIVE
+        self.report = Report()
+        self.asked = 0
+        self.late = False
+
+    @property
+    def reserved(self) -> int:
+        """Bytes that nobody else may have: the lease, or the floor if that is more."""
+        return max(self.lease, self.floor) if self.state == LIVE else self.lease
+
+
+class Claim:
+    """A claim that waits."""
+
+    __slots__ = ("asked", "deadline", "need", "request", "tenant", "want")
+
+    def __init__(self, tenant: int, request: int, need: int, want: int, deadline: float) -> None:
+        self.tenant, self.request, self.need, self.want = tenant, request, need, want
+        self.deadline = deadline
+        self.asked: set[int] = set()
+        """Who was asked for all that it could be, whatever it had reported."""
+
+
+class Ask(NamedTuple):
+    """A request to give back that is not answered yet."""
+
+    tenant: int
+    nbytes: int
+    deadline: float
+
+
+class Grant(NamedTuple):
+    """Effect: tell ``tenant`` that its claim got ``nbytes`` (0: refused, see ``status``)."""
+
+    tenant: int
+    request: int
+    nbytes: int
+    status: int
+
+
+class Reclaim(NamedTuple):
+    """Effect: ask ``tenant`` to give back ``nbytes`` and to answer with ``request``."""
+
+    tenant: int
+    request: int
+    nbytes: int
+
+
+class Ledger:
+    """The books of one device.
+
+    Parameters
+    ----------
+    capacity:
+        Bytes for all tenants together.
+    now:
+        Seconds of a monotonic clock; every method that takes ``now`` expects the same clock.
+    expected:
+        Instances of the last broker's roster. Until they are all back, or for ``GRACE_S``, nothing
+        is granted. ``None``: the roster is unknown, so the whole time is waited.
+    """
+
+    def __init__(self, capacity: int, now: float, expected: Iterable[str] | None = ()) -> None:
+        self.capacity = capacity
+        self.tenants: dict[int, Tenant] = {}
+        self.queue: list[Claim] = []
+        self.asks: dict[int, Ask] = {}
+        self._next = 1
+        self.missing = None if expected is None else set(expected)
+        """Instances that may still come back; ``None`` while that is unknown."""
+        self._grace_until = now if self.missing == set() else now + GRACE_S
+        self._oom_capacity = MAX_BYTES
+        self._oom_until = now
+        self.over_committed = False
+        """A re-asserted lease was accepted though there was no room: true until there is."""
+
+    # --- who is there -----------------------------------------------------------------------------
+
+    @property
+    def leased(self) -> int:
+        """Sum of all leases, of those too whose owner is dead but whose bytes are not back."""
+        return sum(tenant.lease for tenant in self.tenants.values())
+
+    def join(
+        self, name: str, now: float, *, limit: int, floor: int, weight: float,
+        lease: int = 0, instance: str = "",
+    ) -> Tenant | None:  # fmt: skip
+        """Add a tenant; ``None`` if the floors would not fit. A re-asserted lease always does."""
+        floors = sum(tenant.floor for tenant in self.live())
+        if not lease and floors + floor > self.capacity:
+            return None
+        tenant = Tenant(self._next, name, limit=limit, floor=floor, weight=weight)
+        self._next += 1
+        tenant.lease = lease
+        self.tenants[tenant.ident] = tenant
+        self._note_over_commitment()
+        if self.missing is not None:
+            self.missing.discard(instance)
+            if not self.missing:
+                self._grace_until = min(self._grace_until, now)
+        return tenant
+
+    def live(self) -> list[Tenant]:
+        """Tenants that may claim."""
+        return [tenant for tenant in self.tenants.values() if tenant.state == LIVE]
+
+    def revoke(self, ident: int) -> None:
+        """The socket or the process has ended: nothing new for this tenant, nothing asked of it."""
+        tenant = self.tenants[ident]
+        tenant.state = REVOKED if tenant.state == LIVE else tenant.state
+        tenant.asked = 0
+        self.queue = [claim for claim in self.queue if claim.tenant != ident]
+        self.asks = {key: ask for key, ask in self.asks.items() if ask.tenant != ident}
+
+    def drain(self, ident: int) -> None:
+        """Both have ended: the bytes will come back."""
+        assert self.tenants[ident].state != LIVE, "I8: draining a lease that was not revoked"
+        self.tenants[ident].state = DRAINING
+
+    def credit(self, ident: int) -> int:
+        """The bytes are back: strike the lease from the books. Returns its bytes."""
+        tenant = self.tenants[ident]
+        assert tenant.state == DRAINING or not tenant.lease, "I8: credited before the owner ended"
+        del self.tenants[ident]
+        self._note_over_commitment()
+        return tenant.lease
+
+    def succeed(self, old: int, new: int) -> None:
+        """Tenant ``new`` is ``old`` on a new connection: its own word about its lease counts."""
+        previous = self.tenants.pop(old)
+        tenant = self.tenants[new]
+        if previous.revision > tenant.revision:
+            tenant.limit, tenant.revision = previous.limit, previous.revision
+        self.queue = [claim for claim in self.queue if claim.tenant != old]
+        self.asks = {key: ask for key, ask in self.asks.items() if ask.tenant != old}
+        self._note_over_commitment()
+
+    # --- what they do -----------------------------------------------------------------------------
+
+    def claim(self, ident: int, request: int, need: int, want: int, now: float) -> None:
+        """Queue a claim; ``pump`` answers it, now or later."""
+        self.queue.append(Claim(ident, request, need, max(need, want), now + CLAIM_S))
+
+    def give_back(self, ident: int, nbytes: int) -> bool:
+        """Take ``nbytes`` off a lease; ``False`` if the lease is smaller than that."""
+        tenant = self.tenants[ident]
+        if nbytes > tenant.lease:
+            return False
+        tenant.lease -= nbytes
+        tenant.late = False
+        self._note_over_commitment()
+        return True
+
+    def answer(self, request: int) -> None:
+        """The tenant has done what it could for this ``Reclaim``."""
+        ask = self.asks.pop(request, None)
+        if ask is not None:
+            tenant = self.tenants[ask.tenant]
+            tenant.asked = max(0, tenant.asked - ask.nbytes)
+            tenant.late = False
+
+    def answered_late(self, ident: int) -> None:
+        """The tenant answers again; it may claim again."""
+        self.tenants[ident].late = False
+
+    def set_limit(self, ident: int, nbytes: int) -> int:
+        """Set a limit and return its revision."""
+        tenant = self.tenants[ident]
+        tenant.limit = nbytes
+        tenant.revision += 1
+        return tenant.revision
+
+    def out_of_memory(self, nbytes: int, now: float) -> None:
+        """The device refused ``nbytes`` that were leased: hand out less for ``OOM_S``."""
+        floors = sum(tenant.floor for tenant in self.live())
+        self._oom_capacity = max(floors, self.leased - nbytes)
+        self._oom_until = now + OOM_S
+
+    def effective_capacity(self, now: float) -> int:
+        """The capacity, or less for a while after the device ran out."""
+        return min(self.capacity, self._oom_capacity) if now < self._oom_until else self.capacity
+
+    def available(self, tenant: Tenant, now: float) -> int:
+        """Bytes that ``tenant`` could be granted without asking anybody, its limit aside."""
+        others = sum(t.reserved for t in self.tenants.values() if t is not tenant)
+        return max(0, self.effective_capacity(now) - others - tenant.lease)
+
+    def in_grace(self, now: float) -> bool:
+        """Whether engines of the last broker may still come back."""
+        return now < self._grace_until
+
+    # --- answers ----------------------------------------------------------------------------------
+
+    def pump(self, now: float) -> list[Grant | Reclaim]:
+        """Answer what can be answered, ask for what is missing. Call after every change."""
+        effects: list[Grant | Reclaim] = []
+        self._expire_asks(now)
+        if not self.in_grace(now):
+            self.missing = set()
+        waiting: list[Claim] = []
+        for claim in self.queue:
+            done = self._try(claim, now, first=not waiting)
+            if done is not None:
+                effects.append(done)
+                continue
+            if not waiting and not self.in_grace(now):
+                asks = self._ask_for(claim, now)
+                if not asks and not self._something_under_way():
+                    effects.append(Grant(claim.tenant, claim.request, 0, REFUSED))
+                    continue
+                effects.extend(asks)
+            waiting.append(claim)
+        self.queue = waiting
+        return effects
+
+    def next_deadline(self) -> float | None:
+        """When ``pump`` has to be called again although nothing came in."""
+        times = [claim.deadline for claim in self.queue]
+        times += [ask.deadline for ask in self.asks.values()]
+        if self.queue:
+            times.append(self._grace_until)
+        return min(times, default=None)
+
+    def shortfall(self) -> int:
+        """Bytes that waiting claims need: the pressure."""
+        return sum(claim.need for claim in self.queue)
+
+    def shares(self) -> dict[int, int]:
+        """Fair share of each live tenant, in bytes."""
+        rows = [(t.ident, t.floor, t.weight, t.limit) for t in self.live()]
+        return fair_shares(self.capacity, rows)
+
+    def check(self) -> None:
+        """Assert the invariants of the books."""
+        assert all(t.lease >= 0 for t in self.tenants.values()), "I7: a negative lease"
+        if not self.over_committed:
+            assert self.leased <= self.capacity, "I7: leases above the capacity"
+        live = {tenant.ident for tenant in self.live()}
+        assert {claim.tenant for claim in self.queue} <= live, "I8: a dead tenant's claim waits"
+        assert {ask.tenant for ask in self.asks.values()} <= live, "I8: a dead tenant is asked"
+        for tenant in self.live():
+            asked = sum(ask.nbytes for ask in self.asks.values() if ask.tenant == tenant.ident)
+            assert tenant.asked == asked, "I7: open requests and their sum differ"
+
+    # --- internals --------------------------------------------------------------------------------
+
+    def _note_over_commitment(self) -> None:
+        self.over_committed = self.leased > self.capacity
+
+    def _try(self, claim: Claim, now: float, *, first: bool) -> Grant | None:
+        """Answer a claim if that is possible now. Those behind the first wait, to be fair."""
+        tenant = self.tenants[claim.tenant]
+        if tenant.lease + claim.need > min(tenant.limit, self._most(tenant, now)):
+            return Grant(claim.tenant, claim.request, 0, REFUSED)
+        if tenant.late:
+            return Grant(claim.tenant, claim.request, 0, LATE)
+        under_floor = tenant.lease + claim.need <= tenant.floor
+        available = 0 if self.in_grace(now) else self.available(tenant, now)
+        if available >= claim.need and (first or under_floor):
+            most = claim.want if first and len(self.queue) == 1 else claim.need
+            nbytes = min(most, available, tenant.limit - tenant.lease)
+            tenant.lease += nbytes
+            return Grant(claim.tenant, claim.request, nbytes, 0)
+        if now >= claim.deadline:
+            return Grant(claim.tenant, claim.request, 0, REFUSED)
+        return None
+
+    def _most(self, tenant: Tenant, now: float) -> int:
+        """What ``tenant`` could hold if all others gave what they can. Asks are spared beyond."""
+        floors = sum(other.floor for other in self.live() if other is not tenant)
+        return self.effective_capacity(now) - floors
+
+    def _something_under_way(self) -> bool:
+        return bool(self.asks) or any(t.state != LIVE and t.lease for t in self.tenants.values())
+
+    def _ask_for(self, claim: Claim, now: float) -> list[Reclaim]:
+        """Ask by the reports first; then once for all that may be asked, as reports are old."""
+        tenant = self.tenants[claim.tenant]
+        missing = claim.need - self.available(tenant, now) - self._coming()
+        if missing <= 0:
+            return []
+        holdings = self._holdings(claim.tenant)
+        asks = plan_reclaim(holdings, missing)
+        missing -= sum(asks.values())
+        for other in holdings:  # plan_reclaim has lowered above_floor by what it asks
+            if missing > 0 and other.tenant not in claim.asked and other.above_floor:
+                claim.asked.add(other.tenant)
+                part = min(missing, other.above_floor)
+                asks[other.tenant] = asks.get(other.tenant, 0) + part
+        return [self._ask(ident, nbytes, now) for ident, nbytes in asks.items()]
+
+    def _coming(self) -> int:
+        asked = sum(ask.nbytes for ask in self.asks.values())
+        return asked + sum(t.lease for t in self.tenants.values() if t.state != LIVE)
+
+    def _holdings(self, claimer: int) -> list[Holding]:
+        shares = self.shares()
+        return [
+            self._holding(tenant, shares[tenant.ident])
+            for tenant in self.live()
+            if tenant.ident != claimer and not tenant.late and tenant.lease > tenant.asked
+        ]
+
+    @staticmethod
+    def _holding(tenant: Tenant, share: int) -> Holding:
+        report, rest = tenant.report, tenant.lease - tenant.asked
+        unused = max(0, tenant.lease - report.backed)
+        kinds = [unused + report.spare, report.cached]
+        kinds.append(max(0, report.backed - report.spare - report.cached - report.packed_floor))
+        over = tenant.asked
+        for index, kind in enumerate(kinds):  # what is asked for already comes off in that order
+            kinds[index] = max(0, kind - over)
+            over = max(0, over - kind)
+        return Holding(
+            tenant.ident, spare=kinds[0], cached=kinds[1], split=kinds[2],
+            oldest_s=report.oldest_cached_s,
+            above_floor=rest - tenant.floor, above_share=rest - share,
+        )  # fmt: skip
+
+    def _ask(self, ident: int, nbytes: int, now: float) -> Reclaim:
+        request = self._next
+        self._next += 1
+        self.asks[request] = Ask(ident, nbytes, now + ASK_S)
+        self.tenants[ident].asked += nbytes
+        return Reclaim(ident, request, nbytes)
+
+    def _expire_asks(self, now: float) -> None:
+        for request, ask in list(self.asks.items()):
+            if now >= ask.deadline:
+                self.answer(request)
+                self.tenants[ask.tenant].late = True

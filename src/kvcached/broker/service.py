@@ -1,0 +1,320 @@
+"""What the broker does for each message. Knows peers and the ledger, but not the loop."""
+
+from __future__ import annotations
+
+import os
+import string
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from kvcached.broker import protocol as p
+from kvcached.broker.ledger import ASK_S, LIVE, Grant, Ledger, Report
+from kvcached.broker.members import Member, Members
+from kvcached.broker.mirror import SLOTS, MirrorState, MirrorWriter
+from kvcached.broker.peer import Peer
+from kvcached.broker.protocol import Message, Op, field
+from kvcached.errors import ProtocolError
+
+_FIRST_ADMIN_REQUEST = 1 << 48
+_ADMIN_WAIT_S = 1.0
+_NAME = frozenset(string.ascii_lowercase + string.digits + "._-")
+_MAX_META = 2048
+_OBSERVE_S = 0.1
+
+
+def is_name(name: object) -> bool:
+    """The rule of ``config.check_name``, without the imports that config needs."""
+    fits = isinstance(name, str) and 0 < len(name) <= 64 and name[0] not in "._-"
+    return fits and _NAME.issuperset(str(name))
+
+
+class _Waiter(NamedTuple):
+    """An administrator who waits until a tenant has answered."""
+
+    peer: Peer
+    request: int
+    ident: int
+    deadline: float
+
+
+class Refusal(Exception):  # noqa: N818 (it is an answer, not a failure)
+    """A well-formed request that cannot be done: a status and a text for the peer."""
+
+    def __init__(self, status: int, text: str, **more: Any) -> None:
+        super().__init__(text)
+        self.status, self.text, self.more = status, text, more
+
+
+class Service:
+    """The broker without its sockets."""
+
+    def __init__(
+        self, ledger: Ledger, members: Members, mirror: MirrorWriter, *, epoch: int, device: str,
+        log: Callable[[str], None],
+    ) -> None:  # fmt: skip
+        self.ledger, self.members, self._mirror = ledger, members, mirror
+        self._epoch, self._device, self._log = epoch, device, log
+        self._waiters: dict[int, _Waiter] = {}
+        self._next_request = _FIRST_ADMIN_REQUEST
+        self._published: MirrorState | None = None
+        self._observed = 0.0
+        self._uid = os.geteuid()
+        self._handlers: dict[Op, Callable[[Peer, Message, list[int], float], None]] = {
+            Op.LIST: self._list, Op.PING: self._ping, Op.HELLO: self._hello,
+            Op.CLAIM: self._claim, Op.GIVE_BACK: self._give_back, Op.REPORT: self._report,
+            Op.OWN_LIMIT: self._own_limit, Op.ANSWER: self._answer,
+            Op.OUT_OF_MEMORY: self._out_of_memory, Op.BYE: self._bye,
+            Op.SET_LIMIT: self._set_limit, Op.ASK_RECLAIM: self._ask_reclaim,
+        }  # fmt: skip
+
+    # --- entry points of the loop -----------------------------------------------------------------
+
+    def handle(self, peer: Peer, message: Message, fds: list[int], now: float) -> None:
+        """Do what a message asks. Raises ``ProtocolError`` if it is out of place."""
+        handler = self._handlers.get(message.op)
+        if handler is None:
+            raise ProtocolError(f"{message.op.name} is for the broker to send")
+        try:
+            self._authorize(peer, message.op)
+            handler(peer, message, fds, now)
+        except Refusal as refusal:
+            self._reply(peer, message, Op.ERROR, status=refusal.status,
+                        body={"error": refusal.text, **refusal.more})  # fmt: skip
+
+    def lost(self, peer: Peer, now: float) -> None:
+        """A connection has ended."""
+        self._waiters = {key: w for key, w in self._waiters.items() if w.peer is not peer}
+        if peer.ident:
+            self.members.disconnected(peer.ident, now)
+
+    def settle(self, now: float) -> None:
+        """Answer what can be answered now, and publish. Call after every batch of events."""
+        self.members.credit(now)
+        for effect in self.ledger.pump(now):
+            member = self.members.by_ident[effect.tenant]
+            if member.peer is None:
+                continue
+            if isinstance(effect, Grant):
+                message = Message(Op.GRANT, status=effect.status, values=(effect.nbytes,))
+            else:
+                message = Message(Op.RECLAIM, values=(effect.nbytes, int(ASK_S * 1000)))
+            member.peer.send(message._replace(request=effect.request, epoch=self._epoch))
+        for request, waiter in list(self._waiters.items()):
+            if now >= waiter.deadline or waiter.ident not in self.members.by_ident:
+                self._finish(request, 0)
+        self._publish()
+        if now - self._observed >= _OBSERVE_S:
+            self._observed = now
+            self.members.observe()
+
+    def next_deadline(self, now: float) -> float | None:
+        """When ``settle`` has to be called again although nothing came in."""
+        times = [waiter.deadline for waiter in self._waiters.values()]
+        times += [t for t in (self.ledger.next_deadline(), self.members.next_look(now)) if t]
+        return min(times, default=None)
+
+    # --- operations -------------------------------------------------------------------------------
+
+    def _authorize(self, peer: Peer, op: Op) -> None:
+        if op // 16 > p.OBSERVE and peer.uid not in {self._uid, 0}:
+            raise Refusal(p.NOT_ALLOWED, f"user {peer.uid} may only look, not {op.name.lower()}")
+
+    def _list(self, peer: Peer, message: Message, _fds: list[int], now: float) -> None:
+        head = {
+            "device": self._device, "capacity": self.ledger.capacity,
+            "leased": self.ledger.leased, "pid": os.getpid(), "epoch": self._epoch,
+        }  # fmt: skip
+        rows = [member.to_row(now) for member in self.members.by_ident.values()]
+        runs = p.split_rows(rows, room=p.MAX_BODY - 256)
+        for index, run in enumerate(runs):
+            status = p.MORE if index + 1 < len(runs) else p.OK
+            self._reply(peer, message, Op.TENANTS, status=status, body={**head, "tenants": run})
+
+    def _ping(self, peer: Peer, message: Message, _fds: list[int], _now: float) -> None:
+        self._reply(peer, message, Op.DONE)
+
+    def _hello(self, peer: Peer, message: Message, fds: list[int], now: float) -> None:
+        body = message.body
+        name, instance = body.get("name"), body.get("instance")
+        weight, meta = body.get("weight", 1.0), body.get("meta", {})
+        if not is_name(name) or not isinstance(instance, str) or not 8 <= len(instance) <= 64:
+            raise ProtocolError("HELLO needs a valid name and an instance")
+        if not isinstance(weight, int | float) or not 0 < weight < 1e9:
+            raise ProtocolError(f"weight is {weight!r}, but must be a number above 0")
+        if not isinstance(meta, dict) or len(str(meta)) > _MAX_META or peer.ident:
+            raise ProtocolError("meta is too long, or this connection has a tenant already")
+        taken = self.members.holder_of(str(name), instance)
+        if taken is not None:
+            raise Refusal(p.NAME_TAKEN, f"{name} is taken by process {taken.pid}", pid=taken.pid)
+        if len(self.members.by_ident) >= SLOTS:
+            raise Refusal(p.BUSY, f"this broker serves {SLOTS} tenants and no more")
+        self._join(peer, message, fds, now)
+
+    def _join(self, peer: Peer, message: Message, fds: list[int], now: float) -> None:
+        body = message.body
+        pidfd = peer.pidfd(fds)
+        if pidfd is None:
+            raise Refusal(p.BUSY, "no pidfd of this process: Linux 5.3 or later is needed")
+        try:
+            tenant = self.ledger.join(
+                body["name"], now, limit=min(field(body, "limit"), self.ledger.capacity),
+                floor=field(body, "floor", 0), weight=float(body.get("weight", 1.0)),
+                lease=field(body, "lease", 0), instance=body["instance"],
+            )  # fmt: skip
+        except ProtocolError:
+            os.close(pidfd)
+            raise
+        if tenant is None:
+            os.close(pidfd)
+            capacity = self.ledger.capacity
+            raise Refusal(p.REFUSED, f"the floors of all exceed the capacity of {capacity} bytes")
+        tenant.revision = field(body, "revision", 0)
+        self._replace(body["instance"], tenant.ident)
+        used = {member.slot for member in self.members.by_ident.values()}
+        slot = next(i for i in range(SLOTS) if i not in used)
+        member = Member(tenant, peer, pidfd, slot, now)
+        member.instance, member.meta = body["instance"], body.get("meta", {})
+        self.members.add(member)
+        peer.ident = tenant.ident
+        self.members.write_roster()  # before the first grant: the next broker must know
+        self._mirror.write_limit(slot, tenant.limit)
+        welcome = {"capacity": self.ledger.capacity, "slot": slot, "limit": tenant.limit,
+                   "revision": tenant.revision, "pid": os.getpid()}  # fmt: skip
+        self._reply(peer, message, Op.WELCOME, body=welcome, fds=(self._mirror.fd,))
+
+    def _replace(self, instance: str, ident: int) -> None:
+        """An engine that lost its socket is back: its new connection takes over."""
+        earlier = self.members.of_instance(instance)
+        if earlier is None:
+            return
+        if earlier.peer is not None:
+            earlier.peer.ident = 0
+            earlier.peer.cut()
+        self.ledger.succeed(earlier.tenant.ident, ident)
+        self.members.remove(earlier.tenant.ident)
+
+    def _claim(self, peer: Peer, message: Message, _fds: list[int], now: float) -> None:
+        need, want = message.values
+        self.ledger.claim(self._own(peer), message.request, need, want, now)
+
+    def _give_back(self, peer: Peer, message: Message, _fds: list[int], _now: float) -> None:
+        if not self.ledger.give_back(self._own(peer), message.values[0]):
+            raise ProtocolError(f"{message.values[0]} bytes given back, more than the lease")
+
+    def _report(self, peer: Peer, message: Message, _fds: list[int], _now: float) -> None:
+        member = self.members.by_ident[self._own(peer)]
+        body = message.body
+        names = ("backed_bytes", "cached_bytes", "spare_bytes", "packed_floor_bytes")
+        age = body.get("oldest_cached_age_s", 0.0)
+        if not isinstance(age, int | float) or not 0 <= age < 1e12 or len(str(body)) > _MAX_META:
+            raise ProtocolError("REPORT has a bad age, or is too long")
+        member.tenant.report = Report(
+            *[field(body, name, 0) for name in names], oldest_cached_s=float(age)
+        )
+        member.report = body
+
+    def _own_limit(self, peer: Peer, message: Message, _fds: list[int], _now: float) -> None:
+        member = self.members.by_ident[self._own(peer)]
+        revision = self._change_limit(peer, member, field(message.body, "limit"))
+        self._reply(peer, message, Op.DONE, body={"revision": revision})
+
+    def _answer(self, peer: Peer, message: Message, _fds: list[int], _now: float) -> None:
+        ident = self._own(peer)
+        waiter = self._waiters.get(message.request)
+        if waiter is not None and waiter.ident == ident:
+            self._finish(message.request, message.values[0])
+            return
+        ask = self.ledger.asks.get(message.request)
+        if ask is None:
+            self.ledger.answered_late(ident)
+        elif ask.tenant == ident:
+            self.ledger.answer(message.request)
+
+    def _out_of_memory(self, peer: Peer, message: Message, _fds: list[int], now: float) -> None:
+        name = self.members.by_ident[self._own(peer)].tenant.name
+        self._log(f"{name}: the device refused {message.values[0]} bytes that were leased")
+        self.ledger.out_of_memory(message.values[0], now)
+
+    def _bye(self, peer: Peer, message: Message, _fds: list[int], _now: float) -> None:
+        ident, peer.ident = self._own(peer), 0
+        self.ledger.give_back(ident, self.ledger.tenants[ident].lease)
+        self.ledger.revoke(ident)
+        self.ledger.credit(ident)
+        self.members.remove(ident)
+        self.members.write_roster()
+        self._reply(peer, message, Op.DONE)
+
+    def _set_limit(self, peer: Peer, message: Message, _fds: list[int], now: float) -> None:
+        member = self._named(message)
+        nbytes = field(message.body, "limit")
+        revision = self._change_limit(peer, member, nbytes)
+        self._ask(peer, message, member, Op.LIMIT, (nbytes, revision), now)
+
+    def _ask_reclaim(self, peer: Peer, message: Message, _fds: list[int], now: float) -> None:
+        member = self._named(message)
+        nbytes = field(message.body, "bytes")
+        self._log(f"reclaim {member.tenant.name} {nbytes} by uid {peer.uid} pid {peer.pid}")
+        values = (nbytes, int(_ADMIN_WAIT_S * 1000))
+        self._ask(peer, message, member, Op.RECLAIM, values, now)
+
+    # --- internals --------------------------------------------------------------------------------
+
+    def _own(self, peer: Peer) -> int:
+        """The peer's tenant. A forked child may hold the socket of a dead one, so: a live one."""
+        tenant = self.ledger.tenants.get(peer.ident)
+        if tenant is None or tenant.state != LIVE:
+            raise ProtocolError("this connection has no live tenant")
+        return tenant.ident
+
+    def _named(self, message: Message) -> Member:
+        name = message.body.get("name")
+        member = self.members.named(name) if isinstance(name, str) else None
+        if member is None or member.peer is None:
+            names = sorted(m.tenant.name for m in self.members.by_ident.values())[:40]
+            raise Refusal(p.UNKNOWN_NAME, "no live tenant of that name", names=names)
+        return member
+
+    def _change_limit(self, peer: Peer, member: Member, nbytes: int) -> int:
+        old = member.tenant.limit
+        revision = self.ledger.set_limit(member.tenant.ident, nbytes)
+        self._mirror.write_limit(member.slot, nbytes)
+        self._log(f"limit {member.tenant.name} {old} -> {nbytes} revision {revision} "
+                  f"by uid {peer.uid} pid {peer.pid}")  # fmt: skip
+        return revision
+
+    def _ask(
+        self, admin: Peer, message: Message, member: Member, op: Op, values: tuple[int, ...],
+        now: float,
+    ) -> None:  # fmt: skip
+        request = self._next_request
+        self._next_request += 1
+        ident, deadline = member.tenant.ident, now + _ADMIN_WAIT_S
+        self._waiters[request] = _Waiter(admin, message.request, ident, deadline)
+        assert member.peer is not None, "I8: a live tenant without a connection"
+        member.peer.send(Message(op, request, self._epoch, p.OK, values))
+
+    def _finish(self, request: int, freed: int) -> None:
+        """Tell the administrator how it stands."""
+        waiter = self._waiters.pop(request)
+        member = self.members.by_ident.get(waiter.ident)
+        if member is None:
+            body: dict[str, Any] = {"error": "the tenant has gone", "names": []}
+            reply = Message(Op.ERROR, waiter.request, self._epoch, p.UNKNOWN_NAME, (), body)
+        else:
+            body = {"freed": freed, **member.to_row(waiter.deadline)}
+            del body["meta"], body["report"]
+            reply = Message(Op.DONE, waiter.request, self._epoch, p.OK, (), body)
+        waiter.peer.send(reply)
+
+    def _publish(self) -> None:
+        ledger = self.ledger
+        state = MirrorState(ledger.capacity, ledger.leased, ledger.shortfall(), self._epoch)
+        if state != self._published:
+            self._published = state
+            self._mirror.write(state)
+
+    def _reply(
+        self, peer: Peer, message: Message, op: Op, *, status: int = p.OK,
+        body: dict[str, Any] | None = None, fds: tuple[int, ...] = (),
+    ) -> None:  # fmt: skip
+        peer.send(Message(op, message.request, self._epoch, status, (), body or {}), fds)
