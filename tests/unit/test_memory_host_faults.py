@@ -4,6 +4,8 @@ import ctypes
 import errno
 import itertools
 import os
+import subprocess
+import sys
 
 import pytest
 from host_maps import PAGE, maps_of
@@ -215,3 +217,45 @@ def test_out_of_mappings_names_the_sysctl(monkeypatch, tmp_path):
     fake.write_text("10\n")
     monkeypatch.setattr("kvcached.memory.os_calls.MAX_MAP_COUNT", str(fake))
     assert "raise sysctl vm.max_map_count" in str(translate(error, "mmap", "cannot map"))
+
+
+EXHAUST = """
+from kvcached.errors import OutOfPages
+from kvcached.memory.host import HostBackend
+
+def lines():
+    with open("/proc/self/maps") as maps:
+        return sum(1 for _ in maps)
+
+backend = HostBackend(4096)
+reservation, mapped, before = backend.reserve(4096 * {most}), [], lines()
+try:
+    for page_index in range(0, {most}, 2):  # no two neighbours: each is a mapping of its own
+        handle = backend.create(1)
+        backend.map(reservation, page_index, handle)
+        mapped.append((page_index, handle))
+except OutOfPages as error:
+    print("vm.max_map_count" in str(error))
+backend.check()
+backend.release(handle)
+for page_index, handle in mapped:
+    backend.unmap(reservation, page_index, handle)
+    backend.release(handle)
+print(lines() < before + 500)  # Python itself maps some memory meanwhile
+backend.close(reservation)
+backend.shutdown()
+"""
+
+
+def max_map_count():
+    with open("/proc/sys/vm/max_map_count") as file:
+        return int(file.read())
+
+
+@pytest.mark.skipif(max_map_count() > 100_000, reason="would take very many mappings")
+def test_a_process_out_of_mappings_is_told_and_recovers():
+    script = EXHAUST.format(most=max_map_count() + 10)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "True\nTrue\n"

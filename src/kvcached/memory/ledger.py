@@ -1,0 +1,84 @@
+"""What keeps a sequence of backend calls all or nothing: a record, and a stack of inverses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from kvcached.memory.base import Handle, MemoryBackend, Reservation
+
+
+class Ledger:
+    """The backend, with a record of every handle and mapping (I4, I5)."""
+
+    def __init__(self, backend: MemoryBackend) -> None:
+        self.backend = backend
+        self.handles: dict[int, Handle] = {}
+        self.mappings: dict[tuple[int, int], Handle] = {}
+        self.reservations: dict[int, Reservation] = {}
+
+    def reserve(self, nbytes: int) -> Reservation:
+        """As the backend's, recorded; so are the others."""
+        reservation = self.backend.reserve(nbytes)
+        self.reservations[reservation.address] = reservation
+        return reservation
+
+    def create(self, num_pages: int) -> Handle:
+        """Recorded."""
+        handle = self.backend.create(num_pages)
+        self.handles[handle.key] = handle
+        return handle
+
+    def map(self, reservation: Reservation, page: int, handle: Handle) -> None:
+        """Recorded."""
+        self.backend.map(reservation, page, handle)
+        self.mappings[reservation.address, page] = handle
+
+    def unmap(self, reservation: Reservation, page: int, handle: Handle) -> None:
+        """Recorded."""
+        self.backend.unmap(reservation, page, handle)
+        del self.mappings[reservation.address, page]
+
+    def release(self, handle: Handle) -> None:
+        """Recorded."""
+        self.backend.release(handle)
+        del self.handles[handle.key]
+
+    def close(self, reservation: Reservation) -> None:
+        """Recorded."""
+        self.backend.close(reservation)
+        del self.reservations[reservation.address]
+
+    @property
+    def nbytes(self) -> int:
+        """Physical bytes held."""
+        return sum(h.num_pages for h in self.handles.values()) * self.backend.page_bytes
+
+    def close_all(self) -> None:
+        """Unmap, release and close whatever is left. Stops at the first failure; call again."""
+        for (address, page), handle in list(self.mappings.items()):
+            self.unmap(self.reservations[address], page, handle)
+        for handle in list(self.handles.values()):
+            self.release(handle)
+        for reservation in list(self.reservations.values()):
+            self.close(reservation)
+
+
+class Undo:
+    """Inverses of the steps done so far; run in reverse order unless committed."""
+
+    def __init__(self) -> None:
+        self._steps: list[tuple[Callable[..., object], tuple[object, ...]]] = []
+
+    def push(self, step: Callable[..., object], *args: object) -> None:
+        """Register the inverse of a step that has just succeeded."""
+        self._steps.append((step, args))
+
+    def pop(self) -> None:
+        """Forget the newest inverse: its step has been undone in the ordinary course."""
+        self._steps.pop()
+
+    def run(self) -> None:
+        """Undo everything, newest first."""
+        while self._steps:
+            step, args = self._steps.pop()
+            step(*args)
