@@ -196,7 +196,7 @@ def _check_shm() -> Check:
 
 def check_brokers() -> Iterator[Check]:
     """Brokers that answer now."""
-    from kvcached.broker.client import list_tenants
+    from kvcached.broker.admin import list_tenants
 
     try:
         devices = list_tenants(config=Config.from_env())

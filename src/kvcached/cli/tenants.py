@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from kvcached.broker.client import list_tenants, set_tenant_limit
+from kvcached.broker.admin import list_tenants, set_tenant_limit
 from kvcached.cli.render import format_age, table
 from kvcached.config import Config, format_size, parse_size
 from kvcached.errors import BrokerUnavailable, InvalidInput, UnknownName
@@ -61,12 +61,12 @@ def _row(device: DeviceSnapshot, tenant: TenantSnapshot) -> tuple[str, ...]:
 
 def compact_size(nbytes: int) -> str:
     """A size in at most five columns: ``"0"``, ``"3.0M"``, ``"512M"``, ``"24G"``."""
-    value, units = float(nbytes), "KMGT"
-    if value < 1023.5:
-        return f"{value:.0f}"
-    while value >= 1023.5:
-        value, unit, units = value / 1024, units[0], units[1:] or "T"
-    return f"{value:.0f}{unit}" if value >= 99.5 else f"{value:.1f}{unit}"
+    value, unit = float(nbytes), ""
+    for larger in "KMGT":
+        if value < 1023.5:
+            break
+        value, unit = value / 1024, larger
+    return f"{value:.0f}{unit}" if not unit or value >= 99.5 else f"{value:.1f}{unit}"
 
 
 def change_limit(name: str, size: str, *, device: str | None, dry_run: bool) -> dict[str, Any]:

@@ -1,0 +1,391 @@
+"""The commands: what they print, to whom, and with which exit code; against a real broker."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import select
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from kvcached import cli
+from kvcached.broker.client import BrokerBudget
+from kvcached.cli import doctor, probes, render, tenants, top
+from kvcached.errors import UnknownName
+from kvcached.stats import DeviceSnapshot, LimitRecord, TenantReport, TenantSnapshot
+
+MIB = 1 << 20
+COMMANDS = {"kvcached": cli.main, "kvctl": cli.kvctl, "kvtop": cli.kvtop}
+
+
+class Owner:
+    """A tenant with 100 MiB claimed, of which 40 can be given back."""
+
+    def __init__(self, name: str, **options) -> None:
+        self.budget = BrokerBudget(
+            name, device="cpu", limit_bytes=256 * MIB, capacity_bytes=1024 * MIB, **options
+        )
+        self.spare = 40 * MIB
+        self.lock = threading.RLock()
+        self.budget.attach(self, self.lock)
+        self.budget.claim(100 * MIB)
+
+    def reclaim(self, nbytes: int) -> int:
+        freed = min(nbytes, self.spare)
+        self.spare -= freed
+        if freed:
+            self.budget.give_back(freed)
+        return freed
+
+    def report(self) -> TenantReport:
+        held = self.budget.claimed_bytes
+        return TenantReport(held, held - self.spare, 0, self.spare)
+
+    def close(self) -> None:
+        with self.lock:
+            self.budget.give_back(self.budget.claimed_bytes)
+        self.budget.close()
+
+
+@pytest.fixture
+def owners(runtime_dir):
+    made = [Owner("qwen3-8b"), Owner("llama-8b")]
+    yield made
+    for owner in made:
+        owner.close()
+
+
+@pytest.fixture
+def run(capfd):
+    def run(command: str, *args: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as caught:
+            COMMANDS[command](args)
+        out, err = capfd.readouterr()
+        return int(caught.value.code or 0), out, err
+
+    return run
+
+
+# --- ps ---------------------------------------------------------------------------------------
+
+
+def test_ps_without_a_broker_is_an_empty_table_and_starts_nothing(run, runtime_dir):
+    code, out, err = run("kvcached", "ps")
+    assert code == 0
+    assert out.split() == "NAME DEVICE PID IN USE CACHED SPARE LEASE LIMIT SINCE".split()
+    assert "Nothing is running" in err
+    assert os.listdir(runtime_dir) == []
+
+
+@pytest.mark.parametrize("command", [("kvcached", "ps"), ("kvctl", "ps"), ("kvctl", "list")])
+def test_ps_shows_each_tenant_on_a_line(run, owners, command):
+    code, out, err = run(*command)
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    assert [line.split()[0] for line in lines] == ["NAME", "llama-8b", "qwen3-8b"]
+    assert lines[1].split()[1:3] == ["cpu", str(os.getpid())]
+    assert max(map(len, lines)) <= 80
+
+
+def test_ps_as_json(run, owners):
+    code, out, _ = run("kvcached", "ps", "--json", "--device", "cpu")
+    data = json.loads(out)
+    assert code == 0
+    assert data["schema_version"] == 1
+    (device,) = data["devices"]
+    assert device["capacity_bytes"] == 1024 * MIB
+    assert {tenant["name"] for tenant in device["tenants"]} == {"qwen3-8b", "llama-8b"}
+    assert all(tenant["limit"]["desired_bytes"] == 256 * MIB for tenant in device["tenants"])
+
+
+# --- limit ------------------------------------------------------------------------------------
+
+
+def test_limit_is_set_and_obeyed(run, owners):
+    code, out, _ = run("kvctl", "limit", "qwen3-8b", "64MiB", "--json")
+    change = json.loads(out)
+    assert code == 0
+    assert (change["before_bytes"], change["desired_bytes"]) == (256 * MIB, 64 * MIB)
+    assert (change["held_bytes"], change["applied"]) == (64 * MIB, True)
+    assert owners[0].budget.limit_bytes == 64 * MIB
+    assert owners[1].budget.limit_bytes == 256 * MIB
+
+
+def test_a_limit_that_cannot_be_met_yet_says_so(run, owners):
+    code, out, _ = run("kvcached", "limit", "llama-8b", "5%")
+    assert code == 0
+    assert "from 256.0 MiB to 51.2 MiB" in out
+    assert out.endswith("giving back\n")
+    _, table, note = run("kvcached", "ps")
+    assert "51.2M*" in table
+    assert "* holds more than its limit" in note
+
+
+def test_dry_run_changes_nothing(run, owners):
+    code, out, _ = run("kvctl", "limit", "qwen3-8b", "50%", "--dry-run")
+    assert code == 0
+    assert "would go from 256.0 MiB to 512.0 MiB" in out
+    assert owners[0].budget.limit_bytes == 256 * MIB
+
+
+def test_snapshots_of_refusals(run, owners):
+    assert run("kvctl", "limit", "qwen", "1G") == (
+        3,
+        "",
+        "error[KV410]: no tenant named 'qwen'.  Running: llama-8b, qwen3-8b.  "
+        "Did you mean qwen3-8b?\n  try     kvcached ps      shows what runs\n",
+    )
+    assert run("kvctl", "limit", "qwen3-8b", "8X") == (
+        2,
+        "",
+        "error[KV305]: '8X' is not a size\n"
+        "  try     Sizes: 1048576, '512MiB', '8G' (=GiB), '40%'.\n",
+    )
+    assert run("kvctl", "limit", "qwen3-8b", "24GB") == (
+        2,
+        "",
+        "error[KV301]: 24GB is more than cpu has for all: 1.0 GiB\n"
+        "  try     kvcached limit qwen3-8b 100%\n",
+    )
+    assert all(owner.budget.limit_bytes == 256 * MIB for owner in owners)
+
+
+def test_limit_without_a_broker(run):
+    code, out, err = run("kvctl", "limit", "qwen", "1G")
+    assert (code, out) == (5, "")
+    assert err.startswith("error[KV501]: no broker is running")
+
+
+def test_a_runtime_directory_of_others_is_refused(run, runtime_dir):
+    runtime_dir.chmod(0o777)
+    code, _, err = run("kvcached", "ps")
+    runtime_dir.chmod(0o700)
+    assert code == 4
+    assert err.startswith("error[KV503]: ")
+    assert "try     " in err
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("nonsense",),
+        ("limit",),
+        ("ps", "--nonsense"),
+        ("top", "--seconds", "0"),
+        ("demo", "--seed", "x"),
+    ],
+)
+def test_bad_usage_is_exit_code_2_and_goes_to_stderr(run, args):
+    code, out, err = run("kvcached", *args)
+    assert (code, out) == (2, "")
+    assert "Usage: kvcached" in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_is_plain_and_fits_80_columns(run, command):
+    code, out, _ = run(command, "--help")
+    assert code == 0
+    assert out.startswith(f"Usage: {command}")
+    assert "\x1b" not in out
+    assert max(map(len, out.splitlines())) <= 80
+
+
+def test_version(run):
+    code, out, _ = run("kvcached", "--version")
+    assert code == 0
+    assert out.startswith("kvcached-py 0.")
+
+
+def test_a_device_that_cannot_be_is_refused(run):
+    code, _, err = run("kvcached", "ps", "--device", "../../etc")
+    assert code == 2
+    assert err.startswith("error[KV301]: ")
+
+
+# --- top --------------------------------------------------------------------------------------
+
+
+def test_top_once_plain(run, owners):
+    code, out, _ = run("kvtop", "--once", "--plain")
+    assert code == 0
+    assert "cpu: 200.0 MiB of 1.0 GiB leased, 2 tenants" in out
+    assert len(re.findall(r"^(?:qwen3|llama)-8b +\[[#.]", out, re.MULTILINE)) == 2
+    assert "\x1b" not in out
+
+
+def test_top_once_json_is_one_line(run, owners):
+    code, out, _ = run("kvcached", "top", "--once", "--json")
+    assert code == 0
+    assert out.count("\n") == 1
+    assert json.loads(out)["schema_version"] == 1
+
+
+def test_top_live_in_a_terminal_until_q(owners):
+    main, side = pty.openpty()
+    command = [sys.executable, "-c", "from kvcached.cli import kvtop; kvtop()", "--seconds", "0.2"]
+    env = {**os.environ, "TERM": "xterm", "COLUMNS": "80", "LINES": "24"}
+    process = subprocess.Popen(command, stdin=side, stdout=side, stderr=side, env=env)
+    os.close(side)
+    try:
+        seen = _read_until(main, b"qwen3-8b")
+        assert b"llama-8b" in seen
+        os.write(main, b"q")
+        tail = _read_until(main, b"bye")
+        assert b"Traceback" not in seen + tail
+        assert process.wait(10) == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(main)
+
+
+def _read_until(fd: int, mark: bytes) -> bytes:
+    seen, end = b"", time.monotonic() + 20
+    while mark not in seen and time.monotonic() < end:
+        if select.select([fd], [], [], 0.1)[0]:
+            try:
+                seen += os.read(fd, 65536)
+            except OSError:  # the other side has gone
+                break
+    assert mark in seen, seen[-2000:]
+    return seen
+
+
+def _tenant(name="a", lease=100, limit=200, report=None):
+    report = report or TenantReport(90, 40, 30, 15, 5)
+    record = LimitRecord(limit, 1, lease)
+    return TenantSnapshot(name, 1, 0, "live", lease, record, report, 1.0, {})
+
+
+@pytest.mark.parametrize("width", [1, 7, 40, 100])
+@pytest.mark.parametrize(
+    "tenant",
+    [
+        _tenant(),
+        _tenant(lease=0, limit=0, report=TenantReport()),
+        _tenant(limit=50),
+        _tenant(report=TenantReport(1, 1), lease=1, limit=1000),
+        _tenant(lease=5000, limit=5000, report=TenantReport(5000, 5000)),
+    ],
+)
+def test_bars_never_overflow_and_show_what_is_there(tenant, width):
+    parts = top.segments(tenant, width, 1000)
+    assert sum(parts) <= width
+    assert min(parts) >= 0
+    if tenant.report.in_use_bytes:
+        assert parts[0] >= 1
+    assert len(top.bar(tenant, width, 1000)) == sum(parts)
+
+
+# --- tables and sizes -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "text"),
+    [
+        (0, "0"), (1, "1"), (1023, "1023"), (1024, "1.0K"), (3 * MIB, "3.0M"), (512 * MIB, "512M"),
+        (1023.6 * MIB, "1.0G"), (24 << 30, "24.0G"), (2 << 40, "2.0T"), (5000 << 40, "5000T"),
+    ],
+)  # fmt: skip
+def test_compact_sizes(nbytes, text):
+    assert tenants.compact_size(int(nbytes)) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0 s"), (59.9, "59 s"), (60, "1 min"), (7300, "2 h"), (86400 * 3, "3 d")],
+)
+def test_ages(seconds, text):
+    assert render.format_age(seconds) == text
+
+
+def test_a_long_name_is_shortened_in_a_terminal_only():
+    long = _tenant("a-model-with-a-very-long-name-indeed-and-a-version-number-1.5")
+    gpu = DeviceSnapshot(1, "GPU-8a56a4c4-1111-2222-3333-444444444444", 1000, 100, 7, 1, (long,))
+    narrow = tenants.ps_table([gpu], width=80)
+    assert max(map(len, narrow.splitlines())) <= 80
+    assert "~" in narrow
+    assert long.name in tenants.ps_table([gpu], width=None)
+
+
+def test_the_same_name_on_two_devices_needs_a_device():
+    devices = [DeviceSnapshot(1, d, 1000, 100, 7, 1, (_tenant("a"),)) for d in ("cpu", "gpu-1")]
+    with pytest.raises(ValueError, match="several devices: cpu, gpu-1"):
+        tenants.find(devices, "a")
+    with pytest.raises(UnknownName, match="no tenant named 'zz'.  Running: a."):
+        tenants.find(devices, "zz")
+
+
+# --- doctor -----------------------------------------------------------------------------------
+
+
+def test_doctor_says_what_works(run):
+    code, out, _ = run("kvcached", "doctor")
+    assert code == 0
+    assert "ok    host backend" in out
+    assert out.endswith("device='cpu' works here\n")
+
+
+def test_doctor_as_json(run, owners):
+    code, out, _ = run("kvcached", "doctor", "--json")
+    data = json.loads(out)
+    assert (code, data["ok"], data["schema_version"]) == (0, True, 1)
+    names = {check["name"] for check in data["checks"]}
+    assert {"python", "package", "numba", "host backend", "nvidia driver", "runtime dir",
+            "max_map_count", "broker", "transformers"} <= names  # fmt: skip
+    broker = next(check for check in data["checks"] if check["name"] == "broker")
+    assert "200.0 MiB of 1.0 GiB leased by 2 tenants" in broker["detail"]
+
+
+def test_doctor_names_the_clash_with_upstream(monkeypatch):
+    monkeypatch.setattr(probes, "owners_of", lambda package: ["kvcached", "kvcached-py"])
+    (check,) = doctor.check_package()
+    assert check.status == "fail"
+    assert "pip uninstall -y kvcached" in check.fix
+
+
+def test_doctor_without_a_driver_goes_on_with_the_cpu():
+    facts = probes.probe_driver("libnonesuch.so.1")
+    assert "no NVIDIA driver" in facts.problem
+    assert facts.gpus == []
+
+
+@pytest.mark.parametrize(
+    ("version", "status"), [("5.17.0", "ok"), ("5.0.1", "ok"), ("4.57.0", "warn"), ("6.0", "warn")]
+)
+def test_doctor_knows_the_versions_that_were_tried(monkeypatch, version, status):
+    installed = {"transformers": version, "vllm": "0.32.0"}
+    monkeypatch.setattr(probes, "version_of", installed.get)
+    found = {check.name: check for check in doctor.check_engines()}
+    assert found["transformers"].status == status
+    assert bool(found["transformers"].fix) == (status == "warn")
+    assert found["vllm"].status == "info"
+    assert "sglang" not in found
+
+
+def test_doctor_fails_when_the_host_backend_does(monkeypatch, run):
+    def refuse():
+        message = "memfd_create: not permitted"
+        raise OSError(message)
+
+    monkeypatch.setattr(doctor, "_exercise_host_backend", refuse)
+    code, out, _ = run("kvcached", "doctor")
+    assert code == 1
+    assert "memfd_create: not permitted" in out
+    assert out.endswith("device='cpu' does not work here\n")
+
+
+def test_doctor_warns_of_an_unsafe_runtime_directory(run, runtime_dir):
+    runtime_dir.chmod(0o777)
+    code, out, _ = run("kvcached", "doctor")
+    runtime_dir.chmod(0o700)
+    assert code == 0
+    assert "warn  runtime dir" in out
+    assert "2 problems" in out  # the directory, and so no look at its brokers
