@@ -1,0 +1,1 @@
+"""One memory budget for all processes of a device: leases over a Unix socket."""

@@ -9,7 +9,6 @@ engines that claim from each other at the same time both get their answer.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import secrets
@@ -21,37 +20,33 @@ from typing import Any
 from kvcached.broker import protocol as p
 from kvcached.broker.admin import list_tenants, request_reclaim, set_tenant_limit
 from kvcached.broker.budget import Tenant
-from kvcached.broker.capacity import default_capacity
-from kvcached.broker.link import Welcome, enter
+from kvcached.broker.link import Welcome
 from kvcached.broker.protocol import Message, Op
+from kvcached.broker.session import Session
 from kvcached.config import Config, check_name, format_size
 from kvcached.errors import (
     BudgetExceeded,
     ClosedError,
     ForkedProcessError,
     InvalidInput,
-    KvcachedError,
-    ProtocolError,
 )
 from kvcached.stats import LimitRecord, TenantReport
 
 __all__ = ["BrokerBudget", "list_tenants", "request_reclaim", "set_tenant_limit"]
 
 _LOG = logging.getLogger("kvcached.broker")
-_TICK_S = 0.1
 _IDLE_S = 0.5
 """Bytes leased and not claimed for this long go back."""
 _CLAIM_S = 2.5
 """How long a claim waits: more than the broker makes it wait, so that normally it is answered."""
-_JOIN_S = 10.0
+_GOODBYE_S = 1.0
 _MAX_BATCH = 64 << 20
-_MAX_BACKOFF_S = 1.0
 _LIVE: weakref.WeakSet[BrokerBudget] = weakref.WeakSet()
 
 
 def _disown_all() -> None:
     for budget in list(_LIVE):
-        budget._forked = True
+        budget.disown()
     _LIVE.clear()
 
 
@@ -95,12 +90,9 @@ class BrokerBudget:
         meta: dict[str, Any] | None = None,
     ) -> None:  # fmt: skip
         self._name = check_name(name)
-        self._device = device
-        self._config = Config.from_env() if config is None else config
         self._floor, self._weight = _size("floor", floor_bytes), weight
         self._limit = p.MAX_BYTES if limit_bytes is None else _size("limit", limit_bytes)
         self._meta = meta or {}
-        self._capacity = capacity_bytes
         self._instance = secrets.token_hex(16)
         self._revision = self._claimed = self._lease = 0
         self._tenant: Tenant | None = None
@@ -110,13 +102,10 @@ class BrokerBudget:
         self._urgent = 0  # reclaims in progress: what is given back leaves at once
         self._busy_at = time.monotonic()
         self._reported: TenantReport | None = None
-        self._closed = self._forked = self._ended = False
-        self._welcome: Welcome | None = self._enter(time.monotonic() + _JOIN_S)
+        self._closed = self._forked = self._said_goodbye = False
+        settings = Config.from_env() if config is None else config
+        self._session = Session(self, name, settings, device, capacity_bytes)
         _LIVE.add(self)
-        self._thread = threading.Thread(
-            target=_listen, args=(weakref.ref(self),), name=f"kvcached-{name}", daemon=True
-        )
-        self._thread.start()
 
     # --- Budget -----------------------------------------------------------------------------------
 
@@ -138,8 +127,8 @@ class BrokerBudget:
     @property
     def capacity_bytes(self) -> int:
         """Bytes of the device for all tenants together."""
-        assert self._capacity is not None, "I7: joined without a capacity"
-        return self._capacity
+        assert self._session.capacity is not None, "I7: joined without a capacity"
+        return self._session.capacity
 
     def attach(self, tenant: Tenant, lock: threading.RLock) -> None:
         """See ``Budget.attach``."""
@@ -167,7 +156,7 @@ class BrokerBudget:
             assert 0 <= nbytes <= self._claimed, "I1: gave back more than was claimed"
             self._claimed -= nbytes
             self._busy_at = time.monotonic()
-            if self._urgent or self._lease > self._limit or self._pressure():
+            if self._urgent or self._lease > self._limit or self._session.pressure:
                 self._return_slack()
 
     def set_limit(self, nbytes: int) -> LimitRecord:
@@ -177,7 +166,7 @@ class BrokerBudget:
         with self._changed:
             self._limit = nbytes
             self._revision += 1
-            self._try_send(Message(Op.OWN_LIMIT, body={"limit": nbytes}))
+            self._session.send(Message(Op.OWN_LIMIT, body={"limit": nbytes}))
             self._apply_limit()
             return self.limit_record()
 
@@ -191,7 +180,7 @@ class BrokerBudget:
         The caller gives the claim back itself.
         """
         self._require_usable()
-        self._try_send(Message(Op.OUT_OF_MEMORY, values=(nbytes,)))
+        self._session.send(Message(Op.OUT_OF_MEMORY, values=(nbytes,)))
 
     def check(self) -> None:
         """See ``Budget.check``."""
@@ -208,13 +197,16 @@ class BrokerBudget:
             assert self._claimed == 0, "I4: budget closed while memory is still claimed"
             self._closed = True
             self._lease = 0
-            self._try_send(Message(Op.BYE))
+            self._session.send(Message(Op.BYE))
             self._changed.notify_all()
-            self._changed.wait_for(lambda: self._ended, 1.0)
+            self._changed.wait_for(lambda: self._said_goodbye, _GOODBYE_S)
         _LIVE.discard(self)
-        if self._welcome is not None:
-            self._drop_connection(self._welcome)
-        self._thread.join(1.0)
+        self._session.stop()
+        self._session.join(_GOODBYE_S)
+
+    def disown(self) -> None:
+        """After a fork, in the child: every further call raises ``ForkedProcessError``."""
+        self._forked = self._session.forked = True
 
     # --- claims -----------------------------------------------------------------------------------
 
@@ -244,7 +236,7 @@ class BrokerBudget:
         want = max(need, min(2 * need + self._lease // 8, _MAX_BATCH))
         self._answers[request] = answer
         try:
-            if not self._try_send(Message(Op.CLAIM, request, values=(need, want))):
+            if not self._session.send(Message(Op.CLAIM, request, values=(need, want))):
                 return _LOST
             self._changed.wait_for(
                 lambda: answer.status is not None or self._closed,
@@ -263,16 +255,13 @@ class BrokerBudget:
 
     # --- giving back, with the owner's lock held --------------------------------------------------
 
-    def _pressure(self) -> bool:
-        return self._welcome is not None and self._welcome.mirror.pressure > 0
-
     def _return_slack(self, most: int = p.MAX_BYTES) -> int:
         """Hand back what is leased and not claimed, up to ``most`` bytes."""
         nbytes = min(self._lease - self._claimed, most)
         if nbytes <= 0:
             return 0
         self._lease -= nbytes
-        if not self._try_send(Message(Op.GIVE_BACK, values=(nbytes,))):
+        if not self._session.send(Message(Op.GIVE_BACK, values=(nbytes,))):
             self._lease += nbytes  # a later tick, or the next hello, tells the broker
             return 0
         return nbytes
@@ -286,7 +275,7 @@ class BrokerBudget:
         self._urgent += 1
         try:
             self._tenant.reclaim(nbytes - given)
-        except Exception:  # an owner's bug must not end the thread that keeps its lease
+        except Exception:  # noqa: BLE001 (an owner's bug must not end the thread of its lease)
             _LOG.exception("%s: reclaiming %d bytes failed", self._name, nbytes)
         finally:
             self._urgent -= 1
@@ -297,50 +286,22 @@ class BrokerBudget:
         if self._lease > self._limit:
             self._reclaim(self._lease - self._limit)
 
-    # --- the thread -------------------------------------------------------------------------------
+    # --- Client: what the session's thread calls -------------------------------------------------
 
-    def _step(self) -> bool:
-        """One round of the thread: a message, or a tick. Returns whether to go on."""
-        welcome = self._welcome
-        if welcome is None:
-            self._reconnect()
-            return not self._finished()
-        try:
-            message, fds = welcome.connection.receive(_TICK_S)
-            for fd in fds:
-                os.close(fd)
-            self._on_message(message)
-        except TimeoutError:
-            pass
-        except (OSError, ProtocolError) as error:
-            if not self._closed:
-                _LOG.info("%s: lost the broker: %s", self._name, error)
-            self._lose()
-        self._tick()
-        return not self._finished()
-
-    def _finished(self) -> bool:
-        if self._forked:
-            return True
-        if self._closed and self._welcome is None:
-            self._ended = True
-        if self._ended:
-            with self._changed:
-                self._changed.notify_all()
-        return self._ended
-
-    def _on_message(self, message: Message) -> None:
+    def on_message(self, message: Message) -> None:
+        """See ``Client.on_message``."""
         op = message.op
         with self._changed:
             if op is Op.GRANT:
                 self._on_grant(message)
             elif op is Op.RECLAIM:
                 given = self._reclaim(message.values[0])
-                self._try_send(Message(Op.ANSWER, message.request, values=(given,)))
+                self._session.send(Message(Op.ANSWER, message.request, values=(given,)))
             elif op is Op.LIMIT:
                 self._on_limit(message)
             elif op is Op.DONE and self._closed:
-                self._ended = True
+                self._said_goodbye = True
+                self._changed.notify_all()
             elif op is Op.DONE:
                 self._revision = max(self._revision, p.field(message.body, "revision", 0))
             elif op is Op.ERROR and not self._closed:
@@ -359,11 +320,13 @@ class BrokerBudget:
         if revision >= self._revision:
             self._limit, self._revision = nbytes, revision
             self._apply_limit()
-        self._try_send(Message(Op.ANSWER, message.request, values=(max(0, before - self._lease),)))
+        self._session.send(
+            Message(Op.ANSWER, message.request, values=(max(0, before - self._lease),))
+        )
         self._changed.notify_all()
 
-    def _tick(self) -> None:
-        """What nobody asks for: the report, unused lease, a limit that was out of reach."""
+    def tick(self) -> None:
+        """See ``Client.tick``: the report, unused lease, a limit that was out of reach."""
         if self._closed or not self._changed.acquire(blocking=False):
             return  # the owner is at work; the next round comes soon
         try:
@@ -379,73 +342,37 @@ class BrokerBudget:
         if self._tenant is None:
             return
         report = self._tenant.report()
-        if report != self._reported and self._try_send(Message(Op.REPORT, body=report.to_dict())):
+        if report != self._reported and self._session.send(
+            Message(Op.REPORT, body=report.to_dict())
+        ):
             self._reported = report
 
-    # --- the connection ---------------------------------------------------------------------------
-
-    def _enter(self, deadline: float) -> Welcome:
-        welcome = enter(
-            self._config, self._device, self._hello, self._capacity_to_start_with, deadline
-        )
-        self._capacity = welcome.capacity
-        if self._limit == p.MAX_BYTES:
-            self._limit = welcome.capacity
-        if welcome.revision > self._revision:
-            self._limit, self._revision = welcome.limit, welcome.revision
-        return welcome
-
-    def _hello(self) -> dict[str, object]:
+    def hello(self) -> dict[str, Any]:
+        """See ``Client.hello``. What was leased ahead of use is not asserted again."""
         with self._changed:
-            self._lease = self._claimed  # what was leased ahead of use is not asserted
+            self._lease = self._claimed
             return {
                 "name": self._name, "instance": self._instance, "limit": self._limit,
                 "floor": self._floor, "weight": self._weight, "lease": self._lease,
                 "revision": self._revision, "meta": self._meta,
             }  # fmt: skip
 
-    def _capacity_to_start_with(self) -> int:
-        if self._capacity is None:
-            self._capacity = default_capacity(self._config, self._device)
-        return self._capacity
-
-    def _lose(self) -> None:
+    def welcomed(self, welcome: Welcome) -> None:
+        """See ``Client.welcomed``."""
         with self._changed:
-            welcome, self._welcome = self._welcome, None
+            self._limit = min(self._limit, welcome.capacity)
+            if welcome.revision > self._revision:
+                self._limit, self._revision = welcome.limit, welcome.revision
+            self._reported = None
+            self._changed.notify_all()
+
+    def lost(self) -> None:
+        """See ``Client.lost``."""
+        with self._changed:
             for answer in self._answers.values():
                 answer.status = _LOST
+            self._said_goodbye = self._closed
             self._changed.notify_all()
-        if welcome is not None:
-            self._drop_connection(welcome)
-
-    @staticmethod
-    def _drop_connection(welcome: Welcome) -> None:
-        welcome.connection.close()
-
-    def _reconnect(self) -> None:
-        """Try until it works: engines go on with what they hold meanwhile."""
-        pause = 0.001
-        while not self._closed and not self._forked:
-            try:
-                welcome = self._enter(time.monotonic() + 1.0)
-            except KvcachedError as error:
-                _LOG.warning("%s: no broker: %s", self._name, error.message)
-                time.sleep(pause)
-                pause = min(2 * pause, _MAX_BACKOFF_S)
-                continue
-            with self._changed:
-                self._welcome, self._reported = welcome, None
-                self._changed.notify_all()
-            return
-
-    def _try_send(self, message: Message) -> bool:
-        """Send if there is a broker that reads. A broken connection is the thread's to notice."""
-        if self._welcome is None:
-            return False
-        with contextlib.suppress(OSError):
-            self._welcome.connection.send(message)
-            return True
-        return False
 
     def _require_usable(self) -> None:
         if self._forked:
@@ -455,15 +382,6 @@ class BrokerBudget:
             )
         if self._closed:
             raise ClosedError(f"the budget {self._name!r} is closed")
-
-
-def _listen(reference: weakref.ref[BrokerBudget]) -> None:
-    """The thread's loop. A budget that was dropped without ``close`` ends it."""
-    while True:
-        budget = reference()
-        if budget is None or not budget._step():
-            return
-        del budget
 
 
 def _size(what: str, nbytes: int) -> int:

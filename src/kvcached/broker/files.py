@@ -50,7 +50,7 @@ class RuntimeDir:
         try:
             written = os.write(fd, data)
             if written != len(data):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name)  # noqa: TRY301
             os.rename(temporary, name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
         except OSError:
             self.remove(temporary)
@@ -67,7 +67,7 @@ def try_lock(directory: RuntimeDir) -> int | None:
     """Win the election to be (or to start) the broker: a locked fd, or ``None`` if it is taken.
 
     The lock belongs to the open file, so it can be handed to the broker's process. A broker that
-    leaves unlinks the file, so a lock on a file that is no longer in the directory is worth nothing.
+    leaves unlinks the file, so the lock counts only while the file is in the directory.
     """
     while True:
         fd = directory.open(directory.lock, os.O_RDWR | os.O_CREAT)

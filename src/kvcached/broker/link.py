@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -61,6 +62,7 @@ class Connection:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._fd = self._socket.fileno()
         _open_fds.add(self._fd)
+        self._forget = weakref.finalize(self, _open_fds.discard, self._fd)
         try:
             self._socket.settimeout(timeout_s)
             self._socket.connect(path)
@@ -88,9 +90,9 @@ class Connection:
         )
         try:
             if not data:
-                raise ConnectionResetError("the broker closed the connection")
+                raise ConnectionResetError("the broker closed it")  # noqa: TRY301 (for the fds)
             if flags & socket.MSG_TRUNC:
-                raise ProtocolError("the broker sent more than a message may hold")
+                raise ProtocolError("the message is too long")  # noqa: TRY301 (for the fds)
             return decode(data), fds
         except BaseException:
             for fd in fds:
@@ -108,12 +110,14 @@ class Connection:
 
     def close(self) -> None:
         """Close. Idempotent; in a forked child the descriptor is closed already."""
-        if self._fd in _open_fds:
-            _open_fds.discard(self._fd)
-            self._socket.close()
-        else:
+        if not self._forget.alive:
+            return
+        forked = self._fd not in _open_fds
+        self._forget()
+        if forked:
             self._socket.detach()
-        self._fd = -1
+        else:
+            self._socket.close()
 
 
 def raise_for(reply: Message) -> None:
@@ -176,7 +180,7 @@ def _enter_once(
         if reply.op is not Op.WELCOME or len(fds) != 1:
             for fd in fds:
                 os.close(fd)
-            raise ProtocolError(f"the broker answered HELLO with {reply.op.name}")
+            raise ProtocolError(f"{reply.op.name} is no answer to HELLO")  # noqa: TRY301
         said = {key: p.field(reply.body, key) for key in ("capacity", "slot", "limit", "revision")}
         return Welcome(connection, MirrorReader(fds[0]), epoch=reply.epoch, **said)
     except BaseException:

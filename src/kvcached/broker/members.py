@@ -153,7 +153,7 @@ class Members:
         return now + POLL_S if waiting else None
 
     def write_roster(self) -> None:
-        """Write who is here or still expected, for the next broker. Unknown is better than wrong."""
+        """Write who is here or still expected, for the next broker. Rather unknown than wrong."""
         missing = self._ledger.missing
         if missing is None:
             return  # the roster we found is unreadable: leave it so until the grace is over

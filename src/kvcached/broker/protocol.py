@@ -197,8 +197,9 @@ def runtime_dir(config: Config, *, create: bool = True) -> str:
     """The directory of the broker's files: ours alone, made with mode 0700 if it is missing.
 
     ``config.runtime_dir`` (from ``$KVCACHED_RUNTIME_DIR`` or ``$XDG_RUNTIME_DIR``), else
-    ``/run/kvcached`` for root, else ``/tmp/kvcached-<uid>``. Raises ``UnsafeRuntimeDir`` if the directory is a link, is not a
-    directory, belongs to somebody else, or can be written by group or others.
+    ``/run/kvcached`` for root, else ``/tmp/kvcached-<uid>``. Raises ``UnsafeRuntimeDir`` if the
+    directory is a link, is not a directory, belongs to somebody else, or can be written by group
+    or others.
     """
     path = config.runtime_dir or _default_dir()
     if not os.path.isabs(path):

@@ -208,9 +208,8 @@ class Service:
         age = body.get("oldest_cached_age_s", 0.0)
         if not isinstance(age, int | float) or not 0 <= age < 1e12 or len(str(body)) > _MAX_META:
             raise ProtocolError("REPORT has a bad age, or is too long")
-        member.tenant.report = Report(
-            *[field(body, name, 0) for name in names], oldest_cached_s=float(age)
-        )
+        backed, cached, spare, packed_floor = (field(body, name, 0) for name in names)
+        member.tenant.report = Report(backed, cached, spare, packed_floor, float(age))
         member.report = body
 
     def _own_limit(self, peer: Peer, message: Message, _fds: list[int], _now: float) -> None:

@@ -1,0 +1,126 @@
+"""Starts, freezes, kills and looks at engines and their broker. Only processes of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import kvcached
+from kvcached.broker.client import list_tenants
+from kvcached.config import Config
+from kvcached.errors import KvcachedError
+
+PACKAGE = str(Path(kvcached.__file__).parent.parent)
+SCRIPT = str(Path(__file__).with_name("broker_engine.py"))
+
+
+def until(condition, seconds=10.0, pause=0.005):
+    """Wait for a condition; returns whether it came true, and its last value."""
+    end = time.monotonic() + seconds
+    while not (value := condition()) and time.monotonic() < end:
+        time.sleep(pause)
+    return value
+
+
+class Rig:
+    def __init__(self, runtime_dir, slots=8):
+        self.runtime_dir = str(runtime_dir)
+        self.config = Config(runtime_dir=self.runtime_dir)
+        self.truth_file = f"{Path(runtime_dir).parent}/truth"
+        Path(self.truth_file).write_bytes(bytes(4096))
+        fd = os.open(self.truth_file, os.O_RDWR)
+        self._map = mmap.mmap(fd, 4096)
+        os.close(fd)
+        self.truth = memoryview(self._map).cast("q")
+        self.engines = [None] * slots
+        self.started = 0
+
+    def start(self, slot, mode="random", *, wait=True):
+        self.truth[slot] = 0
+        self.started += 1
+        arguments = [PACKAGE, self.runtime_dir, f"e{slot}", self.truth_file]
+        arguments += [str(slot), str(self.started), mode]
+        environ = {**os.environ, "KVCACHED_RUNTIME_DIR": self.runtime_dir}
+        self.engines[slot] = process = subprocess.Popen(
+            [sys.executable, "-I", "-S", SCRIPT, *arguments],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environ,
+        )  # fmt: skip
+        if wait:
+            self.expect(slot, "ready")
+        return process
+
+    def expect(self, slot, word):
+        line = self.engines[slot].stdout.readline().strip()
+        assert line == word, (line, self.engines[slot].stderr.read())
+
+    def kill(self, slot):
+        process, self.engines[slot] = self.engines[slot], None
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        process.stderr.close()
+        self.truth[slot] = 0
+
+    def end(self, slot):
+        """Ask an engine to close in order; returns what it wrote to stderr."""
+        process, self.engines[slot] = self.engines[slot], None
+        process.terminate()
+        _, errors = process.communicate(timeout=20)
+        assert process.returncode == 0, errors
+        return errors
+
+    def device(self):
+        with contextlib.suppress(KvcachedError):
+            for device in list_tenants("cpu", config=self.config):
+                return device
+        return None
+
+    def broker_pid(self):
+        device = until(self.device)
+        assert device is not None, "no broker answers"
+        return device.broker_pid
+
+    def kill_broker(self):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.broker_pid(), signal.SIGKILL)
+
+    @contextlib.contextmanager
+    def frozen(self):
+        alive = [process for process in self.engines if process is not None]
+        for process in alive:
+            process.send_signal(signal.SIGSTOP)
+        try:
+            for process in alive:
+                until(lambda pid=process.pid: _state(pid) in "TZX", 2.0, 0.001)
+            yield
+        finally:
+            for process in alive:
+                process.send_signal(signal.SIGCONT)
+
+    def leftovers(self):
+        return sorted(set(os.listdir(self.runtime_dir)) - {"cpu.log", "cpu.log.1"})
+
+    def close(self):
+        for slot, process in enumerate(self.engines):
+            if process is not None:
+                process.send_signal(signal.SIGCONT)
+                self.kill(slot)
+        device = self.device()
+        if device is not None and not until(lambda: self.device() is None, 7.0):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(device.broker_pid, signal.SIGKILL)
+        self.truth.release()
+        self._map.close()
+
+
+def _state(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return "X"
