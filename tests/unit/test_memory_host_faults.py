@@ -229,6 +229,7 @@ def lines():
 
 backend = HostBackend(4096)
 reservation, mapped, before = backend.reserve(4096 * {most}), [], lines()
+other = backend.create(1)
 try:
     for page_index in range(0, {most}, 2):  # no two neighbours: each is a mapping of its own
         handle = backend.create(1)
@@ -238,10 +239,14 @@ except OutOfPages as error:
     print("vm.max_map_count" in str(error))
 backend.check()
 backend.release(handle)
+print(lines() < {most} * 0.92)
 for page_index, handle in mapped:
     backend.unmap(reservation, page_index, handle)
     backend.release(handle)
 print(lines() < before + 500)  # Python itself maps some memory meanwhile
+backend.map(reservation, 0, other)
+backend.unmap(reservation, 0, other)
+backend.release(other)
 backend.close(reservation)
 backend.shutdown()
 """
@@ -253,9 +258,10 @@ def max_map_count():
 
 
 @pytest.mark.skipif(max_map_count() > 100_000, reason="would take very many mappings")
-def test_a_process_out_of_mappings_is_told_and_recovers():
+def test_mappings_run_out_before_those_of_the_process_do():
+    """At vm.max_map_count malloc fails too, so we stop short of it, and can still unmap."""
     script = EXHAUST.format(most=max_map_count() + 10)
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )
-    assert done.stdout == "True\nTrue\n"
+    assert done.stdout == "True\n" * 3

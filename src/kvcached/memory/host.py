@@ -33,7 +33,14 @@ from kvcached.errors import (
 from kvcached.memory import forks, os_calls
 from kvcached.memory.base import Handle, Reservation
 from kvcached.memory.mappings import Mappings, RangeState, Spans
-from kvcached.memory.os_calls import OsCalls, errno_name, meminfo_bytes, retry, translate
+from kvcached.memory.os_calls import (
+    MappingCredit,
+    OsCalls,
+    errno_name,
+    meminfo_bytes,
+    retry,
+    translate,
+)
 
 _FILE_BYTES = 1 << 62
 _ANON = os_calls.MAP_PRIVATE | os_calls.MAP_ANONYMOUS | os_calls.MAP_NORESERVE
@@ -95,6 +102,7 @@ class HostBackend:
         self._homes: dict[int, _Homes] = {}
         self._next_offset = 0
         self._forked = False
+        self._credit = MappingCredit()
         try:
             self._fd = self._calls.memfd("kvcached", _FILE_BYTES)
         except OSError as error:
@@ -151,6 +159,7 @@ class HostBackend:
         with self._lock:
             self._require_usable()
             rng, state = self._books.map_plan(reservation, page_index, handle)
+            self._credit.spend(refusable=True)
             known = self._places.get(handle.key)
             place = known or self._find_place(rng, page_index, handle)
             self._map_shared(
@@ -172,6 +181,7 @@ class HostBackend:
                 self._cover(address, handle.num_pages * self._page_bytes)
             except OSError as error:
                 raise translate(error, "mmap", "cannot unmap pages") from error
+            self._credit.spend(refusable=False)
             self._books.drop_map(rng, page_index, state)
 
     def release(self, handle: Handle) -> None:

@@ -24,6 +24,7 @@ _F_ADD_SEALS, _F_SEAL_SEAL, _F_SEAL_SHRINK, _F_SEAL_GROW = 1033, 1, 2, 4
 _NO_MEMORY = {errno.ENOMEM, errno.ENOSPC}
 _EINTR_TRIES = 16
 MAX_MAP_COUNT = "/proc/sys/vm/max_map_count"
+_MAPPINGS_SHARE = 0.9
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
@@ -120,8 +121,36 @@ def translate(error: OSError, call: str, what: str) -> OutOfPages | DriverError:
 
 def _no_memory_hint() -> str:
     """Say whether the number of mappings is the likely cause."""
+    count, most = mapping_counts()
+    return out_of_mappings_hint(count) if count > most else "Free memory, or reserve less."
+
+
+def out_of_mappings_hint(count: int) -> str:
+    """What to do about too many mappings."""
+    return f"{count} memory mappings are in use: raise sysctl vm.max_map_count, or page_bytes."
+
+
+def mapping_counts() -> tuple[int, int]:
+    """The mappings of this process, and how many of them we may bring it to."""
     with open("/proc/self/maps", "rb") as maps, open(MAX_MAP_COUNT) as limit:
-        count, most = sum(1 for _ in maps), int(limit.read())
-    if count > most * 0.9:
-        return f"{count} of {most} mappings are in use: raise sysctl vm.max_map_count."
-    return "Free memory, or reserve less."
+        return sum(1 for _ in maps), int(int(limit.read()) * _MAPPINGS_SHARE)
+
+
+class MappingCredit:
+    """Keeps the process clear of ``vm.max_map_count``, where malloc fails too, everywhere.
+
+    Counting mappings takes milliseconds when they are many. A change adds two at most, so one count
+    is good for half as many changes as it leaves room for.
+    """
+
+    def __init__(self) -> None:
+        self._changes_left = 0
+
+    def spend(self, *, refusable: bool) -> None:
+        """Account for one map or unmap. ``OutOfPages`` without room, if it may be refused."""
+        if self._changes_left <= 0:
+            count, most = mapping_counts()
+            self._changes_left = (most - count) // 2
+            if self._changes_left <= 0 and refusable:
+                raise OutOfPages("no more mappings", hint=out_of_mappings_hint(count))
+        self._changes_left -= 1
