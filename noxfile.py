@@ -91,11 +91,11 @@ def demo(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Measure and write ``bench/results/*.json``; arguments choose scripts (default: all)."""
+    """Measure and write ``bench/results/*.json``; arguments choose (default: all)."""
     _install(session, "-e", ".", *TORCH)
-    given = [Path("bench") / f"{name}.py" for name in session.posargs]
+    given = [Path("bench") / f"bench_{name}.py" for name in session.posargs]
     for script in given or sorted(Path("bench").glob("bench_*.py")):
-        session.run("python", str(script))
+        session.run("python", str(script), env={"PYTHONPATH": "bench"})
     session.run("python", "bench/report.py")
 
 

@@ -1,0 +1,120 @@
+"""Write the tables of the documents from ``bench/results/*.json``.
+
+``<!-- bench:NAME -->`` ... ``<!-- /bench:NAME -->`` in a document holds the table of
+``NAME.json``; without that file it is left empty. ``--check`` changes nothing and exits 1 if a
+document is out of date.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "bench" / "results"
+_BLOCK = re.compile(r"<!-- bench:(\w+) -->\n.*?<!-- /bench:\1 -->", re.DOTALL)
+
+
+def table(headers: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table; all columns but the first are flush right."""
+    rule = ["---", *["---:"] * (len(headers) - 1)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [headers, rule, *rows])
+
+
+def bench_table(result: dict[str, Any]) -> str:
+    """Median and p99 of each case, and below it where they come from."""
+    rows = [
+        [
+            row["case"],
+            f"{number(row['median'])} {row['unit']}",
+            f"{number(row['p99'])} {row['unit']}",
+        ]
+        for row in result["rows"]
+    ]
+    repeats = sorted({row["repeats"] for row in result["rows"]})
+    span = str(repeats[0]) if len(repeats) == 1 else f"{repeats[0]} to {repeats[-1]}"
+    source = (
+        f"{span} repeats, {result['date']}, commit {result['commit']}, {host(result['machine'])}."
+    )
+    return f"{table([result['title'], 'median', 'p99'], rows)}\n\n{source}"
+
+
+def demo_table(result: dict[str, Any]) -> str:
+    """Static split against elastic, from the JSON of ``kvcached demo``."""
+    static, elastic = result["static"], result["elastic"]
+    lines: list[tuple[str, Any]] = [
+        ("requests done", lambda run: str(run["requests_done"])),
+        ("preemptions", lambda run: str(run["preemptions"])),
+        ("time to first token, mean", lambda run: f"{number(run['ttft_ms']['mean'])} ms"),
+        ("time to first token, p50", lambda run: f"{number(run['ttft_ms']['p50'])} ms"),
+        ("time to first token, p99", lambda run: f"{number(run['ttft_ms']['p99'])} ms"),
+        ("tokens/s", lambda run: number(run["tokens_per_s"])),
+        ("peak memory", lambda run: mib(run["peak_backed_bytes"])),
+        ("memory when idle", lambda run: mib(run["idle_backed_bytes"])),
+    ]
+    rows = [[name, show(static), show(elastic)] for name, show in lines]
+    kill, limit = result["kill"], result["limit"]
+    same = "the same" if result["tokens_identical"] else "NOT the same"
+    notes = (
+        f"{result['model']}, one budget of {mib(result['budget_bytes'])} for two engines; "
+        f"the tokens of both runs are {same}. A limit lowered to {mib(limit['requested_bytes'])} was obeyed "
+        f"after {number(limit['ms'])} ms; after kill -9 of an engine the other had its "
+        f"{mib(kill['bytes_returned'])} in {number(kill['ms'])} ms."
+    )
+    where = f"\n{host(result['machine'])}." if "machine" in result else ""
+    return f"{table(['', 'static split', 'elastic'], rows)}\n\n{notes}{where}"
+
+
+def host(machine: dict[str, Any]) -> str:
+    """The machine in a few words."""
+    memory = machine.get("memory_gib") or round(machine.get("memory_bytes", 0) / (1 << 30), 1)
+    return f"{machine['cpus']} CPUs, {memory} GiB, {machine['system']}, Python {machine['python']}"
+
+
+def number(value: float) -> str:
+    """Three digits that mean something."""
+    if value == 0 or abs(value) >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.3g}"
+
+
+def mib(nbytes: int) -> str:
+    """Bytes in MiB, which all sizes of one table share."""
+    return f"{number(nbytes / (1 << 20))} MiB"
+
+
+def render(text: str) -> str:
+    """``text`` with every block written anew."""
+
+    def block(match: re.Match[str]) -> str:
+        name = match[1]
+        path = RESULTS / f"{name}.json"
+        body = ""
+        if path.exists():
+            result = json.loads(path.read_text("utf-8"))
+            body = f"{demo_table(result) if 'elastic' in result else bench_table(result)}\n"
+        return f"<!-- bench:{name} -->\n{body}<!-- /bench:{name} -->"
+
+    return _BLOCK.sub(block, text)
+
+
+def main(argv: list[str]) -> int:
+    """Rewrite, or with ``--check`` compare; 0 if all is, or now is, up to date."""
+    stale = []
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
+        before = page.read_text("utf-8")
+        after = render(before)
+        if after != before:
+            stale.append(page)
+            if "--check" not in argv:
+                page.write_text(after, encoding="utf-8")
+    for page in stale:
+        print(f"{'out of date' if '--check' in argv else 'wrote'}: {page.relative_to(ROOT)}")
+    return int(bool(stale) and "--check" in argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
