@@ -1,0 +1,158 @@
+"""Every argument of the kernels that cannot work is refused by name, and nothing is written."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from kvcached import kernels
+from kvcached.errors import InvalidInput
+
+
+def int32(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def arguments(**changes):
+    cache = torch.zeros(4, 16, 2, 8)
+    return {
+        "q": torch.zeros(2, 4, 8), "k_cache": cache, "v_cache": cache.clone(),
+        "cache_seqlens": int32(3, 20), "page_table": torch.tensor([[1, 0], [2, 3]]).int(),
+    } | changes  # fmt: skip
+
+
+BAD_CALLS = {
+    "q must be": {"q": torch.zeros(2, 8)},
+    "q is torch.float16": {"q": torch.zeros(2, 4, 8).half()},
+    "q has head dim 16": {"q": torch.zeros(2, 4, 16)},
+    "q has 3 heads": {"q": torch.zeros(2, 3, 8)},
+    "q has stride 2": {"q": torch.zeros(2, 4, 16)[..., ::2]},
+    "q has 3 tokens": {"q": torch.zeros(3, 4, 8)},
+    "k_cache must be": {"k_cache": torch.zeros(4, 16, 8)},
+    "k_cache has stride 2": {"k_cache": torch.zeros(4, 16, 2, 16)[..., ::2]},
+    "k_cache is torch.int8": {"k_cache": torch.zeros(4, 16, 2, 8, dtype=torch.int8)},
+    "k_cache has shape": {"k_cache": torch.zeros(0, 16, 2, 8)},
+    "v_cache has shape": {"v_cache": torch.zeros(3, 16, 2, 8)},
+    "v_cache is torch.float64": {"v_cache": torch.zeros(4, 16, 2, 8).double()},
+    "cache_seqlens must be": {"cache_seqlens": torch.tensor([3, 20])},
+    "cache_seqlens has a length of -1": {"cache_seqlens": int32(3, -1)},
+    "page_table must be": {"page_table": int32(1, 2)},
+    "page_table has 1 rows": {"page_table": int32(1, 2)[None]},
+    "page_table has 2 columns, but 33": {"cache_seqlens": int32(3, 33)},
+    r"page_table\[1, 1\] is 4": {"page_table": torch.tensor([[1, 99], [2, 4]]).int()},
+    "either page_table or": {"cache_start": int32(0, 16)},
+    "cache_start leads": {"cache_start": int32(0, 60), "page_table": None},
+    "cu_seqlens_q has 2": {"cu_seqlens_q": int32(0, 2)},
+    "cu_seqlens_q must rise": {"cu_seqlens_q": int32(0, 3, 2)},
+    "max_seqlen_q is 1, but": {"cu_seqlens_q": int32(0, 0, 2)},
+    "max_seqlen_q is 0": {"max_seqlen_q": 0},
+    "window_size is 3": {"window_size": 3},
+    r"window_size is \(-2": {"window_size": (-2, 0)},
+    "softcap is -1": {"softcap": -1.0},
+    "sinks must be": {"sinks": torch.zeros(3)},
+    "alibi_slopes must be": {"alibi_slopes": torch.zeros(3)},
+    "out must be": {"out": torch.zeros(2, 4, 9)},
+    "custom_mask is not supported": {"custom_mask": torch.zeros(1)},
+    "k and v must be given both": {"k": torch.zeros(2, 2, 8)},
+    "key must be": {"k": torch.zeros(1, 2, 8), "v": torch.zeros(2, 2, 8)},
+}
+
+
+@pytest.mark.parametrize("message", BAD_CALLS)
+def test_a_bad_attention_call_is_refused(message):
+    call = arguments(**BAD_CALLS[message])
+    with pytest.raises(InvalidInput, match=message):
+        kernels.attn_with_kvcache(**call)
+    assert not call["k_cache"].any()
+
+
+def test_a_good_call_takes_torch_and_numpy_indices_and_ignores_unneeded_ids():
+    call = arguments(page_table=torch.tensor([[1, -7], [2, 3]]).int())
+    plain = kernels.attn_with_kvcache(**call)
+    indices = {name: call[name].numpy() for name in ("cache_seqlens", "page_table")}
+    assert torch.equal(kernels.attn_with_kvcache(**(call | indices)), plain)
+
+
+def test_a_batch_of_nothing_gives_nothing():
+    call = arguments(q=torch.zeros(0, 4, 8), cache_seqlens=int32(), page_table=int32()[None][:0])
+    assert kernels.attn_with_kvcache(**call).shape == (0, 4, 8)
+
+
+BAD_WRITES = {
+    "slot_mapping holds 64": {"slot_mapping": int32(0, 64)},
+    "slot_mapping holds -2": {"slot_mapping": int32(0, -2)},
+    "slot_mapping holds 5 twice": {"slot_mapping": int32(5, 5)},
+    "slot_mapping must be": {"slot_mapping": torch.tensor([0, 1])},
+    "key must be": {"key": torch.ones(3, 2, 8)},
+    "value must be": {"value": torch.ones(2, 2, 8).half()},
+    "value has stride 2": {"value": torch.ones(2, 2, 16)[..., ::2]},
+    "quantised": {"kv_cache_dtype": "fp8"},
+}
+
+
+@pytest.mark.parametrize("message", BAD_WRITES)
+def test_a_bad_write_is_refused(message):
+    cache, ones = torch.zeros(4, 16, 2, 8), torch.ones(2, 2, 8)
+    call = {"key": ones, "value": ones, "k_cache": cache, "v_cache": cache.clone(),
+            "slot_mapping": int32(0, 1)} | BAD_WRITES[message]  # fmt: skip
+    with pytest.raises(InvalidInput, match=message):
+        kernels.reshape_and_cache(**call)
+    assert not cache.any()
+
+
+def ids(*values):
+    return np.array(values, np.int32)
+
+
+BAD_MOVES = {
+    "page_ids holds 4": lambda p: kernels.gather_pages(p, ids(4), p[:1]),
+    "out must be": lambda p: kernels.gather_pages(p, ids(1), p[:2]),
+    "page_ids holds 1 twice": lambda p: kernels.scatter_pages(p[:2], ids(1, 1), p),
+    "dst_ids holds 2 twice": lambda p: kernels.copy_pages(p, ids(0, 1), ids(2, 2)),
+    "both a source and": lambda p: kernels.copy_pages(p, ids(0, 1), ids(1, 2)),
+    "src_ids has 2": lambda p: kernels.copy_pages(p, ids(0, 1), ids(2)),
+    "cu_seqlens_k must": lambda p: kernels.gather_kv(p, p, ids(1)[None], ids(0), p[0], p[0]),
+    "page_table has 1": lambda p: kernels.gather_kv(p, p, ids(1)[None], ids(0, 17), p[0], p[0]),
+    "page_table holds 9": lambda p: kernels.gather_kv(p, p, ids(9)[None], ids(0, 1), p[0], p[0]),
+    "out_k must": lambda p: kernels.gather_kv(p, p, ids(1)[None], ids(0, 1), p[0], p[0]),
+    "cannot be merged": lambda _: kernels.merge_states([], []),
+    "does not fit": lambda p: kernels.merge_state(p, p[..., 0], p[:2], p[..., 0]),
+}
+
+
+@pytest.mark.parametrize("message", BAD_MOVES)
+def test_a_bad_move_is_refused(message):
+    pool = torch.zeros(4, 16, 2, 8)
+    with pytest.raises(InvalidInput, match=message):
+        BAD_MOVES[message](pool)
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    heavy = ("torch", "numba", "triton", "numpy")
+    code = f"import sys, kvcached.kernels as k; dir(k); sys.exit(any(m in sys.modules for m in {heavy}))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_every_public_name_exists_and_others_do_not():
+    for name in kernels.__all__:
+        assert getattr(kernels, name) is not None
+    with pytest.raises(AttributeError, match="flash"):
+        _ = kernels.flash
+
+
+def test_threads_run_the_same_task_without_openmp(monkeypatch):
+    from kvcached.kernels import _team
+
+    call = arguments(q=torch.randn(2, 4, 8), k_cache=torch.randn(4, 16, 2, 8))
+    plain = kernels.attn_with_kvcache(**call)
+    monkeypatch.setattr(_team, "_openmp", lambda: None)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert torch.equal(kernels.attn_with_kvcache(**call), plain)
+    finally:
+        torch.set_num_threads(before)
