@@ -13,9 +13,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 
 
 @pytest.fixture
-def rig(tmp_path_factory):
-    base = tmp_path_factory.mktemp("b")
-    rig = Rig(base / "r")
+def rig(runtime_dir):
+    rig = Rig(runtime_dir / "r")
     yield rig
     rig.close()
 

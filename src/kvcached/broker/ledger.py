@@ -266,7 +266,7 @@ class Ledger:
         """When ``pump`` has to be called again although nothing came in."""
         times = [claim.deadline for claim in self.queue]
         times += [ask.deadline for ask in self.asks.values()]
-        if self.queue:
+        if self.queue and self.missing != set():
             times.append(self._grace_until)
         return min(times, default=None)
 

@@ -207,7 +207,7 @@ def runtime_dir(config: Config, *, create: bool = True) -> str:
             f"the runtime directory {path!r} is not an absolute path",
             hint="Set KVCACHED_RUNTIME_DIR to an absolute path.",
         )
-    longest = f"{path}/gpu-{'0' * 36}.sock.4194304"
+    longest = f"{path}/gpu-{'0' * 36}.sock"
     if len(os.fsencode(longest)) > MAX_SOCKET_PATH:
         raise UnsafeRuntimeDir(
             f"the runtime directory {path!r} is too long for a socket path of {MAX_SOCKET_PATH} "

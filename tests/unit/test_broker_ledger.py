@@ -1,0 +1,254 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvcached.broker.ledger import ASK_S, CLAIM_S, GRACE_S, OOM_S, Grant, Ledger, Reclaim, Report
+from kvcached.broker.plan import Holding, fair_shares, plan_reclaim
+from kvcached.broker.protocol import LATE, REFUSED
+
+
+def ledger_of(capacity=1000, **tenants):
+    """A ledger with tenants of the given leases; names are attributes of the result."""
+    ledger = Ledger(capacity, 0.0)
+    for name, lease in tenants.items():
+        setattr(ledger, name, add(ledger, name, lease=lease))
+    return ledger
+
+
+def add(ledger, name, *, lease=0, floor=0, weight=1.0, limit=1 << 40, now=0.0):
+    return ledger.join(
+        name, now, limit=limit, floor=floor, weight=weight, lease=lease, instance=name
+    )
+
+
+def holds(tenant, *, spare=0, cached=0, age=1.0, in_use=None):
+    """Set the report of a tenant whose lease is all backed."""
+    used = tenant.lease - spare - cached if in_use is None else in_use
+    tenant.report = Report(spare + cached + used, cached, spare, used, age if cached else 0.0)
+
+
+def claim(ledger, tenant, need, want=0, now=0.0, request=7):
+    ledger.claim(tenant.ident, request, need, want, now)
+    effects = ledger.pump(now)
+    ledger.check()
+    return effects
+
+
+def test_free_capacity_is_granted_in_batches_but_not_beyond_the_limit():
+    ledger = ledger_of(a=0)
+    ledger.a.limit = 300
+    assert claim(ledger, ledger.a, 10, 200) == [Grant(1, 7, 200, 0)]
+    assert claim(ledger, ledger.a, 10, 200) == [Grant(1, 7, 100, 0)]
+    assert claim(ledger, ledger.a, 10) == [Grant(1, 7, 0, REFUSED)]
+
+
+def test_what_could_never_be_met_is_refused_and_nobody_is_asked():
+    ledger = ledger_of(a=0, b=900)
+    holds(ledger.b, cached=900)
+    ledger.b.floor = 400
+    assert claim(ledger, ledger.a, 601) == [Grant(1, 7, 0, REFUSED)]
+
+
+def test_a_claim_is_met_by_others_and_never_by_the_claimer():
+    ledger = ledger_of(a=400, b=600)
+    holds(ledger.a, cached=400)
+    holds(ledger.b, cached=600)
+    (ask,) = claim(ledger, ledger.a, 250)
+    assert (ask.tenant, ask.nbytes) == (ledger.b.ident, 250)
+    assert ledger.give_back(ledger.b.ident, 250)
+    ledger.answer(ask.request)
+    assert ledger.pump(0.1) == [Grant(ledger.a.ident, 7, 250, 0)]
+    ledger.check()
+
+
+def test_when_all_have_answered_and_it_is_not_enough_it_is_refused_at_once():
+    ledger = ledger_of(a=0, b=1000)
+    holds(ledger.b)  # all in use
+    (ask,) = claim(ledger, ledger.a, 100)  # asked once all the same: reports are old
+    ledger.answer(ask.request)
+    assert ledger.pump(0.01) == [Grant(1, 7, 0, REFUSED)]
+
+
+def test_who_does_not_answer_gets_nothing_until_it_does():
+    ledger = ledger_of(a=0, b=1000)
+    holds(ledger.b, cached=1000)
+    (ask,) = claim(ledger, ledger.a, 100)
+    assert ledger.next_deadline() == ASK_S
+    assert ledger.pump(ASK_S) == [Grant(1, 7, 0, REFUSED)]
+    assert ledger.b.late
+    assert claim(ledger, ledger.b, 1, now=ASK_S) == [Grant(2, 7, 0, REFUSED)]  # nothing is free
+    ledger.capacity = 2000
+    assert claim(ledger, ledger.b, 1, now=ASK_S) == [Grant(2, 7, 0, LATE)]
+    ledger.answer(ask.request)
+    ledger.answered_late(ledger.b.ident)
+    assert claim(ledger, ledger.b, 1, now=ASK_S) == [Grant(2, 7, 1, 0)]
+
+
+def test_claims_are_served_in_turn_but_a_floor_needs_no_turn():
+    ledger = ledger_of(a=0, b=900, c=0)
+    holds(ledger.b, cached=900)
+    assert [type(e) for e in claim(ledger, ledger.a, 500, request=1)] == [Reclaim]
+    assert claim(ledger, ledger.c, 50, request=2) == []  # would fit, but a is first
+    ledger.c.floor = 50
+    assert ledger.pump(0.0)[-1] == Grant(ledger.c.ident, 2, 50, 0)
+
+
+def test_floors_of_others_are_kept_free_and_are_never_reclaimed():
+    ledger = ledger_of(a=0, b=300)
+    ledger.b.floor = 500
+    holds(ledger.b, cached=300)
+    assert claim(ledger, ledger.a, 500, 1000) == [Grant(1, 7, 500, 0)]
+    assert claim(ledger, ledger.a, 1) == [Grant(1, 7, 0, REFUSED)]
+
+
+def test_floors_above_the_capacity_are_not_taken_in():
+    ledger = ledger_of(a=0)
+    ledger.a.floor = 600
+    assert add(ledger, "b", floor=401) is None
+    assert add(ledger, "b", floor=400) is not None
+
+
+def test_a_dead_owner_keeps_its_lease_until_the_bytes_are_back():
+    ledger = ledger_of(a=0, b=1000)
+    ledger.revoke(ledger.b.ident)
+    assert claim(ledger, ledger.a, 10) == []  # waits for them
+    with pytest.raises(AssertionError, match="I8"):
+        ledger.credit(ledger.b.ident)
+    ledger.drain(ledger.b.ident)
+    assert ledger.pump(0.1) == []
+    assert ledger.credit(ledger.b.ident) == 1000
+    assert ledger.pump(0.2) == [Grant(1, 7, 10, 0)]
+
+
+def test_a_live_owner_cannot_be_drained_and_a_dead_one_is_not_asked():
+    ledger = ledger_of(a=0, b=1000)
+    holds(ledger.b, cached=1000)
+    with pytest.raises(AssertionError, match="I8"):
+        ledger.drain(ledger.b.ident)
+    claim(ledger, ledger.a, 10)
+    ledger.revoke(ledger.b.ident)
+    assert not ledger.asks
+    ledger.check()
+
+
+def test_a_new_broker_waits_for_those_it_expects_or_for_the_grace_time():
+    for back in (True, False):
+        ledger = Ledger(1000, 0.0, ["a", "b"])
+        a = add(ledger, "a", lease=100)
+        assert claim(ledger, a, 10) == []
+        if back:
+            add(ledger, "b", lease=50)
+        assert ledger.pump(0.1) == ([Grant(a.ident, 7, 10, 0)] if back else [])
+        if not back:
+            assert ledger.pump(GRACE_S) == [Grant(a.ident, 7, 10, 0)]
+
+
+def test_an_unknown_roster_means_the_whole_grace_time():
+    ledger = Ledger(1000, 0.0, None)
+    a = add(ledger, "a")
+    assert claim(ledger, a, 10, now=GRACE_S / 2) == []
+    assert ledger.pump(GRACE_S) == [Grant(1, 7, 10, 0)]
+
+
+def test_re_asserted_leases_are_always_taken_in_and_nothing_is_granted_above_the_capacity():
+    ledger = ledger_of(a=800, b=700)
+    assert ledger.over_committed
+    ledger.check()
+    holds(ledger.a)
+    holds(ledger.b)
+    effects = claim(ledger, ledger.a, 10)
+    assert all(isinstance(effect, Reclaim) for effect in effects)
+    ledger.give_back(ledger.b.ident, 500)
+    assert not ledger.over_committed
+    assert ledger.pump(0.1) == []  # what was asked for is still to come, but a is not overtaken
+
+
+def test_a_returning_engine_takes_over_its_old_lease():
+    ledger = ledger_of(a=500, b=0)
+    ledger.a.limit, ledger.a.revision = 600, 3
+    again = add(ledger, "a", lease=450, limit=900)
+    ledger.succeed(ledger.a.ident, again.ident)
+    assert (ledger.leased, again.limit, again.revision) == (450, 600, 3)
+
+
+def test_the_device_out_of_memory_lowers_the_capacity_for_a_while():
+    ledger = ledger_of(a=500, b=0)
+    holds(ledger.a)
+    ledger.out_of_memory(100, 0.0)
+    ledger.give_back(ledger.a.ident, 100)
+    effects = claim(ledger, ledger.b, 100)
+    assert not any(isinstance(effect, Grant) and effect.nbytes for effect in effects)
+    assert claim(ledger, ledger.b, 100, now=OOM_S)[-1].nbytes == 100
+
+
+def test_giving_back_too_much_is_an_error_and_changes_nothing():
+    ledger = ledger_of(a=5)
+    assert not ledger.give_back(ledger.a.ident, 6)
+    assert ledger.leased == 5
+
+
+def test_a_claim_that_waits_too_long_is_refused():
+    ledger = ledger_of(a=0, b=1000)
+    ledger.revoke(ledger.b.ident)
+    claim(ledger, ledger.a, 10)
+    assert ledger.pump(CLAIM_S - 0.01) == []
+    assert ledger.pump(CLAIM_S) == [Grant(1, 7, 0, REFUSED)]
+
+
+# --- the plan -----------------------------------------------------------------------------------
+
+
+def holding(tenant, *, spare=0, cached=0, split=0, age=1.0, above_floor=1 << 40, above_share=0):
+    return Holding(
+        tenant, spare=spare, cached=cached, split=split, oldest_s=age, above_floor=above_floor,
+        above_share=above_share,
+    )  # fmt: skip
+
+
+def test_spares_then_cached_then_splits():
+    def rows():
+        return [holding(1, spare=10, cached=100), holding(2, split=100), holding(3, spare=5)]
+
+    assert plan_reclaim(rows(), 15) == {1: 10, 3: 5}
+    assert plan_reclaim(rows(), 60) == {1: 55, 3: 5}
+    assert plan_reclaim(rows(), 200) == {1: 110, 2: 85, 3: 5}
+
+
+def test_above_the_fair_share_gives_first():
+    rows = [holding(1, cached=100, age=50.0), holding(2, cached=100, age=1.0, above_share=60)]
+    assert plan_reclaim(rows, 80) == {1: 20, 2: 60}
+
+
+def test_older_prefixes_go_first_across_tenants():
+    rows = [holding(1, cached=100, age=100.0), holding(2, cached=100, age=10.0)]
+    asks = plan_reclaim(rows, 90)
+    assert asks == {1: 90}  # of tenant 1, 90 bytes are older than anything of tenant 2
+    asks = plan_reclaim([holding(1, cached=100, age=100.0), holding(2, cached=100, age=50.0)], 90)
+    assert sum(asks.values()) == 90
+    assert asks[1] > asks[2] > 0
+
+
+def test_fair_shares():
+    shares = fair_shares(1000, [(1, 100, 1.0, 1 << 40), (2, 0, 2.0, 1 << 40), (3, 0, 1.0, 50)])
+    assert shares == {1: 325, 2: 450, 3: 50}
+    assert fair_shares(1000, []) == {}
+
+
+BYTES = st.integers(0, 1000)
+
+
+@given(st.lists(st.tuples(*[BYTES] * 5, st.floats(0, 1e6)), max_size=6), st.integers(0, 5000))
+def test_no_plan_asks_for_more_than_is_there_or_below_a_floor(rows, shortfall):
+    def make():
+        return [
+            holding(i, spare=r[0], cached=r[1], split=r[2], above_floor=r[3], above_share=r[4],
+                    age=r[5])
+            for i, r in enumerate(rows)
+        ]  # fmt: skip
+
+    asks = plan_reclaim(make(), shortfall)
+    can = [min(h.spare + h.cached + h.split, h.above_floor) for h in make()]
+    assert sum(asks.values()) == min(shortfall, sum(can))
+    assert all(0 < nbytes <= can[tenant] for tenant, nbytes in asks.items())
