@@ -1,0 +1,400 @@
+"""The hot loops of the block pool: ``@njit`` functions over plain integer arrays.
+
+Eager signatures, cached on disk, imported at the first hot call. The tests run them in Python too.
+
+Arrays (see ``BlockPool`` for who owns them):
+
+``blk[6, num_blocks]`` int32: ``NEXT``/``PREV`` link a free block into the list of its *home*
+    extent (that of its first page), and a cached block into the LRU list; 0 ends a list, since
+    block 0 is never in one. ``STAMP``: time of last use of a cached block, or the number of the
+    fence that a quarantined block waits for.
+``page[num_pages]`` int32: id of the extent that backs a page, 0 if none.
+``ext[11, capacity]`` int32: ``X_*``; extent ids start at 1. ``meta`` int64: ``M_*``.
+
+Free blocks are taken from the fullest extents first, so that the others run empty and can be
+unmapped: extents with free blocks are linked by level of fullness (segregated fit).
+"""
+
+from __future__ import annotations
+
+import numba as nb
+
+UNBACKED, FREE, USED, CACHED, QUARANTINED = 0, 1, 2, 3, 4
+STATE, REFS, NEXT, PREV, KEEP, STAMP = 0, 1, 2, 3, 4, 5
+X_FIRST, X_PAGES, X_USED, X_CACHED, X_QUARANTINED, X_FREE = 0, 1, USED, CACHED, QUARANTINED, 5
+X_HEAD, X_LEVEL, X_NEXT, X_PREV, X_BLOCKS = 6, 7, 8, 9, 10
+M_FREE, M_USED, M_CACHED, M_QUARANTINED, M_LRU_OLD, M_LRU_NEW, M_BB, M_PB = 0, 1, 2, 3, 4, 5, 6, 7
+M_SPARE = 8  # extents without any claim on them
+LEVELS, M_LEVEL = 16, 16  # meta[M_LEVEL + level]: first extent of the level
+META_SIZE, BLK_ROWS, EXT_ROWS = M_LEVEL + LEVELS + 1, 6, 11
+
+OK, SHORT, BAD_ID, NOT_OWNED = 0, -1, -2, -3
+
+_BLK, _EXT, _VEC, _META = nb.int32[:, ::1], nb.int32[:, ::1], nb.int32[::1], nb.int64[::1]
+_ARRAYS = (_BLK, _VEC, _EXT, _META)
+_I, _V, _jit = nb.int64, nb.void, nb.njit
+
+
+@_jit(_V(_I, _EXT, _META), cache=True)
+def _level_remove(e, ext, meta):
+    level = ext[X_LEVEL, e]
+    nxt, prv = ext[X_NEXT, e], ext[X_PREV, e]
+    if prv:
+        ext[X_NEXT, prv] = nxt
+    else:
+        meta[M_LEVEL + level] = nxt
+    if nxt:
+        ext[X_PREV, nxt] = prv
+    ext[X_LEVEL, e] = 0
+
+
+@_jit(_V(_I, _EXT, _META), cache=True)
+def _relevel(e, ext, meta):
+    """Put extent ``e`` on the list of its fullness; off all lists if it has no free block."""
+    live = ext[X_USED, e] + ext[X_QUARANTINED, e]
+    level = 0
+    if ext[X_FREE, e] > 0:
+        level = 1
+        if live > 0:
+            level = min(LEVELS, 3 + (live * (LEVELS - 3)) // ext[X_BLOCKS, e])
+        elif ext[X_CACHED, e] > 0:
+            level = 2
+    old = ext[X_LEVEL, e]
+    if level == old:
+        return
+    if old:
+        _level_remove(e, ext, meta)
+    if level:
+        head = meta[M_LEVEL + level]
+        ext[X_LEVEL, e], ext[X_NEXT, e], ext[X_PREV, e] = level, head, 0
+        if head:
+            ext[X_PREV, head] = e
+        meta[M_LEVEL + level] = e
+
+
+@_jit(_I(_I, _EXT), cache=True)
+def _claims(e, ext):
+    return ext[X_USED, e] + ext[X_CACHED, e] + ext[X_QUARANTINED, e]
+
+
+@_jit(_V(_I, _I, _EXT, _META), cache=True)
+def _settle(e, claims_before, ext, meta):
+    """After the counters of extent ``e`` changed: is it spare now, and how full?"""
+    meta[M_SPARE] += (_claims(e, ext) == 0) - (claims_before == 0)
+    _relevel(e, ext, meta)
+
+
+@_jit(_V(_I, _I, _I, _I, _VEC, _EXT, _META), cache=True)
+def _count_from(p, b, row, delta, page, ext, meta):
+    """Add ``delta`` to counter ``row`` of the extents that block ``b`` touches from page ``p``."""
+    last = ((b + 1) * meta[M_BB] - 1) // meta[M_PB]
+    while p <= last:
+        e = page[p]
+        before = _claims(e, ext)
+        ext[row, e] += delta
+        _settle(e, before, ext, meta)
+        p = ext[X_FIRST, e] + ext[X_PAGES, e]
+
+
+@_jit(_V(_I, _I, _I, *_ARRAYS), cache=True)
+def _count(b, row, delta, blk, page, ext, meta):
+    """Add ``delta`` to counter ``row`` of every extent that block ``b`` touches."""
+    _count_from((b * meta[M_BB]) // meta[M_PB], b, row, delta, page, ext, meta)
+
+
+@_jit(_V(_I, _I, _BLK, _EXT, _META), cache=True)
+def _link_free(b, e, blk, ext, meta):
+    """Make ``b`` the first free block of its home extent ``e``; the caller settles ``e``."""
+    head = ext[X_HEAD, e]
+    blk[STATE, b], blk[NEXT, b], blk[PREV, b] = FREE, head, 0
+    if head:
+        blk[PREV, head] = b
+    ext[X_HEAD, e] = b
+    ext[X_FREE, e] += 1
+    meta[M_FREE] += 1
+
+
+@_jit(_V(_I, *_ARRAYS), cache=True)
+def _push_free(b, blk, page, ext, meta):
+    e = page[(b * meta[M_BB]) // meta[M_PB]]
+    _link_free(b, e, blk, ext, meta)
+    if ext[X_FREE, e] == 1:
+        _relevel(e, ext, meta)
+
+
+@_jit(_V(_I, *_ARRAYS), cache=True)
+def _drop_free(b, blk, page, ext, meta):
+    """Unlink a free block from its home extent's list, wherever it stands."""
+    e = page[(b * meta[M_BB]) // meta[M_PB]]
+    nxt, prv = blk[NEXT, b], blk[PREV, b]
+    if prv:
+        blk[NEXT, prv] = nxt
+    else:
+        ext[X_HEAD, e] = nxt
+    if nxt:
+        blk[PREV, nxt] = prv
+    ext[X_FREE, e] -= 1
+    meta[M_FREE] -= 1
+    if ext[X_FREE, e] == 0:
+        _relevel(e, ext, meta)
+
+
+@_jit(_V(_I, _I, _BLK, _META), cache=True)
+def _lru_push(b, stamp, blk, meta):
+    newest = meta[M_LRU_NEW]
+    blk[NEXT, b], blk[PREV, b], blk[STAMP, b] = 0, newest, stamp
+    if newest:
+        blk[NEXT, newest] = b
+    else:
+        meta[M_LRU_OLD] = b
+    meta[M_LRU_NEW] = b
+
+
+@_jit(_V(_I, _BLK, _META), cache=True)
+def _lru_remove(b, blk, meta):
+    nxt, prv = blk[NEXT, b], blk[PREV, b]
+    if prv:
+        blk[NEXT, prv] = nxt
+    else:
+        meta[M_LRU_OLD] = nxt
+    if nxt:
+        blk[PREV, nxt] = prv
+    else:
+        meta[M_LRU_NEW] = prv
+
+
+@_jit(_V(_I, _I, *_ARRAYS), cache=True)
+def _retire(b, stamp, blk, page, ext, meta):
+    """A block without references: cached if a prefix names it, else free. Counters stay."""
+    if blk[KEEP, b]:
+        blk[STATE, b] = CACHED
+        _lru_push(b, stamp, blk, meta)
+        _count(b, X_CACHED, 1, blk, page, ext, meta)
+        meta[M_CACHED] += 1
+    else:
+        _push_free(b, blk, page, ext, meta)
+
+
+@_jit(_I(_VEC, *_ARRAYS), cache=True)
+def alloc(out, blk, page, ext, meta):
+    """Fill ``out`` with free blocks, those of the fullest extents first, each with 1 reference.
+
+    ``SHORT`` and no change if there are too few.
+    """
+    n = out.shape[0]
+    if meta[M_FREE] < n:
+        return SHORT
+    got, level, bb, pb = 0, LEVELS, meta[M_BB], meta[M_PB]
+    while got < n:
+        e = meta[M_LEVEL + level]
+        if e == 0:  # below the last level: a neighbour has risen past us, start over
+            level = level - 1 if level > 1 else LEVELS
+            continue
+        before, first, end = _claims(e, ext), got, ext[X_FIRST, e] + ext[X_PAGES, e]
+        b = ext[X_HEAD, e]
+        while b and got < n:
+            blk[STATE, b], blk[REFS, b], blk[KEEP, b] = USED, 1, 0
+            out[got] = b
+            got += 1
+            if (b + 1) * bb > end * pb:
+                _count_from(end, b, X_USED, 1, page, ext, meta)
+            b = blk[NEXT, b]
+        ext[X_HEAD, e] = b
+        if b:
+            blk[PREV, b] = 0
+        ext[X_FREE, e] -= got - first
+        ext[X_USED, e] += got - first
+        _settle(e, before, ext, meta)
+        level = max(level, ext[X_LEVEL, e])
+    meta[M_FREE] -= n
+    meta[M_USED] += n
+    return OK
+
+
+@_jit(_I(_VEC, _BLK), cache=True)
+def share(ids, blk):
+    """Add a reference to each block in use. Returns ``OK``, or ``~index`` of a bad id."""
+    for i in range(ids.shape[0]):
+        b = ids[i]
+        if b <= 0 or b >= blk.shape[1] or blk[STATE, b] != USED:
+            for j in range(i):
+                blk[REFS, ids[j]] -= 1
+            return ~i
+        blk[REFS, b] += 1
+    return OK
+
+
+@_jit(_I(_VEC, _BLK), cache=True)
+def _unshare(ids, blk):
+    """Take a reference from each block. ``OK``, or ``~index`` of a bad id and no change."""
+    for i in range(ids.shape[0]):
+        b = ids[i]
+        if b <= 0 or b >= blk.shape[1] or blk[STATE, b] != USED or blk[REFS, b] == 0:
+            for j in range(i):
+                blk[REFS, ids[j]] += 1
+            return ~i
+        blk[REFS, b] -= 1
+    return OK
+
+
+@_jit(_I(_VEC, _I, _I, *_ARRAYS), cache=True)
+def free(ids, stamp, fence, blk, page, ext, meta):
+    """Drop a reference of each block; what has none left becomes cached or free.
+
+    With ``fence`` > 0 it becomes quarantined under that fence number instead. Blocks are retired
+    in the order given. Returns the number of blocks quarantined, or ``~index`` of a block that is
+    not in use, and then changes nothing.
+    """
+    bad = _unshare(ids, blk)
+    if bad:
+        return bad
+    bb, pb = meta[M_BB], meta[M_PB]
+    e, low, end, before, quarantined = 0, 0, 0, 0, 0
+    for i in range(ids.shape[0]):
+        b = ids[i]
+        if blk[REFS, b] or blk[STATE, b] != USED:
+            continue
+        start = b * bb
+        if start < low or start >= end * pb:  # another home extent than the block before
+            if e:
+                _settle(e, before, ext, meta)
+            e = page[start // pb]
+            low, end = ext[X_FIRST, e] * pb, ext[X_FIRST, e] + ext[X_PAGES, e]
+            before = _claims(e, ext)
+        state = QUARANTINED if fence > 0 else (CACHED if blk[KEEP, b] else FREE)
+        blk[STATE, b] = state
+        meta[M_USED] -= 1
+        ext[X_USED, e] -= 1
+        straddles = start + bb > end * pb
+        if straddles:
+            _count_from(end, b, X_USED, -1, page, ext, meta)
+        if state == FREE:
+            _link_free(b, e, blk, ext, meta)
+            continue
+        ext[state, e] += 1
+        if straddles:
+            _count_from(end, b, state, 1, page, ext, meta)
+        if state == CACHED:
+            _lru_push(b, stamp, blk, meta)
+            meta[M_CACHED] += 1
+        else:
+            blk[STAMP, b] = fence
+            quarantined += 1
+    if e:
+        _settle(e, before, ext, meta)
+    meta[M_QUARANTINED] += quarantined
+    return quarantined
+
+
+@_jit(_V(_VEC, _I, _I, *_ARRAYS), cache=True)
+def release_fence(ids, fence, stamp, blk, page, ext, meta):
+    """Retire those of ``ids`` that still wait for ``fence`` (others were acquired meanwhile)."""
+    for i in range(ids.shape[0]):
+        b = ids[i]
+        if blk[STATE, b] == QUARANTINED and blk[STAMP, b] == fence:
+            meta[M_QUARANTINED] -= 1
+            _count(b, X_QUARANTINED, -1, blk, page, ext, meta)
+            _retire(b, stamp, blk, page, ext, meta)
+
+
+@_jit(_V(_VEC, *_ARRAYS), cache=True)
+def acquire(ids, blk, page, ext, meta):
+    """Take a reference on blocks that a prefix names: in use, cached or quarantined."""
+    for i in range(ids.shape[0]):
+        b = ids[i]
+        state = blk[STATE, b]
+        if state == USED:
+            blk[REFS, b] += 1
+            continue
+        if state == CACHED:
+            _lru_remove(b, blk, meta)
+            meta[M_CACHED] -= 1
+        else:
+            meta[M_QUARANTINED] -= 1
+        blk[STATE, b], blk[REFS, b] = USED, 1
+        meta[M_USED] += 1
+        _count(b, X_USED, 1, blk, page, ext, meta)
+        _count(b, state, -1, blk, page, ext, meta)
+
+
+@_jit(_V(_VEC, *_ARRAYS), cache=True)
+def evict(ids, blk, page, ext, meta):
+    """Turn cached blocks into free ones."""
+    for i in range(ids.shape[0]):
+        b = ids[i]
+        _lru_remove(b, blk, meta)
+        meta[M_CACHED] -= 1
+        blk[KEEP, b] = 0
+        _count(b, X_CACHED, -1, blk, page, ext, meta)
+        _push_free(b, blk, page, ext, meta)
+
+
+@_jit(_I(_VEC, _BLK, _META), cache=True)
+def oldest(out, blk, meta):
+    """Write the least recently used cached blocks into ``out``; returns how many there are."""
+    b = meta[M_LRU_OLD]
+    n = 0
+    while b and n < out.shape[0]:
+        out[n] = b
+        n += 1
+        b = blk[NEXT, b]
+    return n
+
+
+@_jit(nb.boolean(_I, _VEC, _META), cache=True)
+def _is_backed(b, page, meta):
+    p = (b * meta[M_BB]) // meta[M_PB]
+    last = ((b + 1) * meta[M_BB] - 1) // meta[M_PB]
+    for q in range(p, last + 1):
+        if page[q] == 0:
+            return False
+    return True
+
+
+@_jit(nb.types.UniTuple(_I, 2)(_I, _BLK, _EXT, _META), cache=True)
+def span(e, blk, ext, meta):
+    """The blocks that touch extent ``e``, as a half-open range."""
+    start = ext[X_FIRST, e] * meta[M_PB]
+    stop = start + ext[X_PAGES, e] * meta[M_PB]
+    return start // meta[M_BB], min(blk.shape[1], (stop + meta[M_BB] - 1) // meta[M_BB])
+
+
+@_jit(_V(_I, _I, _I, *_ARRAYS), cache=True)
+def attach(e, first_page, num_pages, blk, page, ext, meta):
+    """Back pages by extent ``e``: count the claims on it, make newly complete blocks free."""
+    for row in range(ext.shape[0]):
+        ext[row, e] = 0
+    ext[X_FIRST, e], ext[X_PAGES, e] = first_page, num_pages
+    for p in range(first_page, first_page + num_pages):
+        page[p] = e
+    first, end = span(e, blk, ext, meta)
+    ext[X_BLOCKS, e] = max(1, end - first)
+    for b in range(first, end):
+        if blk[STATE, b] >= USED:
+            ext[blk[STATE, b], e] += 1  # the counters are numbered like the states
+    if ext[X_USED, e] + ext[X_CACHED, e] + ext[X_QUARANTINED, e] == 0:
+        meta[M_SPARE] += 1
+    for b in range(end - 1, first - 1, -1):  # pushed last, taken first: low ids first
+        if b > 0 and blk[STATE, b] == UNBACKED and _is_backed(b, page, meta):
+            _push_free(b, blk, page, ext, meta)
+
+
+@_jit(_V(_I, *_ARRAYS), cache=True)
+def detach(e, blk, page, ext, meta):
+    """Take extent ``e`` away: its pages are backed no more, free blocks on them cannot be used.
+
+    Blocks in use, cached or quarantined keep their state: a split re-attaches their pages.
+    """
+    first_page, num_pages = ext[X_FIRST, e], ext[X_PAGES, e]
+    first, end = span(e, blk, ext, meta)
+    for b in range(first, end):
+        if blk[STATE, b] == FREE:
+            _drop_free(b, blk, page, ext, meta)
+            blk[STATE, b] = UNBACKED
+    if ext[X_USED, e] + ext[X_CACHED, e] + ext[X_QUARANTINED, e] == 0:
+        meta[M_SPARE] -= 1
+    if ext[X_LEVEL, e]:
+        _level_remove(e, ext, meta)
+    for p in range(first_page, first_page + num_pages):
+        page[p] = 0
+    ext[X_PAGES, e] = 0

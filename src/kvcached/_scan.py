@@ -1,0 +1,73 @@
+"""Compiled scans over the blocks of an extent, and slot arithmetic. Arrays as in ``_hot.py``.
+
+These run when memory is given back, not when blocks are taken; ``slots`` runs at every ``extend``.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kvcached._hot import (
+    CACHED, M_BB, M_PB, STAMP, STATE, USED, X_FIRST, X_PAGES,
+    _BLK, _EXT, _I, _META, _V, _VEC, _jit, span,
+)  # fmt: skip
+
+
+@_jit(_I(_I, _VEC, _BLK, _EXT, _META), cache=True)
+def live_runs(e, out, blk, ext, meta):
+    """Runs of pages of extent ``e`` under blocks that are not free, as (first, count) pairs.
+
+    Returns the number of pairs; ``out`` must hold ``2 * pages``.
+    """
+    bb, pb = meta[M_BB], meta[M_PB]
+    start, stop = ext[X_FIRST, e], ext[X_FIRST, e] + ext[X_PAGES, e]
+    n, run_first, run_end = 0, -1, -1
+    first, end = span(e, blk, ext, meta)
+    for b in range(first, end):
+        if blk[STATE, b] < USED:
+            continue
+        lo = max(start, (b * bb) // pb)
+        hi = min(stop, ((b + 1) * bb - 1) // pb + 1)
+        if lo <= run_end:
+            run_end = max(run_end, hi)
+            continue
+        if run_first >= 0:
+            out[2 * n], out[2 * n + 1] = run_first, run_end - run_first
+            n += 1
+        run_first, run_end = lo, hi
+    if run_first >= 0:
+        out[2 * n], out[2 * n + 1] = run_first, run_end - run_first
+        n += 1
+    return n
+
+
+@_jit(_I(_I, _VEC, _BLK, _EXT, _META), cache=True)
+def cached_in(e, out, blk, ext, meta):
+    """Write the cached blocks that touch extent ``e`` into ``out``; returns how many."""
+    n = 0
+    first, end = span(e, blk, ext, meta)
+    for b in range(first, end):
+        if blk[STATE, b] == CACHED:
+            out[n] = b
+            n += 1
+    return n
+
+
+@_jit(_V(_VEC, _VEC, _BLK, _EXT, _META), cache=True)
+def last_use(extents, out, blk, ext, meta):
+    """For each extent the newest stamp of the cached blocks that touch it."""
+    for i in range(extents.shape[0]):
+        first, end = span(extents[i], blk, ext, meta)
+        newest = np.int32(-1)
+        for b in range(first, end):
+            if blk[STATE, b] == CACHED and blk[STAMP, b] > newest:
+                newest = blk[STAMP, b]
+        out[i] = newest
+
+
+@_jit(_V(_VEC, _I, _I, _VEC), cache=True)
+def slots(table, first, block_size, out):
+    """Slots of tokens ``first .. first + len(out)`` of the sequence with this block table."""
+    for i in range(out.shape[0]):
+        position = first + i
+        out[i] = table[position // block_size] * block_size + position % block_size

@@ -1,0 +1,364 @@
+"""``BlockPool``: block ids, who owns them, and on which extents they are packed.
+
+A block is *usable* when all of its pages are backed. It is then free, in use (with a reference
+count), cached (no reference, but a prefix names it) or quarantined (no reference, a fence not yet
+passed). Free blocks are taken from the fullest extents first. Extents that hold nothing are spare
+and can be unmapped; extents that hold only cached blocks can be emptied by eviction; the others
+can be split. The loops over blocks are in ``_hot.py``.
+
+Callers hold ``lock`` (an RLock) around every call; ``alloc`` may release it while the budget waits.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kvcached import planning
+from kvcached.errors import BudgetExceeded, InvalidInput, OutOfPages, OwnershipError
+from kvcached.layout import Geometry
+from kvcached.memory.base import Fence
+from kvcached.pages import Extent, PagePool
+from kvcached.reclaim import Reclaimer
+from kvcached.spares import SparePolicy
+from kvcached.stats import Timer
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Ids = NDArray[np.int32]
+
+_GROW_ROUNDS = 8
+_REFUSAL_SECONDS = 0.05  # after a refused claim, how long eviction comes before asking again
+
+
+def _never(_: Any) -> None:
+    """Stand-in for an eviction listener."""
+
+
+class BlockPool:
+    """Blocks over the pages of a ``PagePool``.
+
+    Parameters
+    ----------
+    pages:
+        The pool to back blocks with. Owned: closed with this object.
+    clock:
+        Seconds, monotonic.
+    spares:
+        How much stays mapped though empty.
+    on_evict:
+        Called with the ids of cached blocks before they become free.
+    """
+
+    def __init__(
+        self,
+        pages: PagePool,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        spares: SparePolicy | None = None,
+    ) -> None:
+        from kvcached import _hot  # here, at the first hot call: numba takes 0.3 s to import
+
+        self._hot: Any = _hot
+        self.pages, self.geometry = pages, pages.geometry
+        self.clock, self._epoch0 = clock, clock()
+        self.spares = spares if spares is not None else SparePolicy()
+        self.on_evict: Callable[[Ids], None] = _never
+        self.evicted = 0
+        self._reclaimer = Reclaimer(self)
+        self._fences: deque[tuple[int, Fence, Ids]] = deque()
+        self._next_fence = 1
+        self._refused_until = -1.0
+        g = self.geometry
+        self.blk = np.zeros((_hot.BLK_ROWS, g.num_blocks), np.int32)
+        self.page = np.zeros(g.num_pages, np.int32)
+        self.ext = np.zeros((_hot.EXT_ROWS, 64), np.int32)
+        self.meta = np.zeros(_hot.META_SIZE, np.int64)
+        self.meta[_hot.M_BB], self.meta[_hot.M_PB] = g.block_bytes, g.page_bytes
+        self._back_null_block()
+
+    def _back_null_block(self) -> None:
+        """Block 0 is mapped for the life of the pool: engines point padding at it."""
+        self.blk[self._hot.STATE, 0], self.blk[self._hot.REFS, 0] = self._hot.USED, 1
+        self._grow_runs([(0, len(self.geometry.pages_of(0)))])
+
+    # --- counts ------------------------------------------------------------------------------
+
+    @property
+    def num_free(self) -> int:
+        """Usable blocks that hold nothing."""
+        return int(self.meta[self._hot.M_FREE])
+
+    @property
+    def num_used(self) -> int:
+        """Blocks in use, the null block not counted."""
+        return int(self.meta[self._hot.M_USED])
+
+    @property
+    def num_cached(self) -> int:
+        """Blocks without references whose contents a prefix names."""
+        return int(self.meta[self._hot.M_CACHED])
+
+    @property
+    def num_quarantined(self) -> int:
+        """Blocks that wait for a fence."""
+        return int(self.meta[self._hot.M_QUARANTINED])
+
+    @property
+    def reclaimed(self) -> Timer:
+        """Reclaims that gave something back, and their time."""
+        return self._reclaimer.timer
+
+    @property
+    def num_spare_extents(self) -> int:
+        """Extents that hold nothing."""
+        return int(self.meta[self._hot.M_SPARE])
+
+    def refs(self, block: int) -> int:
+        """References on a block."""
+        return int(self.blk[self._hot.REFS, block])
+
+    def bytes_by_claim(self) -> tuple[int, int, int, int]:
+        """Backed bytes as (in use, cached, spare, quarantined), each extent counted whole (I1)."""
+        h, top = self._hot, max(self.pages.extents, default=0) + 1
+        ext = self.ext[:, :top]
+        size = ext[h.X_PAGES].astype(np.int64)
+        used, waiting = ext[h.X_USED] > 0, ext[h.X_QUARANTINED] > 0
+        cached = ext[h.X_CACHED] > 0
+        group = self.geometry.page_group_bytes
+        in_use = int(size[used].sum()) * group
+        quarantined = int(size[~used & waiting].sum()) * group
+        kept = int(size[~used & ~waiting & cached].sum()) * group
+        return in_use, kept, self.pages.backed_bytes - in_use - kept - quarantined, quarantined
+
+    def page_runs(self) -> list[tuple[int, int, str]]:
+        """See ``KVCache.page_runs``."""
+        h, runs = self._hot, list[tuple[int, int, str]]()
+        for extent in sorted(self.pages.extents.values(), key=lambda e: e.first):
+            counts = self.ext[:, extent.id]
+            state = ("in use" if counts[h.X_USED] else
+                     "quarantined" if counts[h.X_QUARANTINED] else
+                     "cached" if counts[h.X_CACHED] else "spare")  # fmt: skip
+            if runs and runs[-1][2] == state and runs[-1][0] + runs[-1][1] == extent.first:
+                runs[-1] = (runs[-1][0], runs[-1][1] + extent.pages, state)
+            else:
+                runs.append((extent.first, extent.pages, state))
+        return runs
+
+    # --- taking and giving ---------------------------------------------------------------------
+
+    def alloc(self, count: int) -> Ids:
+        """Take ``count`` blocks, int32 ``[count]``, one reference each; backs what is missing.
+
+        All or nothing. Raises ``BudgetExceeded`` or ``OutOfPages`` (both ``MemoryError``), or
+        ``DriverError``.
+        """
+        out = np.empty(count, np.int32)
+        if self._hot.alloc(out, self.blk, self.page, self.ext, self.meta):
+            self._make_room(count)
+            code = self._hot.alloc(out, self.blk, self.page, self.ext, self.meta)
+            assert code == 0, "BlockPool: made room, but not enough"
+        return out
+
+    def share(self, ids: Ids) -> None:
+        """Add a reference to blocks in use (I2)."""
+        code = self._hot.share(ids, self.blk)
+        if code:
+            raise self._not_owned(int(ids[~code]), "shared")
+
+    def free(self, ids: Ids, fence: Fence | None = None) -> None:
+        """Drop a reference of each block; the last one frees it, or caches it if a prefix names it.
+
+        With ``fence`` it is quarantined until the fence has passed (I3). List the blocks that may
+        be evicted first, first. Raises ``OwnershipError`` and changes nothing if one is not owned.
+        """
+        number = self._next_fence if fence is not None else 0
+        code = self._hot.free(ids, self.now(), number, self.blk, self.page, self.ext, self.meta)
+        if code < 0:
+            raise self._not_owned(int(ids[~code]), "freed")
+        if fence is not None and code:
+            self._next_fence += 1
+            self._fences.append((number, fence, ids.copy()))
+
+    def keep(self, block: int, *, named: bool) -> None:
+        """Note whether a prefix names a block in use."""
+        self.blk[self._hot.KEEP, block] = named
+
+    def acquire(self, ids: Ids) -> None:
+        """Take a reference on blocks that a prefix names, whatever state they are in."""
+        self._hot.acquire(ids, self.blk, self.page, self.ext, self.meta)
+
+    def copy(self, source: int, target: int) -> None:
+        """Copy the contents of one block in use to another, in every plane."""
+        g, backend = self.geometry, self.pages.backend
+        for plane in range(g.num_planes):
+            base = self.pages.address_of(0, plane)
+            backend.copy(
+                base + target * g.block_bytes, base + source * g.block_bytes, g.block_bytes
+            )
+
+    def poll_fences(self) -> None:
+        """Retire the blocks whose fence has passed, in the order they were freed."""
+        while self._fences and self._fences[0][1].passed():
+            number, _, ids = self._fences.popleft()
+            self._hot.release_fence(
+                ids, number, self.now(), self.blk, self.page, self.ext, self.meta
+            )
+
+    def now(self) -> int:
+        """Hundredths of a second since the pool was made (int32: 248 days)."""
+        return int((self.clock() - self._epoch0) * 100.0)
+
+    def _not_owned(self, block: int, done: str) -> OwnershipError:
+        if not 0 < block < self.geometry.num_blocks:
+            what = "no block has this id" if block else "it is the null block"
+        else:
+            what = "it is not in use (freed before, or never handed out)"
+        return OwnershipError(f"block {block} cannot be {done}: {what}")
+
+    # --- making room ---------------------------------------------------------------------------
+
+    def _make_room(self, count: int) -> None:
+        """Have ``count`` free blocks: wait for nothing, then grow, then evict cached prefixes.
+
+        Nothing is evicted unless that, with what can be grown, is enough (I6).
+        """
+        if count >= self.geometry.num_blocks:
+            raise OutOfPages(
+                f"{count} blocks wanted, but the cache has only {self.geometry.num_blocks - 1}",
+                hint="Make the cache with a larger max_tokens.",
+            )
+        self.poll_fences()
+        for _ in range(_GROW_ROUNDS):
+            short = count - self.num_free
+            if short <= 0:
+                return
+            if self.clock() < self._refused_until and short <= self.num_cached:
+                self.evict_oldest(short)
+                return
+            self._grow_or_evict(count)
+        raise BudgetExceeded(f"{count} blocks could not be kept free: other threads took them")
+
+    def _grow_or_evict(self, count: int) -> None:
+        try:
+            self._grow(count - self.num_free)
+            return
+        except MemoryError:  # ours: refused by the budget, the device or the address space
+            short = count - self.num_free
+            if short > self.num_cached:
+                if self.num_cached == 0:
+                    raise
+                self._grow(short - self.num_cached)
+        self._refused_until = self.clock() + _REFUSAL_SECONDS
+        short = count - self.num_free
+        if 0 < short <= self.num_cached:
+            self.evict_oldest(short)
+
+    def _grow(self, wanted: int) -> None:
+        """Back runs that make ``wanted`` more blocks usable, all or nothing.
+
+        The claim may release the lock; if what is backed changed meanwhile, the claim is returned
+        and the caller looks again.
+        """
+        if wanted <= 0:
+            return
+        runs = planning.plan(self.geometry, self.page, self.pages.runs, wanted)
+        epoch, nbytes = self.pages.epoch, self.pages.bytes_of(runs)
+        self.pages.budget.claim(nbytes)
+        if epoch != self.pages.epoch:
+            self.pages.budget.give_back(nbytes)
+            return
+        self._grow_claimed(runs, nbytes)
+
+    def _grow_runs(self, runs: list[tuple[int, int]]) -> None:
+        nbytes = self.pages.bytes_of(runs)
+        self.pages.budget.claim(nbytes)
+        self._grow_claimed(runs, nbytes)
+
+    def _grow_claimed(self, runs: list[tuple[int, int]], nbytes: int) -> None:
+        try:
+            extents = self.pages.grow(runs)
+        except BaseException:  # the claim goes back, whatever it was
+            self.pages.budget.give_back(nbytes)
+            raise
+        self.spares.grew(nbytes, self.clock())
+        self.attach(extents)
+
+    def attach(self, extents: Sequence[Extent]) -> None:
+        """Count the blocks of newly backed extents in. For the reclaimer; not for callers."""
+        for extent in extents:
+            if extent.id >= self.ext.shape[1]:
+                self.ext = np.concatenate([self.ext, np.zeros_like(self.ext)], axis=1)
+            self._hot.attach(
+                extent.id, extent.first, extent.pages, self.blk, self.page, self.ext, self.meta
+            )
+
+    # --- giving memory back --------------------------------------------------------------------
+
+    def evict_oldest(self, count: int) -> int:
+        """Turn the ``count`` least recently used cached blocks into free ones; how many it did."""
+        out = np.empty(min(count, self.num_cached), np.int32)
+        self._hot.oldest(out, self.blk, self.meta)
+        self.evict(out)
+        return len(out)
+
+    def evict(self, ids: Ids) -> None:
+        """Turn cached blocks into free ones."""
+        if len(ids):
+            self.on_evict(ids)
+            self._hot.evict(ids, self.blk, self.page, self.ext, self.meta)
+            self.evicted += len(ids)
+
+    def oldest_cached_seconds(self) -> float:
+        """Seconds since the least recently used cached block was used; 0 if there is none."""
+        block = int(self.meta[self._hot.M_LRU_OLD])
+        return (self.now() - int(self.blk[self._hot.STAMP, block])) / 100 if block else 0.0
+
+    def reclaim(self, nbytes: int, *, may_split: bool = False) -> int:
+        """Give back up to about ``nbytes``: spares, then cached prefixes, oldest extents first.
+
+        With ``may_split`` then also what lies unused in extents that hold blocks in use: only if
+        no kernel can be reading or writing them. Returns the bytes given back.
+        """
+        return self._reclaimer.reclaim(nbytes, may_split=may_split)
+
+    def trim(self, *, may_split: bool = True) -> int:
+        """Give back all that holds nothing in use, cached prefixes included. Returns the bytes.
+
+        A sequence of steps, each all or nothing: what was given back before a failure stays so.
+        """
+        return self._reclaimer.trim(may_split=may_split)
+
+    def drop_spares(self, nbytes: int) -> int:
+        """Give back at most ``nbytes`` of extents that hold nothing. Returns the bytes."""
+        return self._reclaimer.drop_spares(nbytes)
+
+    def decay_spares(self) -> int:
+        """Give back what the spare policy no longer wants. Returns the bytes still spare."""
+        return self._reclaimer.decay_spares()
+
+    # --- invariants ----------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Recount everything from the block states and compare (I1, I2, I3)."""
+        from kvcached._audit import audit
+
+        self.pages.check()
+        audit(self)
+
+    def close(self) -> None:
+        """Give back all memory and addresses. Idempotent."""
+        self._fences.clear()
+        self.pages.close()
+
+    def validate(self, ids: Sequence[int] | Ids) -> Ids:
+        """``ids`` as int32 ``[n]``, or ``InvalidInput``."""
+        array = np.asarray(ids)
+        if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+            raise InvalidInput(f"block ids must be a list of integers, not {ids!r}")
+        return np.ascontiguousarray(array, np.int32)

@@ -1,0 +1,360 @@
+"""``KVCache``: what an engine of your own holds. Sequences, block tables, slots and tensor views.
+
+One lock guards one cache. Calls come from the engine's thread; the budget's thread takes the same
+lock to answer reclaim requests, and the caretaker to let spares decay.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import weakref
+from collections.abc import Iterator
+from collections.abc import Sequence as ListLike
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kvcached.blocks import BlockPool
+from kvcached.broker.budget import Budget
+from kvcached.caretaker import Caretaker
+from kvcached.config import Config, check_name, parse_size
+from kvcached.errors import ClosedError, ForkedProcessError, InvalidInput, KvcachedError
+from kvcached.layout import CacheSpec, Geometry, cdiv
+from kvcached.memory.base import Fence, MemoryBackend
+from kvcached.pages import PagePool
+from kvcached.prefix import PrefixIndex
+from kvcached.resources import make_backend, make_budget
+from kvcached.sequence import Sequence, read_tokens, token_array
+from kvcached.sequences import SequenceStore
+from kvcached.snapshot import take_report, take_stats
+from kvcached.spares import SparePolicy
+from kvcached.stats import CacheStats, LimitRecord, TenantReport
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+
+__all__ = ["CacheSpec", "KVCache", "Sequence"]
+_log = logging.getLogger(__name__)
+
+
+class KVCache:
+    """An elastic KV cache for one model on one device.
+
+    Construction reserves addresses and backs one block, nothing else.
+
+    Parameters
+    ----------
+    spec:
+        What a block holds.
+    device:
+        ``"cpu"``, ``"cuda"``, ``"cuda:1"``.
+    name:
+        How other processes see this tenant; default ``pid-<pid>``.
+    max_tokens:
+        Address space, in tokens. Costs nothing until used; may exceed the device's memory.
+    limit:
+        Most physical memory (``"256MiB"``, ``"40%"`` of the budget, bytes); default: the budget.
+    floor, weight:
+        Memory that is never reclaimed for others, and the share of what lies above all floors.
+    prefix_caching:
+        Keep freed blocks whose tokens are known until their memory is needed.
+    budget, backend:
+        Use these instead of the broker and the device's own backend. The caller closes a backend
+        that it gives; a budget belongs to one cache and is closed with it.
+    config:
+        Settings; default: the environment.
+
+    Raises
+    ------
+    InvalidInput, BackendUnavailable, BudgetExceeded, OutOfPages, BrokerUnavailable, NameTaken
+    """
+
+    def __init__(
+        self,
+        spec: CacheSpec,
+        *,
+        device: str = "cpu",
+        name: str | None = None,
+        max_tokens: int = 1 << 20,
+        limit: int | str | None = None,
+        floor: int | str = 0,
+        weight: float = 1.0,
+        prefix_caching: bool = True,
+        budget: Budget | None = None,
+        backend: MemoryBackend | None = None,
+        config: Config | None = None,
+    ) -> None:
+        if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:
+            raise InvalidInput(f"max_tokens is {max_tokens!r}, but must be an integer >= 1")
+        self.config = config if config is not None else Config.from_env()
+        self.spec, self.name = spec, check_name(name if name is not None else f"pid-{os.getpid()}")
+        self.prefix_caching = prefix_caching
+        self._lock, self._pid = threading.RLock(), os.getpid()
+        self._closed = self._idle = False
+        self._owns_backend = backend is None
+        self.backend = backend if backend is not None else make_backend(device, spec, self.config)
+        try:
+            self._build(max_tokens, budget, limit=limit, floor=floor, weight=weight)
+        except BaseException:  # whatever went wrong, what we made does not stay behind
+            if self._owns_backend:
+                self.backend.shutdown()
+            raise
+        self._views: Any = None
+        self._finalizer = weakref.finalize(self, _release, self._blocks, self._budget,
+                                           self.backend if self._owns_backend else None)  # fmt: skip
+        self._caretaker = Caretaker(self)
+
+    def _build(self, max_tokens: int, budget: Budget | None, **terms: Any) -> None:
+        num_blocks = cdiv(max_tokens, self.spec.block_size) + 1  # and the null block
+        page_bytes = self.backend.page_bytes
+        self.geometry = Geometry.of(self.spec, page_bytes=page_bytes, num_blocks=num_blocks)
+        self._budget = budget if budget is not None else make_budget(self.name, self.backend,
+                                                                     self.config, **terms)  # fmt: skip
+        try:
+            self._budget.attach(self, self._lock)
+            if budget is not None and terms["limit"] is not None:
+                self._budget.set_limit(parse_size(terms["limit"], total=budget.limit_bytes))
+            longest = max(1, parse_size(self.config.max_handle) // page_bytes)
+            with self._lock:
+                pages = PagePool(self.backend, self.geometry, self._budget, longest)
+                self._make_blocks(pages)
+        except BaseException:  # as in __init__
+            self._budget.close()
+            raise
+
+    def _make_blocks(self, pages: PagePool) -> None:
+        try:
+            self._blocks = BlockPool(pages, spares=SparePolicy(self.config.spare_seconds))
+        except BaseException:  # the reservation too goes back
+            pages.close()
+            raise
+        self._prefixes = PrefixIndex(self._blocks, self.spec.block_size)
+        named = self._prefixes if self.prefix_caching else None
+        self._store = SequenceStore(self._blocks, named, self.spec.block_size)
+
+    # --- sequences -----------------------------------------------------------------------------
+
+    def new_sequence(self, token_ids: Any = (), *, salt: str = "") -> Sequence:
+        """Begin a sequence; what is cached of the prefix ``token_ids`` is shared, not recomputed.
+
+        ``num_cached_tokens`` tokens then have slots already (whole blocks, never the last token);
+        pass the others to ``extend``. ``salt`` separates prefixes that must not be shared.
+        """
+        tokens = token_array(token_ids)
+        with self._entered():
+            return self._store.new(tokens, salt)
+
+    def extend(self, sequence: Sequence, tokens: Any) -> NDArray[np.int32]:
+        """Give the next tokens slots: int32 ``[n]``; backs what is missing. All or nothing.
+
+        ``tokens`` is a count, or the token ids, which is what makes full blocks matchable by
+        later sequences: at once, so run the forward pass that fills these slots before, or in the
+        same batch as, one that reads them. A last block shared with a fork is copied first.
+
+        Raises ``BudgetExceeded`` or ``OutOfPages`` (both ``MemoryError``).
+        """
+        count, known = read_tokens(tokens)
+        with self._entered():
+            return self._store.extend(sequence, count, known)
+
+    def fork(self, sequence: Sequence) -> Sequence:
+        """A second sequence with the same tokens; blocks are shared until one of them writes."""
+        with self._entered():
+            return self._store.fork(sequence)
+
+    def free(self, sequence: Sequence, *, fence: Fence | None = None, discard: bool = False) -> None:
+        """End a sequence. Blocks that nothing else holds become cached prefixes, or free.
+
+        ``fence``: kernels may read the blocks until it has passed. ``discard``: the slots of the
+        newest ``extend`` were never filled (the forward pass failed), so do not cache them.
+        """
+        with self._entered():
+            self._store.free(sequence, fence, discard=discard)
+        self._caretaker.wake()
+
+    # --- what kernels read -----------------------------------------------------------------------
+
+    def layer(self, index: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer, ``[num_blocks, block_size, num_kv_heads, head_dim]`` each.
+
+        Strided views over the whole address space, made without a copy. Touch only blocks in use:
+        the rest may have no memory behind it (a fault). Invalid after ``close``.
+        """
+        if not 0 <= index < self.spec.num_layers:
+            raise InvalidInput(f"layer {index} does not exist: the cache has "
+                               f"{self.spec.num_layers}")  # fmt: skip
+        with self._entered():
+            if self._views is None:
+                from kvcached.memory.views import layer_views  # torch, only when tensors are wanted
+
+                base = self._blocks.pages.address_of(0)
+                self._views = [layer_views(self.spec, self.geometry, base, self.backend.device, i)
+                               for i in range(self.spec.num_layers)]  # fmt: skip
+            views: tuple[Tensor, Tensor] = self._views[index]
+            return views
+
+    def block_tables(self, sequences: ListLike[Sequence]) -> NDArray[np.int32]:
+        """Block tables int32 ``[len(sequences), most blocks]``, padded with the null block (0)."""
+        width = max((s.num_blocks for s in sequences), default=0)
+        tables = np.zeros((len(sequences), max(1, width)), np.int32)
+        for row, sequence in zip(tables, sequences, strict=True):
+            self._store.require(sequence)
+            row[: sequence.num_blocks] = sequence.table
+        return tables
+
+    @property
+    def num_free_tokens_hint(self) -> int:
+        """Tokens that could be taken without reclaim from others: a hint, others may be faster."""
+        blocks, budget = self._blocks, self._budget
+        room = max(0, min(budget.limit_bytes - budget.claimed_bytes, self.backend.available()))
+        growable = room // (self.geometry.block_bytes * self.geometry.num_planes)
+        usable = blocks.num_free + blocks.num_cached + growable
+        unused = self.geometry.num_blocks - 1 - blocks.num_used - blocks.num_quarantined
+        return min(usable, unused) * self.spec.block_size
+
+    # --- memory ------------------------------------------------------------------------------------
+
+    def trim(self) -> int:
+        """Give back all memory that holds no block in use, cached prefixes too. Returns the bytes.
+
+        Extents that are only partly in use are split: contents, addresses and block ids stay. Call
+        it between steps: no kernel may be running on this cache.
+        """
+        with self._entered():
+            return self._blocks.trim()
+
+    def evict_prefixes(self, nbytes: int | str) -> int:
+        """Give back about ``nbytes`` of spares and cached prefixes, the oldest first."""
+        size = parse_size(nbytes, total=self._blocks.pages.backed_bytes)
+        with self._entered():
+            return self._blocks.reclaim(size)
+
+    def set_limit(self, limit: int | str) -> LimitRecord:
+        """Set the most physical memory this cache may hold; gives back at once what it can.
+
+        Blocks in use stay: ``LimitRecord.applied`` tells whether the limit holds already.
+        """
+        size = parse_size(limit, total=self._budget.limit_bytes)
+        with self._entered():
+            return self._budget.set_limit(size)
+
+    @contextmanager
+    def idle(self) -> Iterator[None]:
+        """Inside, no kernel reads or writes this cache, so reclaim may also split extents."""
+        with self._lock:
+            before, self._idle = self._idle, True
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._idle = before
+
+    def reclaim(self, nbytes: int) -> int:
+        """For the budget (``Tenant.reclaim``): give back up to ``nbytes`` now."""
+        with self._lock:
+            if self._closed:
+                return 0
+            try:
+                return self._blocks.reclaim(nbytes, may_split=self._idle)
+            except KvcachedError:  # the peer that asks can do nothing about it; the owner will see
+                _log.exception("%s: reclaim of %d bytes failed", self.name, nbytes)
+                return 0
+
+    def take_care(self) -> bool:
+        """For the caretaker: let spares decay; whether there will be more to do."""
+        with self._lock:
+            if self._closed or os.getpid() != self._pid:
+                return False
+            return self._blocks.decay_spares() > 0 or self._blocks.num_quarantined > 0
+
+    def report(self) -> TenantReport:
+        """For the budget (``Tenant.report``): what is held."""
+        with self._lock:
+            return take_report(self._blocks)
+
+    def stats(self) -> CacheStats:
+        """A snapshot; see ``CacheStats``."""
+        with self._lock:
+            self._require_open()
+            return take_stats(self.name, self.spec, self._blocks, len(self._store))
+
+    def page_runs(self) -> list[tuple[int, int, str]]:
+        """Backed runs in address order, as (first page, pages, state); neighbours are merged."""
+        with self._lock:
+            self._require_open()
+            return self._blocks.page_runs()
+
+    # --- life cycle ----------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Assert the invariants of everything this cache owns (docs/invariants.md). Slow."""
+        with self._lock:
+            self._require_open()
+            self._blocks.check()
+            self._prefixes.check()
+            self._store.check()
+            self._budget.check()
+            pages = self._blocks.pages
+            assert pages.backed_bytes <= self._budget.lease_bytes, "I1: backed more than leased"
+
+    def close(self) -> None:
+        """Give back everything: memory, addresses, the lease. Views and sequences die. Idempotent."""
+        if os.getpid() != self._pid:
+            return  # the memory is the parent's
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            self._views = None
+        self._caretaker.stop()
+        self._caretaker.join()
+        if self._finalizer.detach() is not None:
+            _release(self._blocks, self._budget, self.backend if self._owns_backend else None)
+
+    def __enter__(self) -> KVCache:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        if self._closed:
+            return f"<KVCache {self.name!r}, closed>"
+        from kvcached.display import summary
+
+        return summary(self.stats())
+
+    def _repr_html_(self) -> str:
+        from kvcached.display import page_map_html
+
+        return repr(self) if self._closed else page_map_html(self)
+
+    @contextmanager
+    def _entered(self) -> Iterator[None]:
+        with self._lock:
+            self._require_open()
+            yield
+            if self.config.check:
+                self.check()
+
+    def _require_open(self) -> None:
+        if os.getpid() != self._pid:
+            raise ForkedProcessError(
+                f"cache {self.name!r} belongs to process {self._pid}, not to this child of it",
+                hint="Make the cache after fork(), or start processes with 'spawn'.",
+            )
+        if self._closed:
+            raise ClosedError(f"cache {self.name!r} is closed")
+
+
+def _release(blocks: BlockPool, budget: Budget, backend: MemoryBackend | None) -> None:
+    """Give everything back, also when the cache was dropped without ``close()``."""
+    blocks.close()
+    budget.close()
+    if backend is not None:
+        backend.shutdown()

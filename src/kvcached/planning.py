@@ -1,0 +1,73 @@
+"""Where to grow: runs of free pages that make a wanted number of blocks usable.
+
+Pure functions over the geometry, the page table and the free runs. A run is filled from its start,
+next to what is backed already, so that the block that straddles the two becomes usable; it ends
+with the page that completes the last wanted block.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from kvcached.errors import OutOfPages
+from kvcached.layout import Geometry, cdiv
+from kvcached.runs import FreeRuns
+
+
+class Fit(NamedTuple):
+    """Backing pages ``[first, first + count)`` makes ``blocks`` more blocks usable."""
+
+    first: int
+    count: int
+    blocks: int
+
+
+def fit(g: Geometry, page: Any, run: tuple[int, int], wanted: int) -> Fit | None:
+    """The part of a free run that serves up to ``wanted`` blocks; ``None`` if it serves none.
+
+    ``page`` is the page table: 0 where nothing is backed.
+    """
+    first, end = run[0], run[0] + run[1]
+    start = first * g.page_bytes // g.block_bytes
+    if start * g.block_bytes < first * g.page_bytes and not _backed(
+        page, g.pages_of(start).start, first
+    ):
+        start += 1
+    stop = end * g.page_bytes // g.block_bytes
+    if stop < g.num_blocks and _backed(page, end, g.pages_of(stop).stop):
+        stop += 1
+    stop = min(stop, g.num_blocks, start + wanted)
+    if stop <= start:
+        return None
+    low = max(first, g.pages_of(start).start)
+    high = min(end, g.pages_of(stop - 1).stop)
+    return Fit(low, high - low, stop - start) if high > low else None
+
+
+def plan(g: Geometry, page: Any, runs: FreeRuns, wanted: int) -> list[tuple[int, int]]:
+    """Runs whose backing makes at least ``wanted`` more blocks usable; few and well fitting.
+
+    Raises ``OutOfPages`` if the address space has no room for them.
+    """
+    pages = max(1, cdiv(wanted * g.block_bytes, g.page_bytes) - 1)  # a straddling page may exist
+    chosen: list[Fit] = []
+    missing = wanted
+    for run in runs.candidates(pages):
+        got = fit(g, page, run, missing)
+        if got is None:
+            continue
+        if got.blocks >= wanted:
+            return [(got.first, got.count)]
+        chosen.append(got)
+        missing -= got.blocks
+        if missing <= 0:
+            return [(f.first, f.count) for f in chosen]
+    raise OutOfPages(
+        f"the address space has no room for {wanted} more blocks "
+        f"({g.num_blocks} blocks of {g.block_bytes * g.num_planes} bytes in all)",
+        hint="Free sequences, or make the cache with a larger max_tokens.",
+    )
+
+
+def _backed(page: Any, first: int, end: int) -> bool:
+    return all(page[p] for p in range(first, end))

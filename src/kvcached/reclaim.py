@@ -1,0 +1,163 @@
+"""``Reclaimer``: how a block pool gives physical memory back, cheapest first.
+
+Spare extents are unmapped. Extents that hold only cached prefixes are emptied whole, least
+recently used first. Extents that hold blocks in use are split, those that need the least copying
+first. Every step is all or nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kvcached.errors import BudgetExceeded, KvcachedError
+from kvcached.pages import Extent
+from kvcached.stats import Timer
+
+if TYPE_CHECKING:
+    from kvcached.blocks import BlockPool, Ids
+
+
+class Reclaimer:
+    """The part of a ``BlockPool`` that gives back; it shares the pool's arrays and its lock."""
+
+    def __init__(self, blocks: BlockPool) -> None:
+        from kvcached import _hot, _scan  # numba is imported at the first hot call
+
+        self._blocks = blocks
+        self._hot: Any = _hot
+        self._scan: Any = _scan
+        self.timer = Timer()
+
+    def reclaim(self, nbytes: int, *, may_split: bool) -> int:
+        """See ``BlockPool.reclaim``."""
+        started = time.perf_counter_ns()
+        self._blocks.poll_fences()
+        freed = self._drop(self._spare_extents(), nbytes)
+        if freed < nbytes:
+            freed += self._drop_cached(nbytes - freed)
+        if freed < nbytes and may_split:
+            freed += self._split_some(nbytes - freed)
+        if freed:
+            self.timer.add(started)
+        return freed
+
+    def trim(self, *, may_split: bool) -> int:
+        """See ``BlockPool.trim``."""
+        everything = self._blocks.pages.backed_bytes
+        freed = self.reclaim(everything, may_split=False)
+        self._blocks.evict_oldest(self._blocks.num_cached)
+        return freed + self.reclaim(everything, may_split=may_split)
+
+    def decay_spares(self) -> int:
+        """See ``BlockPool.decay_spares``."""
+        pool = self._blocks
+        pool.poll_fences()
+        if pool.num_spare_extents == 0:
+            return 0
+        spare = self._spare_extents()
+        total = sum(e.pages for e in spare) * pool.geometry.page_group_bytes
+        excess = total - pool.spares.target(pool.clock())
+        return total - (self._drop(spare, excess, strict=True) if excess > 0 else 0)
+
+    def drop_spares(self, nbytes: int) -> int:
+        """See ``BlockPool.drop_spares``."""
+        return self._drop(self._spare_extents(), nbytes, strict=True)
+
+    # --- whole extents -----------------------------------------------------------------------
+
+    def _spare_extents(self) -> list[Extent]:
+        pool, h = self._blocks, self._hot
+        if pool.num_spare_extents == 0:
+            return []
+        claims = pool.ext[h.X_USED] + pool.ext[h.X_CACHED] + pool.ext[h.X_QUARANTINED]
+        ids = np.flatnonzero((claims == 0) & (pool.ext[h.X_PAGES] > 0))
+        spare = [pool.pages.extents[int(i)] for i in ids]
+        return sorted(spare, key=lambda e: -e.pages)
+
+    def _drop(self, extents: Sequence[Extent], nbytes: int, *, strict: bool = False) -> int:
+        """Unmap extents until ``nbytes`` are back; ``strict``: never more than that."""
+        group = self._blocks.geometry.page_group_bytes
+        freed = 0
+        for extent in extents:
+            size = extent.pages * group
+            if freed < nbytes and not (strict and freed + size > nbytes):
+                freed += self._drop_one(extent)
+        return freed
+
+    def _drop_cached(self, nbytes: int) -> int:
+        """Drop extents that hold nothing but cached blocks, least recently used first."""
+        pool, h = self._blocks, self._hot
+        idle = pool.ext[h.X_USED] + pool.ext[h.X_QUARANTINED] == 0
+        cached = (pool.ext[h.X_CACHED] > 0) & (pool.ext[h.X_PAGES] > 0)
+        ids = np.flatnonzero(idle & cached).astype(np.int32)
+        stamps = np.empty_like(ids)
+        self._scan.last_use(ids, stamps, pool.blk, pool.ext, pool.meta)
+        order = ids[np.argsort(stamps, kind="stable")]
+        return self._drop([pool.pages.extents[int(i)] for i in order], nbytes)
+
+    def _drop_one(self, extent: Extent) -> int:
+        """Unmap an extent without blocks in use; the prefixes in it are evicted with it.
+
+        The memory goes first: if the backend refuses, nothing has been evicted.
+        """
+        pool = self._blocks
+        cached = self._cached_in(extent)
+        try:
+            freed = pool.pages.shrink([extent])
+        except KvcachedError:
+            if pool.geometry.num_planes > 1:  # undone, but some planes may be fresh memory
+                pool.evict(cached)
+            raise
+        pool.evict(cached)
+        self._hot.detach(extent.id, pool.blk, pool.page, pool.ext, pool.meta)
+        return freed
+
+    def _cached_in(self, extent: Extent) -> Ids:
+        pool = self._blocks
+        touching = pool.geometry.blocks_touching(extent.first, extent.first + extent.pages)
+        out = np.empty(len(touching), np.int32)
+        return out[: self._scan.cached_in(extent.id, out, pool.blk, pool.ext, pool.meta)]
+
+    # --- splits ------------------------------------------------------------------------------
+
+    def _split_some(self, nbytes: int) -> int:
+        """Split extents until ``nbytes`` are back."""
+        plans = [(extent, self._live_runs(extent)) for extent in self._blocks.pages.extents.values()]
+        sized = [(sum(count for _, count in keep), extent, keep) for extent, keep in plans]
+        worth = [plan for plan in sized if 0 < plan[0] < plan[1].pages]
+        freed = 0
+        for kept, extent, keep in sorted(worth, key=lambda plan: (plan[0], plan[1].first)):
+            if freed >= nbytes or not self._split(extent, keep):
+                break
+            freed += (extent.pages - kept) * self._blocks.geometry.page_group_bytes
+        return freed
+
+    def _live_runs(self, extent: Extent) -> list[tuple[int, int]]:
+        pool = self._blocks
+        out = np.empty(2 * extent.pages + 2, np.int32)
+        n = self._scan.live_runs(extent.id, out, pool.blk, pool.ext, pool.meta)
+        return [(int(out[2 * i]), int(out[2 * i + 1])) for i in range(n)]
+
+    def _split(self, extent: Extent, keep: list[tuple[int, int]]) -> bool:
+        """Split one extent; False if there is no room, even for a moment, to copy into."""
+        pool = self._blocks
+        nbytes = pool.pages.bytes_of(keep)
+        epoch = pool.pages.epoch
+        try:
+            pool.pages.budget.claim(nbytes, transient=True)
+        except BudgetExceeded:
+            return False
+        try:
+            if epoch != pool.pages.epoch:  # the claim let others in: the plan is stale
+                raise BudgetExceeded("the cache changed while a split waited for its claim")
+            pieces = pool.pages.split(extent, keep)
+        except BaseException:  # the claim goes back, whatever it was
+            pool.pages.budget.give_back(nbytes)
+            raise
+        self._hot.detach(extent.id, pool.blk, pool.page, pool.ext, pool.meta)
+        pool.attach(pieces)
+        return True

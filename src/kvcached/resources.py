@@ -1,0 +1,77 @@
+"""The backend and the budget that a ``KVCache`` makes when it is not given any."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from kvcached.broker.budget import Budget, LocalBudget
+from kvcached.config import Config, parse_size
+from kvcached.errors import InvalidInput
+from kvcached.layout import CacheSpec
+from kvcached.memory.base import MemoryBackend
+
+_LARGEST_HOST_PAGE = 2 << 20
+
+
+def make_backend(device: str, spec: CacheSpec, config: Config) -> MemoryBackend:
+    """A backend for ``"cpu"``, ``"cuda"`` or ``"cuda:N"``."""
+    if device == "cpu":
+        from kvcached.memory.host import HostBackend
+
+        return HostBackend(page_bytes=host_page_bytes(spec, config))
+    if device == "cuda" or device.startswith("cuda:"):
+        from kvcached.memory.cuda import CudaBackend
+
+        return CudaBackend("cuda:0" if device == "cuda" else device)
+    raise InvalidInput(f"device {device!r} is not known", hint="Use 'cpu', 'cuda' or 'cuda:1'.")
+
+
+def host_page_bytes(spec: CacheSpec, config: Config) -> int:
+    """Page size of the host backend (docs/adr/0004).
+
+    The largest power of two, from the system's page to 2 MiB, that divides a block, so that a
+    block is whole pages and a split can get down to the packed floor.
+    """
+    if config.host_page:
+        return parse_size(config.host_page)
+    block = spec.block_bytes if spec.layout == "cross_layer" else spec.key_bytes
+    divisor = block & -block
+    return max(os.sysconf("SC_PAGE_SIZE"), min(divisor, _LARGEST_HOST_PAGE))
+
+
+def make_budget(
+    name: str, backend: MemoryBackend, config: Config, *, limit: Any, floor: Any, weight: float
+) -> Budget:
+    """The device's shared budget; without a broker (``config.broker``), one of our own."""
+    capacity = device_capacity(backend, config)
+    if not config.broker:
+        return LocalBudget(capacity if limit is None else parse_size(limit, total=capacity))
+    from kvcached.broker.client import BrokerBudget
+
+    return BrokerBudget(
+        name,
+        device=device_slug(backend),
+        limit_bytes=None if limit is None else parse_size(limit, total=capacity),
+        floor_bytes=parse_size(floor, total=capacity),
+        weight=weight,
+        capacity_bytes=capacity,
+        config=config,
+    )
+
+
+def device_slug(backend: MemoryBackend) -> str:
+    """How the broker calls the backend's device: ``cpu``, or a GPU's UUID."""
+    return "cpu" if backend.device == "cpu" else str(getattr(backend, "uuid", backend.device))
+
+
+def device_capacity(backend: MemoryBackend, config: Config) -> int:
+    """What all tenants of the device may hold together, should we be the first."""
+    from kvcached.broker.capacity import default_capacity
+
+    if backend.device == "cpu":
+        return default_capacity(config, "cpu")
+    total = int(getattr(backend, "total_bytes", 0)) or backend.available()
+    if config.budget:
+        return parse_size(config.budget, total=total)
+    return max(0, total - parse_size(config.headroom, total=total))

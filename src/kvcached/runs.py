@@ -1,0 +1,108 @@
+"""``FreeRuns``: the free runs of page indices, coalesced, found by size.
+
+Boundary tags (Knuth, TAOCP 1, 2.5) over dictionaries give O(1) coalescing; size classes by power
+of two with lazily cleaned heaps give the lowest address among the runs of a class. A buddy system
+was tried and rejected: it rounds runs to powers of two, so an extent of odd size does not end next
+to the following one and the block between them is lost (docs/adr/0003).
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator
+
+
+class FreeRuns:
+    """Disjoint, coalesced, half-open runs ``[first, first + count)`` of free indices."""
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self._count_at: dict[int, int] = {}  # first index -> length
+        self._first_of_end: dict[int, int] = {}  # end index -> first index
+        self._classes: list[list[int]] = [[] for _ in range(max(1, total.bit_length()) + 1)]
+        self._insert(0, total)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        """All runs as ``(first, count)``, in address order."""
+        return iter(sorted(self._count_at.items()))
+
+    @property
+    def free(self) -> int:
+        """Number of free indices."""
+        return sum(self._count_at.values())
+
+    def candidates(self, count: int) -> Iterator[tuple[int, int]]:
+        """Runs worth trying for ``count`` indices: best fits first, then ever smaller ones.
+
+        The caller must not change the runs while it iterates.
+        """
+        start = count.bit_length()  # every run of class > start-1 ... fits; class start may
+        for cls in range(start, len(self._classes)):
+            yield from self._in_class(cls)
+        for cls in range(min(start, len(self._classes)) - 1, 0, -1):
+            yield from self._in_class(cls)
+
+    def take(self, first: int, count: int) -> None:
+        """Remove ``[first, first + count)``, which lies in the run that starts at or before it."""
+        run_first = first if first in self._count_at else self._run_before(first)
+        run_count = self._count_at[run_first]
+        assert first + count <= run_first + run_count, "FreeRuns: taking what is not free"
+        self._remove(run_first)
+        if first > run_first:
+            self._insert(run_first, first - run_first)
+        rest = run_first + run_count - (first + count)
+        if rest:
+            self._insert(first + count, rest)
+
+    def give(self, first: int, count: int) -> None:
+        """Add ``[first, first + count)`` and join it with its neighbours."""
+        left = self._first_of_end.get(first)
+        if left is not None:
+            self._remove(left)
+            first, count = left, count + first - left
+        right = self._count_at.get(first + count)
+        if right is not None:
+            self._remove(first + count)
+            count += right
+        self._insert(first, count)
+
+    def check(self) -> None:
+        """Runs are inside the range, disjoint, coalesced and findable."""
+        end = -1
+        for first, count in self:
+            assert count > 0 and first > end, "FreeRuns: overlapping or touching runs"
+            end = first + count
+            assert end <= self.total, "FreeRuns: run outside the range"
+            assert self._first_of_end[end] == first, "FreeRuns: boundary tag lost"
+            assert first in self._classes[count.bit_length()], "FreeRuns: run not findable"
+        assert len(self._first_of_end) == len(self._count_at), "FreeRuns: stale boundary tag"
+
+    def _run_before(self, index: int) -> int:
+        """First index of the run that holds ``index`` (linear: only splits of a run need it)."""
+        for first, count in self._count_at.items():
+            if first <= index < first + count:
+                return first
+        raise AssertionError("FreeRuns: taking what is not free")
+
+    def _in_class(self, cls: int) -> Iterator[tuple[int, int]]:
+        heap = self._classes[cls]
+        while heap and not self._is_live(heap[0], cls):
+            heapq.heappop(heap)
+        for first in dict.fromkeys(heap):  # the lowest is first; the rest in heap order
+            if self._is_live(first, cls):
+                yield first, self._count_at[first]
+
+    def _is_live(self, first: int, cls: int) -> bool:
+        return self._count_at.get(first, 0).bit_length() == cls
+
+    def _insert(self, first: int, count: int) -> None:
+        if count:
+            self._count_at[first] = count
+            self._first_of_end[first + count] = first
+            heap = self._classes[count.bit_length()]
+            if len(heap) > 64 + 2 * len(self._count_at):  # stale entries must not pile up
+                heap[:] = sorted(set(f for f in heap if self._is_live(f, count.bit_length())))
+            heapq.heappush(heap, first)
+
+    def _remove(self, first: int) -> None:
+        del self._first_of_end[first + self._count_at.pop(first)]

@@ -1,0 +1,47 @@
+"""Snapshots of a block pool and its budget: the report for the broker, the stats for the user."""
+
+from __future__ import annotations
+
+from kvcached.blocks import BlockPool
+from kvcached.layout import CacheSpec
+from kvcached.stats import SCHEMA_VERSION, CacheStats, PoolCounters, TenantReport
+
+
+def take_report(blocks: BlockPool) -> TenantReport:
+    """What is held, by the strongest claim on each extent (I1)."""
+    in_use, cached, spare, quarantined = blocks.bytes_by_claim()
+    return TenantReport(
+        backed_bytes=blocks.pages.backed_bytes, in_use_bytes=in_use, cached_bytes=cached,
+        spare_bytes=spare, quarantined_bytes=quarantined,
+        packed_floor_bytes=blocks.geometry.packed_floor_bytes(blocks.num_used + 1),  # null block
+        oldest_cached_age_s=blocks.oldest_cached_seconds(),
+    )  # fmt: skip
+
+
+def take_counters(blocks: BlockPool) -> PoolCounters:
+    """How often what is backed changed."""
+    pages = blocks.pages
+    return PoolCounters(
+        grow=pages.grown.count, grow_ns=pages.grown.ns, shrink=pages.shrunk.count,
+        shrink_ns=pages.shrunk.ns, split=pages.splits.count, split_ns=pages.splits.ns,
+        reclaim=blocks.reclaimed.count, reclaim_ns=blocks.reclaimed.ns,
+        evicted_blocks=blocks.evicted,
+    )  # fmt: skip
+
+
+def take_stats(name: str, spec: CacheSpec, blocks: BlockPool, sequences: int) -> CacheStats:
+    """One moment of one cache."""
+    report, pages, g = take_report(blocks), blocks.pages, blocks.geometry
+    usable = blocks.num_free + blocks.num_used + blocks.num_cached + blocks.num_quarantined
+    return CacheStats(
+        schema_version=SCHEMA_VERSION, name=name, device=pages.backend.device,
+        page_bytes=g.page_bytes, block_bytes=spec.block_bytes, reserved_bytes=g.reserved_bytes,
+        backed_bytes=report.backed_bytes, in_use_bytes=report.in_use_bytes,
+        cached_bytes=report.cached_bytes, spare_bytes=report.spare_bytes,
+        quarantined_bytes=report.quarantined_bytes, lease_bytes=pages.budget.lease_bytes,
+        limit_bytes=pages.budget.limit_bytes, packed_floor_bytes=report.packed_floor_bytes,
+        blocks_total=g.num_blocks - 1, blocks_usable=usable, blocks_in_use=blocks.num_used,
+        blocks_cached=blocks.num_cached, blocks_quarantined=blocks.num_quarantined,
+        blocks_free=blocks.num_free, extents=len(pages.extents), sequences=sequences,
+        counters=take_counters(blocks),
+    )  # fmt: skip
