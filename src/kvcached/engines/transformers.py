@@ -1,4 +1,6 @@
-"""Hugging Face transformers on elastic pages, the three-line use::
+"""Hugging Face transformers on elastic pages.
+
+The three-line use::
 
     from kvcached.engines.transformers import ElasticCache
     model = AutoModelForCausalLM.from_pretrained(..., attn_implementation="kvcached")
@@ -10,7 +12,7 @@ parts meet). ``PackedCache`` and ``PackedBatch`` are for an engine of one's own.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
@@ -88,7 +90,7 @@ class ElasticCache(PagedCache):
         if not self._sequences:
             self._sequences = [cache.new_sequence() for _ in range(size)]
         counts, rows = self._new_tokens(mask, size, length)
-        self._columns += length
+        self.columns += length
         work = [(s, cache.extend(s, n)) for s, n in zip(self._sequences, counts, strict=True)]
         return PackedBatch.of(cache, work, rows)
 
@@ -102,15 +104,15 @@ class ElasticCache(PagedCache):
                 f"the batch has {size} rows, the cache {len(held)}", hint="Call reset() first."
             )
         if mask is None:
-            mask = torch.ones(size, self._columns + length, dtype=torch.bool)
+            mask = torch.ones(size, self.columns + length, dtype=torch.bool)
         if mask.dim() != 2:
             raise EngineUnsupported("elastic pages take a 2-dimensional attention mask only")
-        if mask[:, : self._columns].sum(1).tolist() != held:
+        if mask[:, : self.columns].sum(1).tolist() != held:
             raise InvalidInput(
                 f"the attention mask differs from the one before: the rows hold {held} tokens",
                 hint="Pass the whole mask each time, or call reset() first.",
             )
-        new = mask[:, self._columns :].bool()
+        new = mask[:, self.columns :].bool()
         rows = None if bool(new.all()) else new.reshape(-1).nonzero().squeeze(1)
         return new.sum(1).tolist(), rows
 
@@ -150,7 +152,7 @@ class ElasticCache(PagedCache):
         if self._cache is not None:
             for sequence in self._sequences:
                 self._cache.free(sequence)
-        self._sequences, self._columns = [], 0
+        self._sequences, self.columns = [], 0
         self._batch = self._pending = None
 
     def close(self) -> None:
@@ -163,7 +165,7 @@ class ElasticCache(PagedCache):
         if self._owned and self._cache is not None:
             self._cache.close()
 
-    def __enter__(self) -> ElasticCache:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

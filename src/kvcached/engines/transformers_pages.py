@@ -12,6 +12,8 @@ transformers' own SDPA.
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -44,6 +46,15 @@ class _Ticket:
     layer: int
 
 
+class _Expecting(threading.local):
+    """The cache that handed out the last ticket of this thread, until it comes back."""
+
+    owner: weakref.ref[PagedCache] | None = None
+
+
+_expecting = _Expecting()
+
+
 # --- the attention function and its mask ----------------------------------------------------
 
 
@@ -71,6 +82,7 @@ def elastic_attention(
     """
     ticket: _Ticket | None = getattr(key, _TICKET, None)
     if ticket is None:
+        _check_nothing_is_lost(module)
         _refuse(softcap=softcap, s_aux=s_aux)  # SDPA would leave these out without a word
         out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout,
                                         scaling=scaling, is_causal=is_causal, **kwargs)  # fmt: skip
@@ -89,8 +101,19 @@ def elastic_attention(
         features["softcap"] = softcap
     if s_aux is not None:
         features["sinks"] = s_aux.detach().float()
-    out = ticket.owner._attend(ticket.layer, query, key, value, attention_mask, features)
+    out = ticket.owner.attend(ticket.layer, query, key, value, attention_mask, features)
     return out, None
+
+
+def _check_nothing_is_lost(module: torch.nn.Module) -> None:
+    """Raise if this model got a ticket just now, and changed the key that carried it."""
+    owner = _expecting.owner() if _expecting.owner is not None else None
+    if owner is not None and owner.config is getattr(module, "config", None):
+        _expecting.owner = None
+        raise EngineUnsupported(
+            f"{type(module).__name__} changes keys between the cache and the attention function",
+            hint="Use transformers' own cache: leave out past_key_values.",
+        )
 
 
 def _refuse(**features: Any) -> None:
@@ -160,7 +183,7 @@ class PackedBatch:
         counts = [len(slots) for _, slots in work]
 
         def tensor(array: Any) -> torch.Tensor:
-            return torch.from_numpy(np.ascontiguousarray(array, np.int32)).to(cache.device)
+            return torch.from_numpy(np.ascontiguousarray(array, np.int32)).to(cache.backend.device)
 
         return cls(
             slot_mapping=tensor(np.concatenate([slots for _, slots in work])),
@@ -191,20 +214,20 @@ class _ElasticLayer(CacheLayerMixin):
         """Nothing to do: pages appear when tokens come."""
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Attach the ticket for the attention function; nothing is written yet."""
-        self._owner._expect(self._layer, key_states, value_states)
+        self._owner.expect(self._layer, key_states, value_states)
         setattr(key_states, _TICKET, _Ticket(self._owner, self._layer))
         return key_states, value_states
 
     def get_seq_length(self) -> int:
         """Columns seen so far, padding included."""
-        return self._owner._columns
+        return self._owner.columns
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the keys that the mask must cover."""
-        return _ElasticLength(self._owner._columns + query_length), 0
+        return _ElasticLength(self._owner.columns + query_length), 0
 
     def get_max_length(self) -> int:
         """No maximum."""
@@ -220,11 +243,11 @@ class PagedCache(Cache):
     def __init__(self, config: Any) -> None:
         config = config.get_text_config(decoder=True)
         _check_config(config)
-        self._config = config
+        self.config = config
         self._cache: KVCache | None = None
         self._views: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._batch: PackedBatch | None = None
-        self._columns = 0
+        self.columns = 0
         self._pending: int | None = None
         super().__init__(layers=[_ElasticLayer(self, i) for i in range(config.num_hidden_layers)])
 
@@ -235,15 +258,16 @@ class PagedCache(Cache):
         self._cache = cache
         self._views = [cache.layer(i) for i in range(layers)]
 
-    def _expect(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
+    def expect(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """A layer is about to attend: check that the one before it really came back to us."""
-        if self._pending is not None or self._config._attn_implementation != NAME:
+        attention = self.config._attn_implementation  # noqa: SLF001 - it has no public name
+        if self._pending is not None or attention != NAME:
             raise EngineUnsupported(
-                f"the model's attention ({self._config._attn_implementation!r}) does not read "
-                f"elastic pages",
+                f"the model's attention ({attention!r}) does not read elastic pages",
                 hint="Load the model with attn_implementation='kvcached'.",
             )
         self._pending = layer
+        _expecting.owner = weakref.ref(self)
         if layer == 0:
             self._start(key, value)
 
@@ -255,11 +279,12 @@ class PagedCache(Cache):
         """The batch of the forward pass that began, made when layer 0 attends."""
         raise NotImplementedError
 
-    def _attend(
+    def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
         mask: torch.Tensor | None, features: dict[str, Any],
     ) -> torch.Tensor:  # fmt: skip
-        self._pending = None
+        """Write the new tokens of one layer and attend over all, as ``elastic_attention`` says."""
+        self._pending = _expecting.owner = None
         if layer == 0:
             self._batch = None
             self._batch = self._plan(mask)
@@ -270,7 +295,7 @@ class PagedCache(Cache):
         size, heads, length, _ = query.shape
         q, k, v = (_pack(x, batch.rows) for x in (query, key, value))
         reshape_and_cache(k, v, k_cache, v_cache, batch.slot_mapping)
-        out = attn_with_kvcache(
+        out: torch.Tensor = attn_with_kvcache(
             q, k_cache, v_cache, cache_seqlens=batch.cache_seqlens, page_table=batch.block_table,
             cu_seqlens_q=batch.cu_seqlens_q, max_seqlen_q=batch.max_seqlen_q, causal=True,
             **features,
@@ -281,11 +306,11 @@ class PagedCache(Cache):
             out = padded
         return out.view(size, length, heads, -1)
 
-    def get_max_length(self, layer_idx: int | None = None) -> int:
+    def get_max_length(self, layer_idx: int | None = None) -> int:  # noqa: ARG002 - their name
         """No maximum."""
         return -1
 
-    def update_conv_state(self, *args: Any, **kwargs: Any) -> Any:
+    def update_conv_state(self, *_: Any, **__: Any) -> Any:
         """Linear attention keeps no KV cache; refused."""
         raise EngineUnsupported("linear attention layers cannot lie in elastic pages")
 
@@ -307,6 +332,8 @@ def _check_config(config: Any) -> None:
     kinds = set(getattr(config, "layer_types", None) or ()) - _LAYER_KINDS
     if getattr(config, "attention_chunk_size", None):
         kinds.add("chunked_attention")
+    if getattr(config, "kv_lora_rank", None):
+        kinds.add("multi-head latent attention")
     if getattr(config, "num_kv_shared_layers", 0):
         kinds.add("layers that share keys and values")
     if kinds:
@@ -338,7 +365,7 @@ class PackedCache(PagedCache):
         self._bind(cache)
         self.batch: PackedBatch | None = None
 
-    def _start(self, key: torch.Tensor, value: torch.Tensor) -> None:
+    def _start(self, key: torch.Tensor, *_: torch.Tensor) -> None:
         tokens = 0 if self.batch is None else len(self.batch.slot_mapping)
         if key.shape[0] * key.shape[2] != tokens:
             self._pending = None

@@ -1,0 +1,242 @@
+"""One engine process of the demo: ``python -m kvcached.demo.worker``.
+
+Commands come as JSON lines on stdin, events go as JSON lines to stdout; the end of stdin ends the
+process, so nothing outlives the demo. The main thread computes, one thread reads, one samples.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvcached.config import Config
+from kvcached.demo.engine import Engine, Task
+from kvcached.errors import KvcachedError
+
+if TYPE_CHECKING:
+    from kvcached.cache import KVCache
+
+SAMPLE_SECONDS = 0.05
+_RETRY_SECONDS = 0.002
+
+
+class Worker:
+    """A model, and at most one open cache with its engine."""
+
+    def __init__(self, name: str, model: Any, emit: Any) -> None:
+        self.name, self.model, self.emit = name, model, emit
+        self.cache: KVCache | None = None
+        self.engine: Engine | None = None
+        self._held: Any = None
+        self._ids: dict[str, int] = {}
+
+    # --- commands ---
+
+    def open(
+        self, *, runtime_dir: str, budget: int, limit: int, floor: int, resident: bool
+    ) -> None:
+        """Open a cache. ``resident``: back all of ``limit`` now and keep it, as a split does."""
+        from kvcached.cache import KVCache
+        from kvcached.layout import CacheSpec
+
+        config = Config(runtime_dir=runtime_dir, budget=str(budget),
+                        spare_seconds=1e5 if resident else 1.0)  # fmt: skip
+        spec = CacheSpec.from_hf(self.model.config, dtype="float32")
+        self.cache = KVCache(
+            spec, device="cpu", name=self.name, max_tokens=4 * budget // spec.token_bytes,
+            limit=limit, floor=floor, config=config,
+        )  # fmt: skip
+        if resident:
+            _fill(self.cache)
+        self.engine = Engine(self.model, self.cache, on_first=self._first, on_done=self._done)
+        self.emit("opened", stats=self._stats())
+
+    def request(self, *, number: int, tokens: list[int], max_new_tokens: int) -> None:
+        """Queue a request."""
+        assert self.engine is not None, "open comes first"
+        self.engine.submit(Task(number, list(tokens), max_new_tokens))
+
+    def settle(self) -> None:
+        """Give back everything that nothing uses: cached prefixes, then spares."""
+        assert self.cache is not None, "open comes first"
+        cached = self.cache.stats().cached_bytes
+        self.cache.trim()
+        self.emit("settled", cached_bytes=cached, stats=self._stats())
+
+    def stay(self) -> None:
+        """Say what is held while idle, and give nothing back (the static split)."""
+        assert self.cache is not None, "open comes first"
+        self.emit("settled", cached_bytes=self.cache.stats().cached_bytes, stats=self._stats())
+
+    def claim(self, *, nbytes: int) -> None:
+        """Take ``nbytes`` for one sequence, trying until the memory is there; say when it was."""
+        assert self.cache is not None, "open comes first"
+        spec = self.cache.spec
+        tokens = nbytes // spec.block_bytes * spec.block_size
+        self.emit("claiming", nbytes=nbytes)
+        sequence = self.cache.new_sequence()
+        tries = 1
+        while True:
+            try:
+                self.cache.extend(sequence, tokens)
+                break
+            except MemoryError:
+                tries += 1
+                time.sleep(_RETRY_SECONDS)
+        self.emit("claimed", t=time.monotonic(), tries=tries, stats=self._stats())
+        self.cache.free(sequence)
+
+    def close(self) -> None:
+        """Close the cache; the process stays and can open another."""
+        engine, cache = self.engine, self.cache
+        self.engine = self.cache = None
+        if engine is not None:
+            engine.abort()
+        if cache is not None:
+            cache.close()
+        self.emit("closed")
+
+    # --- events ---
+
+    def _first(self, task: Task) -> None:
+        self.emit("first", id=task.id, t=time.monotonic())
+
+    def _done(self, task: Task) -> None:
+        self.emit(
+            "done", id=task.id, t=time.monotonic(), tokens=task.generated,
+            preemptions=task.preemptions, queued=task.queued,
+        )  # fmt: skip
+
+    def _stats(self) -> dict[str, Any]:
+        cache, engine = self.cache, self.engine
+        if cache is None:
+            return {}
+        stats = cache.stats()
+        return {
+            "backed": stats.backed_bytes,
+            "in_use": stats.in_use_bytes,
+            "cached": stats.cached_bytes,
+            "spare": stats.spare_bytes,
+            "lease": stats.lease_bytes,
+            "limit": stats.limit_bytes,
+            "floor": stats.packed_floor_bytes,
+            "kernel": kernel_bytes(),
+            "running": 0 if engine is None else len(engine.running),
+            "waiting": 0 if engine is None else len(engine.waiting),
+        }
+
+    def sample_forever(self) -> None:
+        """Send what is held every ``SAMPLE_SECONDS``, from a thread of its own."""
+        while True:
+            time.sleep(SAMPLE_SECONDS)
+            try:
+                stats = self._stats()
+            except KvcachedError:  # closed between the look and the call
+                continue
+            if stats:
+                self.emit("sample", t=time.monotonic(), stats=stats)
+
+    # --- the loop ---
+
+    def run(self, commands: queue.SimpleQueue[dict[str, Any]]) -> None:
+        """Obey commands and compute, until told to exit."""
+        while True:
+            command = self._next_command(commands)
+            if command.get("op") == "exit":
+                self.close()
+                return
+            if command:
+                getattr(self, command.pop("op"))(**command)
+            elif self.engine is not None and not self.engine.step():
+                time.sleep(_RETRY_SECONDS)  # all wait for memory that a neighbour holds
+
+    def _next_command(self, commands: queue.SimpleQueue[dict[str, Any]]) -> dict[str, Any]:
+        """The next command; waits for it if there is nothing to compute."""
+        if self.engine is not None and self.engine.busy:
+            with contextlib.suppress(queue.Empty):
+                return commands.get_nowait()
+            return {}
+        with contextlib.nullcontext() if self.cache is None else self.cache.idle():
+            return commands.get()
+
+
+def _fill(cache: KVCache) -> None:
+    """Back as much as the cache may hold, and leave it as spares."""
+    sequence = cache.new_sequence()
+    try:
+        while True:
+            cache.extend(sequence, cache.spec.block_size)
+    except MemoryError:
+        cache.free(sequence)
+
+
+def kernel_bytes() -> int:
+    """What the kernel counts for our memfds: the check on our own books."""
+    total = 0
+    for fd in Path("/proc/self/fd").iterdir():
+        try:
+            if "memfd:kvcached" in str(fd.readlink()):
+                total += fd.stat().st_blocks * 512
+        except OSError:  # closed since the listing, as the listing's own descriptor is
+            continue
+    return total
+
+
+def _emitter(stream: Any) -> Any:
+    lock = threading.Lock()
+
+    def emit(event: str, **fields: Any) -> None:
+        line = json.dumps({"event": event, **fields})
+        with lock:
+            stream.write(line + "\n")
+            stream.flush()
+
+    return emit
+
+
+def _read(commands: queue.SimpleQueue[dict[str, Any]]) -> None:
+    for line in sys.stdin:
+        commands.put(json.loads(line))
+    # Stdin ended: the demo is gone. Leave even from within a forward pass; the kernel takes the
+    # memory back and the broker credits it.
+    os._exit(0)
+
+
+def main() -> None:
+    """Load the model, say so, obey."""
+    events = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # nothing but events may reach the pipe
+    emit = _emitter(events)
+    commands: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+    settings = json.loads(sys.stdin.readline())
+    import torch
+
+    from kvcached.demo.model import load_model
+
+    torch.set_num_threads(1)
+    import kvcached.engines.transformers  # noqa: F401 - registers the attention function
+
+    model = load_model(Path(settings["model"]), attention="kvcached")
+    worker = Worker(settings["name"], model, emit)
+    threading.Thread(target=_read, args=(commands,), daemon=True).start()
+    threading.Thread(target=worker.sample_forever, daemon=True).start()
+    emit("ready", pid=os.getpid(), sizes=_sizes(model.config))
+    worker.run(commands)
+
+
+def _sizes(config: Any) -> dict[str, int]:
+    from kvcached.layout import CacheSpec
+
+    spec = CacheSpec.from_hf(config, dtype="float32")
+    return {"token": spec.token_bytes, "block": spec.block_bytes, "block_size": spec.block_size}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,166 @@
+"""The whole demo with a tiny model: real processes, real broker, real kill; nothing stays."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+from tiny_models import save_directory
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+FIGURES = (
+    "requests_done", "preemptions", "ttft_ms", "tokens_per_s", "peak_backed_bytes",
+    "idle_backed_bytes", "packed_floor_bytes",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return save_directory(tmp_path_factory.mktemp("tiny"), num_hidden_layers=2)
+
+
+@pytest.fixture
+def demo(model, tmp_path):
+    """Start ``kvcached demo`` with a temporary directory of its own; checks it is empty after."""
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*arguments: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "kvcached", "demo", "--plain", "--seconds", "10",
+                   "--model", str(model), *arguments]  # fmt: skip
+        environ = {**os.environ, "TMPDIR": str(temporary)}
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environ
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+        for stream in (process.stdout, process.stderr):
+            stream.close()
+    assert not _processes_of(temporary)
+    assert not list(temporary.glob("kvcached-*"))
+
+
+def _processes_of(temporary: Path) -> list[str]:
+    """Processes that were started with this temporary directory."""
+    mark, found = os.fsencode(f"TMPDIR={temporary}"), []
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and mark in (entry / "environ").read_bytes().split(b"\0"):
+                found.append((entry / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+        except OSError:  # gone since the listing
+            continue
+    return found
+
+
+def _engines(temporary: Path) -> list[int]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            if (
+                entry.name.isdigit()
+                and b"kvcached.demo.worker" in (entry / "cmdline").read_bytes()
+                and os.fsencode(f"TMPDIR={temporary}") in (entry / "environ").read_bytes()
+            ):
+                found.append(int(entry.name))
+        except OSError:  # gone since the listing
+            continue
+    return found
+
+
+def _wait_for_line(process: subprocess.Popen[str], text: str) -> None:
+    for line in process.stderr:
+        if text in line:
+            return
+    pytest.fail(f"the demo ended without saying {text!r}")
+
+
+def test_the_whole_demo(demo, tmp_path):
+    figures, picture = tmp_path / "demo.json", tmp_path / "demo.svg"
+    process = demo("--json", str(figures), "--svg", str(picture))
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    document = json.loads(figures.read_text())
+    assert document["schema_version"] == 1
+    assert document["backend"] == "host"
+    budget = document["budget_bytes"]
+    for name in ("static", "elastic"):
+        run = document[name]
+        assert set(FIGURES) <= set(run)
+        assert run["requests_done"] == 36
+        assert set(run["ttft_ms"]) == {"mean", "p50", "p99"}
+        assert 0 < run["peak_backed_bytes"] <= budget
+        assert run["peak_kernel_bytes"] <= 1.05 * run["peak_backed_bytes"] + (1 << 20)
+    assert document["static"]["requests_queued"] > 0
+    assert document["static"]["peak_backed_bytes"] > 0.9 * budget
+    elastic = document["elastic"]
+    assert elastic["idle_backed_bytes"] <= 1.02 * elastic["packed_floor_bytes"]
+    assert document["tokens_identical"] is True
+    limit, kill = document["limit"], document["kill"]
+    assert limit["held_bytes"] <= limit["requested_bytes"] < limit["before_bytes"]
+    assert 0 < kill["bytes_returned"] <= budget
+    assert 0 < kill["ms"] < 10_000
+    assert kill["survivor_bytes"] > budget - kill["bytes_returned"]
+    assert "static split" in out
+    assert "kill -9" in err
+    ET.parse(picture)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it_and_nothing_stays(demo, number):
+    process = demo()
+    _wait_for_line(process, "--- static ---")
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143}[number]
+
+
+def test_a_dead_engine_is_reported_and_nothing_stays(demo, tmp_path):
+    process = demo()
+    _wait_for_line(process, "--- static ---")
+    os.kill(_engines(tmp_path / "tmp")[0], signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "ended with code -9" in err
+
+
+def test_a_killed_demo_takes_its_engines_with_it(demo, tmp_path):
+    process = demo()
+    _wait_for_line(process, "--- static ---")
+    process.kill()
+    process.wait()
+    end = time.monotonic() + 20
+    while _processes_of(tmp_path / "tmp") and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not _processes_of(tmp_path / "tmp")
+    for left in (tmp_path / "tmp").glob("kvcached-demo-*"):  # nobody was left to remove it
+        for file in left.iterdir():
+            file.unlink()
+        left.rmdir()
+
+
+def test_a_budget_too_small_says_so(demo):
+    process = demo("--budget", "256KiB")
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "--budget" in err
+
+
+def test_a_file_that_cannot_be_written_is_refused_at_once(demo, tmp_path):
+    process = demo("--json", str(tmp_path / "none" / "x.json"))
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "cannot write" in err
