@@ -116,13 +116,11 @@ class KVCache:
         self._budget = budget if budget is not None else make_budget(self.name, self.backend,
                                                                      self.config, **terms)  # fmt: skip
         try:
-            self._budget.attach(self, self._lock)
             if budget is not None and terms["limit"] is not None:
                 self._budget.set_limit(parse_size(terms["limit"], total=budget.limit_bytes))
             longest = max(1, parse_size(self.config.max_handle) // page_bytes)
-            with self._lock:
-                pages = PagePool(self.backend, self.geometry, self._budget, longest)
-                self._make_blocks(pages)
+            self._make_blocks(PagePool(self.backend, self.geometry, self._budget, longest))
+            self._budget.attach(self, self._lock)  # last: from now on others call reclaim, report
         except BaseException:  # as in __init__
             self._budget.close()
             raise
@@ -130,7 +128,7 @@ class KVCache:
     def _make_blocks(self, pages: PagePool) -> None:
         try:
             self._blocks = BlockPool(pages, spares=SparePolicy(self.config.spare_seconds))
-        except BaseException:  # the reservation too goes back
+        except BaseException:  # the reservation, and what the budget granted, too
             pages.close()
             raise
         self._prefixes = PrefixIndex(self._blocks, self.spec.block_size)

@@ -55,7 +55,7 @@ class Budget(Protocol):
         ...
 
     def attach(self, tenant: Tenant, lock: threading.RLock) -> None:
-        """Name the owner and the lock that guards it. Called once, before the first claim."""
+        """Name the owner, ready to be called, and the lock that guards it. Called once."""
         ...
 
     def claim(self, nbytes: int, *, transient: bool = False) -> None:
