@@ -58,11 +58,14 @@ def demo_table(result: dict[str, Any]) -> str:
     rows = [[name, show(static), show(elastic)] for name, show in lines]
     kill, limit = result["kill"], result["limit"]
     same = "the same" if result["tokens_identical"] else "NOT the same"
-    notes = (
-        f"{result['model']}, one budget of {mib(result['budget_bytes'])} for two engines; "
-        f"the tokens of both runs are {same}. A limit lowered to "
-        f"{mib(limit['requested_bytes'])} was obeyed after {number(limit['ms'])} ms; after kill -9 of an engine the other had its "
-        f"{mib(kill['bytes_returned'])} in {number(kill['ms'])} ms."
+    notes = " ".join(
+        (
+            f"{result['model']}, one budget of {mib(result['budget_bytes'])} for two engines;",
+            f"the tokens of both runs are {same}.",
+            f"A limit lowered to {mib(limit['requested_bytes'])} was obeyed after",
+            f"{number(limit['ms'])} ms; after kill -9 of an engine the other had its",
+            f"{mib(kill['bytes_returned'])} in {number(kill['ms'])} ms.",
+        )
     )
     where = f"\n{host(result['machine'])}." if "machine" in result else ""
     return f"{table(['', 'static split', 'elastic'], rows)}\n\n{notes}{where}"
