@@ -205,9 +205,8 @@ def cases(draw, *, options=NO_OPTIONS, decode=False, longest=150):
     longest = min(longest, 100) if TRITON else longest  # one position costs the interpreter 1 ms
     length = st.one_of(st.sampled_from([0, 1, 15, 16, 17, 63, 64, 65]), st.integers(0, longest))
     lens = tuple(draw(st.lists(length, min_size=1, max_size=2 if TRITON else 3)))
-    queries = tuple(
-        1 if decode else draw(st.integers(0, min(n + 1, 12 if TRITON else 40))) for n in lens
-    )
+    most, heads = (12, 2) if TRITON else (40, 3)
+    queries = tuple(1 if decode else draw(st.integers(0, min(n + 1, most))) for n in lens)
     group, dim = draw(st.sampled_from([1, 3, 7, 8, 12])), draw(st.sampled_from([16, 64, 80, 96]))
     return Case(
         seed=draw(st.integers(0, 2**20)), dtype=draw(st.sampled_from(DTYPES)),
