@@ -33,7 +33,7 @@ def _audit_pages(pool: BlockPool) -> None:
 
 
 def _audit_states(pool: BlockPool) -> None:
-    h, g = pool._hot, pool.geometry
+    h, g = pool.hot, pool.geometry
     count = dict.fromkeys((h.FREE, h.USED, h.CACHED, h.QUARANTINED), 0)
     rows = {h.USED: h.X_USED, h.CACHED: h.X_CACHED, h.QUARANTINED: h.X_QUARANTINED}
     want = {(row, e): 0 for row in rows.values() for e in pool.pages.extents}
@@ -61,12 +61,12 @@ def _audit_states(pool: BlockPool) -> None:
 def _touched(pool: BlockPool, g: Geometry) -> set[int]:
     """All blocks that touch a backed page, and all that claim to be more than unbacked."""
     touching = (g.blocks_touching(e.first, e.first + e.pages) for e in pool.pages.extents.values())
-    claimed = pool.blk[pool._hot.STATE].nonzero()[0].tolist()
+    claimed = pool.blk[pool.hot.STATE].nonzero()[0].tolist()
     return {b for blocks in touching for b in blocks} | set(claimed)
 
 
 def _audit_lists(pool: BlockPool) -> None:
-    h = pool._hot
+    h = pool.hot
     listed = 0
     for extent in pool.pages.extents:
         block, previous, length = int(pool.ext[h.X_HEAD, extent]), 0, 0
@@ -85,7 +85,7 @@ def _audit_lists(pool: BlockPool) -> None:
 
 
 def _audit_levels(pool: BlockPool) -> None:
-    h = pool._hot
+    h = pool.hot
     seen = set()
     for level in range(1, h.LEVELS + 1):
         extent = int(pool.meta[h.M_LEVEL + level])

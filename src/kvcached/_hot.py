@@ -79,7 +79,7 @@ def _claims(e, ext):
 
 @_jit(_V(_I, _I, _EXT, _META), cache=True)
 def _settle(e, claims_before, ext, meta):
-    """After the counters of extent ``e`` changed: is it spare now, and how full?"""
+    """Note whether extent ``e`` is spare, and how full, after its counters changed."""
     meta[M_SPARE] += (_claims(e, ext) == 0) - (claims_before == 0)
     _relevel(e, ext, meta)
 

@@ -8,8 +8,22 @@ from __future__ import annotations
 import numpy as np
 
 from kvcached._hot import (
-    CACHED, M_BB, M_PB, STAMP, STATE, USED, X_FIRST, X_PAGES,
-    _BLK, _EXT, _I, _META, _V, _VEC, _jit, span,
+    _BLK,
+    _EXT,
+    _I,
+    _META,
+    _V,
+    _VEC,
+    CACHED,
+    M_BB,
+    M_PB,
+    STAMP,
+    STATE,
+    USED,
+    X_FIRST,
+    X_PAGES,
+    _jit,
+    span,
 )  # fmt: skip
 
 

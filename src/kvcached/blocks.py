@@ -20,7 +20,6 @@ import numpy as np
 
 from kvcached import planning
 from kvcached.errors import BudgetExceeded, InvalidInput, OutOfPages, OwnershipError
-from kvcached.layout import Geometry
 from kvcached.memory.base import Fence
 from kvcached.pages import Extent, PagePool
 from kvcached.reclaim import Reclaimer
@@ -64,7 +63,7 @@ class BlockPool:
     ) -> None:
         from kvcached import _hot  # here, at the first hot call: numba takes 0.3 s to import
 
-        self._hot: Any = _hot
+        self.hot: Any = _hot
         self.pages, self.geometry = pages, pages.geometry
         self.clock, self._epoch0 = clock, clock()
         self.spares = spares if spares is not None else SparePolicy()
@@ -84,7 +83,7 @@ class BlockPool:
 
     def _back_null_block(self) -> None:
         """Block 0 is mapped for the life of the pool: engines point padding at it."""
-        self.blk[self._hot.STATE, 0], self.blk[self._hot.REFS, 0] = self._hot.USED, 1
+        self.blk[self.hot.STATE, 0], self.blk[self.hot.REFS, 0] = self.hot.USED, 1
         self._grow_runs([(0, len(self.geometry.pages_of(0)))])
 
     # --- counts ------------------------------------------------------------------------------
@@ -92,22 +91,22 @@ class BlockPool:
     @property
     def num_free(self) -> int:
         """Usable blocks that hold nothing."""
-        return int(self.meta[self._hot.M_FREE])
+        return int(self.meta[self.hot.M_FREE])
 
     @property
     def num_used(self) -> int:
         """Blocks in use, the null block not counted."""
-        return int(self.meta[self._hot.M_USED])
+        return int(self.meta[self.hot.M_USED])
 
     @property
     def num_cached(self) -> int:
         """Blocks without references whose contents a prefix names."""
-        return int(self.meta[self._hot.M_CACHED])
+        return int(self.meta[self.hot.M_CACHED])
 
     @property
     def num_quarantined(self) -> int:
         """Blocks that wait for a fence."""
-        return int(self.meta[self._hot.M_QUARANTINED])
+        return int(self.meta[self.hot.M_QUARANTINED])
 
     @property
     def reclaimed(self) -> Timer:
@@ -117,15 +116,15 @@ class BlockPool:
     @property
     def num_spare_extents(self) -> int:
         """Extents that hold nothing."""
-        return int(self.meta[self._hot.M_SPARE])
+        return int(self.meta[self.hot.M_SPARE])
 
     def refs(self, block: int) -> int:
         """References on a block."""
-        return int(self.blk[self._hot.REFS, block])
+        return int(self.blk[self.hot.REFS, block])
 
     def bytes_by_claim(self) -> tuple[int, int, int, int]:
         """Backed bytes as (in use, cached, spare, quarantined), each extent counted whole (I1)."""
-        h, top = self._hot, max(self.pages.extents, default=0) + 1
+        h, top = self.hot, max(self.pages.extents, default=0) + 1
         ext = self.ext[:, :top]
         size = ext[h.X_PAGES].astype(np.int64)
         used, waiting = ext[h.X_USED] > 0, ext[h.X_QUARANTINED] > 0
@@ -138,7 +137,7 @@ class BlockPool:
 
     def page_runs(self) -> list[tuple[int, int, str]]:
         """See ``KVCache.page_runs``."""
-        h, runs = self._hot, list[tuple[int, int, str]]()
+        h, runs = self.hot, list[tuple[int, int, str]]()
         for extent in sorted(self.pages.extents.values(), key=lambda e: e.first):
             counts = self.ext[:, extent.id]
             state = ("in use" if counts[h.X_USED] else
@@ -159,15 +158,15 @@ class BlockPool:
         ``DriverError``.
         """
         out = np.empty(count, np.int32)
-        if self._hot.alloc(out, self.blk, self.page, self.ext, self.meta):
+        if self.hot.alloc(out, self.blk, self.page, self.ext, self.meta):
             self._make_room(count)
-            code = self._hot.alloc(out, self.blk, self.page, self.ext, self.meta)
+            code = self.hot.alloc(out, self.blk, self.page, self.ext, self.meta)
             assert code == 0, "BlockPool: made room, but not enough"
         return out
 
     def share(self, ids: Ids) -> None:
         """Add a reference to blocks in use (I2)."""
-        code = self._hot.share(ids, self.blk)
+        code = self.hot.share(ids, self.blk)
         if code:
             raise self._not_owned(int(ids[~code]), "shared")
 
@@ -178,7 +177,7 @@ class BlockPool:
         be evicted first, first. Raises ``OwnershipError`` and changes nothing if one is not owned.
         """
         number = self._next_fence if fence is not None else 0
-        code = self._hot.free(ids, self.now(), number, self.blk, self.page, self.ext, self.meta)
+        code = self.hot.free(ids, self.now(), number, self.blk, self.page, self.ext, self.meta)
         if code < 0:
             raise self._not_owned(int(ids[~code]), "freed")
         if fence is not None and code:
@@ -187,11 +186,11 @@ class BlockPool:
 
     def keep(self, block: int, *, named: bool) -> None:
         """Note whether a prefix names a block in use."""
-        self.blk[self._hot.KEEP, block] = named
+        self.blk[self.hot.KEEP, block] = named
 
     def acquire(self, ids: Ids) -> None:
         """Take a reference on blocks that a prefix names, whatever state they are in."""
-        self._hot.acquire(ids, self.blk, self.page, self.ext, self.meta)
+        self.hot.acquire(ids, self.blk, self.page, self.ext, self.meta)
 
     def copy(self, source: int, target: int) -> None:
         """Copy the contents of one block in use to another, in every plane."""
@@ -206,7 +205,7 @@ class BlockPool:
         """Retire the blocks whose fence has passed, in the order they were freed."""
         while self._fences and self._fences[0][1].passed():
             number, _, ids = self._fences.popleft()
-            self._hot.release_fence(
+            self.hot.release_fence(
                 ids, number, self.now(), self.blk, self.page, self.ext, self.meta
             )
 
@@ -294,7 +293,7 @@ class BlockPool:
         for extent in extents:
             if extent.id >= self.ext.shape[1]:
                 self.ext = np.concatenate([self.ext, np.zeros_like(self.ext)], axis=1)
-            self._hot.attach(
+            self.hot.attach(
                 extent.id, extent.first, extent.pages, self.blk, self.page, self.ext, self.meta
             )
 
@@ -303,7 +302,7 @@ class BlockPool:
     def evict_oldest(self, count: int) -> int:
         """Turn the ``count`` least recently used cached blocks into free ones; how many it did."""
         out = np.empty(min(count, self.num_cached), np.int32)
-        self._hot.oldest(out, self.blk, self.meta)
+        self.hot.oldest(out, self.blk, self.meta)
         self.evict(out)
         return len(out)
 
@@ -311,13 +310,13 @@ class BlockPool:
         """Turn cached blocks into free ones."""
         if len(ids):
             self.on_evict(ids)
-            self._hot.evict(ids, self.blk, self.page, self.ext, self.meta)
+            self.hot.evict(ids, self.blk, self.page, self.ext, self.meta)
             self.evicted += len(ids)
 
     def oldest_cached_seconds(self) -> float:
         """Seconds since the least recently used cached block was used; 0 if there is none."""
-        block = int(self.meta[self._hot.M_LRU_OLD])
-        return (self.now() - int(self.blk[self._hot.STAMP, block])) / 100 if block else 0.0
+        block = int(self.meta[self.hot.M_LRU_OLD])
+        return (self.now() - int(self.blk[self.hot.STAMP, block])) / 100 if block else 0.0
 
     def reclaim(self, nbytes: int, *, may_split: bool = False) -> int:
         """Give back up to about ``nbytes``: spares, then cached prefixes, oldest extents first.

@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Iterator
 from collections.abc import Sequence as ListLike
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -105,16 +105,18 @@ class KVCache:
                 self.backend.shutdown()
             raise
         self._views: Any = None
-        self._finalizer = weakref.finalize(self, _release, self._blocks, self._budget,
-                                           self.backend if self._owns_backend else None)  # fmt: skip
+        own = self.backend if self._owns_backend else None
+        self._finalizer = weakref.finalize(self, _release, self._blocks, self._budget, own)
         self._caretaker = Caretaker(self)
 
     def _build(self, max_tokens: int, budget: Budget | None, **terms: Any) -> None:
         num_blocks = cdiv(max_tokens, self.spec.block_size) + 1  # and the null block
         page_bytes = self.backend.page_bytes
         self.geometry = Geometry.of(self.spec, page_bytes=page_bytes, num_blocks=num_blocks)
-        self._budget = budget if budget is not None else make_budget(self.name, self.backend,
-                                                                     self.config, **terms)  # fmt: skip
+        if budget is None:
+            self._budget = make_budget(self.name, self.backend, self.config, **terms)
+        else:
+            self._budget = budget
         try:
             if budget is not None and terms["limit"] is not None:
                 self._budget.set_limit(parse_size(terms["limit"], total=budget.limit_bytes))
@@ -165,7 +167,9 @@ class KVCache:
         with self._entered():
             return self._store.fork(sequence)
 
-    def free(self, sequence: Sequence, *, fence: Fence | None = None, discard: bool = False) -> None:
+    def free(
+        self, sequence: Sequence, *, fence: Fence | None = None, discard: bool = False
+    ) -> None:
         """End a sequence. Blocks that nothing else holds become cached prefixes, or free.
 
         ``fence``: kernels may read the blocks until it has passed. ``discard``: the slots of the
@@ -215,7 +219,7 @@ class KVCache:
         unused = self.geometry.num_blocks - 1 - blocks.num_used - blocks.num_quarantined
         return min(usable, unused) * self.spec.block_size
 
-    # --- memory ------------------------------------------------------------------------------------
+    # --- memory ---------------------------------------------------------------------------------
 
     def trim(self) -> int:
         """Give back all memory that holds no block in use, cached prefixes too. Returns the bytes.
@@ -301,7 +305,7 @@ class KVCache:
             assert pages.backed_bytes <= self._budget.lease_bytes, "I1: backed more than leased"
 
     def close(self) -> None:
-        """Give back everything: memory, addresses, the lease. Views and sequences die. Idempotent."""
+        """Give back memory, addresses and lease. Views and sequences die. Idempotent."""
         if os.getpid() != self._pid:
             return  # the memory is the parent's
         with self._lock:
@@ -314,7 +318,7 @@ class KVCache:
         if self._finalizer.detach() is not None:
             _release(self._blocks, self._budget, self.backend if self._owns_backend else None)
 
-    def __enter__(self) -> KVCache:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:

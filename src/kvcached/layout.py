@@ -171,7 +171,7 @@ class Geometry:
 
     @classmethod
     def of(cls, spec: CacheSpec, *, page_bytes: int, num_blocks: int) -> Geometry:
-        """The geometry of ``spec``. Per-layer needs K and V of equal size, as views share strides."""
+        """The geometry of ``spec``. Per-layer needs K and V of one size: views share strides."""
         if spec.layout == "cross_layer":
             return cls(spec.block_bytes, 1, num_blocks, page_bytes)
         if spec.value_bytes not in (0, spec.key_bytes):

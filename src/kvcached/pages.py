@@ -76,7 +76,9 @@ class PagePool:
     @property
     def backed_bytes(self) -> int:
         """Physical bytes held for the reservation."""
-        limbo = sum(h.num_pages for h in self._limbo) * self.geometry.page_bytes if self._limbo else 0
+        limbo = (
+            sum(h.num_pages for h in self._limbo) * self.geometry.page_bytes if self._limbo else 0
+        )
         return self.backed_pages * self.geometry.page_group_bytes + limbo
 
     @property
@@ -172,7 +174,9 @@ class PagePool:
         for piece in new:
             piece.id = self._new_id()
             self._admit(piece)
-        self.budget.give_back(extent.pages * self.geometry.page_group_bytes - self._limbo_bytes(extent))
+        self.budget.give_back(
+            extent.pages * self.geometry.page_group_bytes - self._limbo_bytes(extent)
+        )
         self.splits.add(started)
         return new
 
@@ -218,7 +222,7 @@ class PagePool:
         except BaseException as cause:  # KeyboardInterrupt too must leave a whole pool
             try:
                 undo.run()
-            except Exception as error:  # whatever the backend raised: the state is unknown now
+            except Exception as error:  # noqa: BLE001 - whatever it was, the state is unknown
                 self._broken = f"{cause!r}, and undoing it failed: {error!r}"
                 raise PoolBroken(
                     f"the page pool is broken: {self._broken}", hint="Close the cache."
@@ -321,5 +325,6 @@ class PagePool:
             raise ClosedError("the page pool is closed")
         if self._broken:
             raise PoolBroken(
-                f"the page pool is broken: {self._broken}", hint="Close the cache and make a new one."
+                f"the page pool is broken: {self._broken}",
+                hint="Close the cache and make a new one.",
             )

@@ -15,10 +15,10 @@ from kvcached.runs import FreeRuns
 
 
 class Fit(NamedTuple):
-    """Backing pages ``[first, first + count)`` makes ``blocks`` more blocks usable."""
+    """Backing pages ``[first, first + pages)`` makes ``blocks`` more blocks usable."""
 
     first: int
-    count: int
+    pages: int
     blocks: int
 
 
@@ -57,11 +57,11 @@ def plan(g: Geometry, page: Any, runs: FreeRuns, wanted: int) -> list[tuple[int,
         if got is None:
             continue
         if got.blocks >= wanted:
-            return [(got.first, got.count)]
+            return [(got.first, got.pages)]
         chosen.append(got)
         missing -= got.blocks
         if missing <= 0:
-            return [(f.first, f.count) for f in chosen]
+            return [(f.first, f.pages) for f in chosen]
     raise OutOfPages(
         f"the address space has no room for {wanted} more blocks "
         f"({g.num_blocks} blocks of {g.block_bytes * g.num_planes} bytes in all)",

@@ -97,10 +97,12 @@ class PrefixIndex:
     def check(self) -> None:
         """The two maps mirror each other, and named blocks are in use, cached or quarantined."""
         assert {b: k for k, b in self._block_of.items()} == self._key_of, "PrefixIndex: maps differ"
-        hot = self._blocks._hot
+        hot = self._blocks.hot
         for block in self._key_of:
             state = int(self._blocks.blk[hot.STATE, block])
-            assert state in {hot.USED, hot.CACHED, hot.QUARANTINED}, "I3: a named block has no memory"
+            assert state in {hot.USED, hot.CACHED, hot.QUARANTINED}, (
+                "I3: a named block has no memory"
+            )
             assert self._blocks.blk[hot.KEEP, block], "PrefixIndex: a named block would be dropped"
         kept = int((self._blocks.blk[hot.KEEP] > 0).sum())
         assert kept == len(self._key_of), "PrefixIndex: a block is kept without a name"

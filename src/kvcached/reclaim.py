@@ -126,7 +126,9 @@ class Reclaimer:
 
     def _split_some(self, nbytes: int) -> int:
         """Split extents until ``nbytes`` are back."""
-        plans = [(extent, self._live_runs(extent)) for extent in self._blocks.pages.extents.values()]
+        plans = [
+            (extent, self._live_runs(extent)) for extent in self._blocks.pages.extents.values()
+        ]
         sized = [(sum(count for _, count in keep), extent, keep) for extent, keep in plans]
         worth = [plan for plan in sized if 0 < plan[0] < plan[1].pages]
         freed = 0

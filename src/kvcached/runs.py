@@ -101,7 +101,7 @@ class FreeRuns:
             self._first_of_end[first + count] = first
             heap = self._classes[count.bit_length()]
             if len(heap) > 64 + 2 * len(self._count_at):  # stale entries must not pile up
-                heap[:] = sorted(set(f for f in heap if self._is_live(f, count.bit_length())))
+                heap[:] = sorted({f for f in heap if self._is_live(f, count.bit_length())})
             heapq.heappush(heap, first)
 
     def _remove(self, first: int) -> None:

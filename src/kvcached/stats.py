@@ -129,7 +129,7 @@ class TenantSnapshot:
     """0 if the tenant lives in a pid namespace that the broker cannot see into."""
     uid: int
     state: str
-    """``live``; ``late`` (missed a reclaim); ``revoked`` or ``draining`` (ended, bytes not back)."""
+    """``live``; ``late`` (missed a reclaim); ``revoked``, ``draining`` (ended, bytes not back)."""
     lease_bytes: int
     limit: LimitRecord
     report: TenantReport

@@ -1,4 +1,4 @@
-"""``Budget``: what a page pool asks before it backs anything; and ``LocalBudget``, without a broker.
+"""``Budget``: what a page pool asks before it backs anything; ``LocalBudget``: without a broker.
 
 The broker's client (``client.py``) implements the same protocol over a socket.
 

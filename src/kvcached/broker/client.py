@@ -136,7 +136,7 @@ class BrokerBudget:
             self._tenant = tenant
             self._changed = threading.Condition(lock)
 
-    def claim(self, nbytes: int) -> None:
+    def claim(self, nbytes: int, *, transient: bool = False) -> None:
         """See ``Budget.claim``. Waits up to 2.5 s for others to give back.
 
         Without a broker this grants what the lease still covers, and raises beyond.
