@@ -2,7 +2,7 @@
 
 The broker's client (``client.py``) implements the same protocol over a socket.
 
-Rules (reliability.md 5):
+Rules (docs/broker.md):
 
 * Grow: ``claim``, then create. Shrink: unmap and release, then ``give_back``.
 * ``claim`` may release the owner's lock while it waits, so that the owner can answer reclaim

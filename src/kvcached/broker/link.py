@@ -108,6 +108,11 @@ class Connection:
         raise_for(reply)
         return reply
 
+    def wake(self) -> None:
+        """End a ``receive`` that waits in another thread. What was sent still arrives."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+
     def close(self) -> None:
         """Close. Idempotent; in a forked child the descriptor is closed already."""
         if not self._forget.alive:

@@ -67,6 +67,7 @@ class Members:
         self._directory, self._log = directory, log
         self._lasting = lasting
         self.by_ident: dict[int, Member] = {}
+        self.had_one = False
 
     def named(self, name: str) -> Member | None:
         """The live member of this name."""
@@ -93,6 +94,7 @@ class Members:
     def add(self, member: Member) -> None:
         """Take a member in and watch its process."""
         self.by_ident[member.tenant.ident] = member
+        self.had_one = True
         self._watcher.watch_exit(member.pidfd, member.tenant.ident)
 
     def remove(self, ident: int) -> None:

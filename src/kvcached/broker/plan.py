@@ -1,8 +1,8 @@
 """Who gives back how much when a claim cannot be met: pure arithmetic over the ledger's view.
 
-The order (design.md 4): what is spare or not even claimed, then cached prefixes by age across all
-tenants, then what a split can save. In each step the tenants above their fair share give first,
-down to that share, and then everybody, down to the floor. Nobody gives below the floor.
+The order (docs/broker.md): what is spare or not even claimed, then cached prefixes by age across
+all tenants, then what a split can save. In each step the tenants above their fair share give
+first, down to that share, and then everybody, down to the floor. Nobody gives below the floor.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Whether a dead owner's bytes are really back with the device (reliability.md 5, rule 3).
+"""Whether a dead owner's bytes are really back with the device (docs/broker.md, rule 3).
 
 The broker must not hold an engine's memory to find out, since that keeps the memory alive. It asks
 the device how much is in use instead.

@@ -1,7 +1,7 @@
 """The broker's process: one loop over a Unix socket. Started by the first engine of a device.
 
 It counts memory and never owns it, so its death costs nobody anything: engines keep what they
-hold, elect the next broker, and say what they hold (reliability.md 5, rules 5 and 6).
+hold, elect the next broker, and say what they hold (docs/broker.md, rules 5 and 6).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from kvcached.errors import ProtocolError
 
 LINGER_S = 0.5
 """How long the broker stays after its last tenant has gone."""
-FIRST_TENANT_S = 10.0
+FIRST_TENANT_S = 3.0
 """How long a new broker waits for its first tenant."""
 MAX_PEERS_PER_UID = 256
 _MESSAGES_PER_TURN = 16
@@ -94,7 +94,7 @@ class Server:
             self._ledger, self._members, self._mirror, epoch=epoch, device=device, log=log
         )
         self._members.write_roster()  # also: no space for it, no broker
-        self._idle_since, self._patience = now, FIRST_TENANT_S
+        self._empty_since: float | None = now
         self._listener = self._listen()
 
     def run(self) -> None:
@@ -135,7 +135,8 @@ class Server:
         times = list(self._paused.values())
         due = self._service.next_deadline(now)
         times += [due] if due is not None else []
-        times += [] if self._members.by_ident else [self._idle_since + self._patience]
+        if self._empty_since is not None:
+            times.append(self._empty_since + self._patience)
         return max(0.0, min(times, default=now + 60.0) - now)
 
     def _accept(self, now: float) -> None:
@@ -260,9 +261,15 @@ class Server:
 
     def _is_over(self, now: float) -> bool:
         if self._members.by_ident:
-            self._idle_since, self._patience = now, LINGER_S
+            self._empty_since = None
             return False
-        return now - self._idle_since >= self._patience
+        if self._empty_since is None:
+            self._empty_since = now
+        return now - self._empty_since >= self._patience
+
+    @property
+    def _patience(self) -> float:
+        return LINGER_S if self._members.had_one else FIRST_TENANT_S
 
     def _leave(self) -> None:
         """Nobody is here. Whoever is just coming finds no answer and elects the next broker."""

@@ -84,6 +84,9 @@ class Session:
     def stop(self) -> None:
         """End the thread; the connection ends with it. Does not wait."""
         self._closing = True
+        welcome = self.welcome
+        if welcome is not None:
+            welcome.connection.wake()
 
     def join(self, timeout_s: float) -> None:
         """Wait for the thread."""
@@ -104,9 +107,10 @@ class Session:
         try:
             self._receive(welcome)
         except (OSError, ProtocolError) as error:
-            if not self._closing:
-                _LOG.info("%s: lost the broker: %s", self._name, error)
             self._drop()
+            if self._closing:  # whoever closes may hold the client's lock, and waits for us
+                return False
+            _LOG.info("%s: lost the broker: %s", self._name, error)
             self._client.lost()
         self._client.tick()
         return True
