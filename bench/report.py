@@ -1,12 +1,13 @@
-"""Write the tables of the documents from ``bench/results/*.json``.
+"""Write the generated parts of the documents.
 
-``<!-- bench:NAME -->`` ... ``<!-- /bench:NAME -->`` in a document holds the table of
-``NAME.json``; without that file it is left empty. ``--check`` changes nothing and exits 1 if a
-document is out of date.
+``<!-- bench:NAME -->`` ... ``<!-- /bench:NAME -->`` holds the table of ``bench/results/NAME.json``;
+without that file it is left empty. ``<!-- modules:FOLDER -->`` holds the modules of a folder with
+the first sentence of each. ``--check`` changes nothing and exits 1 if a document is out of date.
 """
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import sys
@@ -15,7 +16,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
-_BLOCK = re.compile(r"<!-- bench:(\w+) -->\n.*?<!-- /bench:\1 -->", re.DOTALL)
+_BLOCK = re.compile(r"<!-- (bench|modules):([\w/]+) -->\n.*?<!-- /\1:\2 -->", re.DOTALL)
 
 
 def table(headers: list[str], rows: list[list[str]]) -> str:
@@ -89,17 +90,33 @@ def mib(nbytes: int) -> str:
     return f"{number(nbytes / (1 << 20))} MiB"
 
 
+def results_of(name: str) -> str:
+    """The table of one result file, or nothing."""
+    path = RESULTS / f"{name}.json"
+    if not path.exists():
+        return ""
+    result = json.loads(path.read_text("utf-8"))
+    return f"{demo_table(result) if 'elastic' in result else bench_table(result)}\n"
+
+
+def modules_of(folder: str) -> str:
+    """A line for each module of a folder: its name and the first sentence of its docstring."""
+    lines = []
+    for path in sorted((ROOT / folder).glob("*.py")):
+        text = ast.get_docstring(ast.parse(path.read_text("utf-8"))) or ""
+        first = " ".join(text.partition("\n\n")[0].split()).replace("``", "`")
+        if path.name != "__init__.py":
+            lines.append(f"- `{path.name}`: {first}\n")
+    return "".join(lines)
+
+
 def render(text: str) -> str:
     """``text`` with every block written anew."""
 
     def block(match: re.Match[str]) -> str:
-        name = match[1]
-        path = RESULTS / f"{name}.json"
-        body = ""
-        if path.exists():
-            result = json.loads(path.read_text("utf-8"))
-            body = f"{demo_table(result) if 'elastic' in result else bench_table(result)}\n"
-        return f"<!-- bench:{name} -->\n{body}<!-- /bench:{name} -->"
+        kind, name = match.groups()
+        body = results_of(name) if kind == "bench" else modules_of(name)
+        return f"<!-- {kind}:{name} -->\n{body}<!-- /{kind}:{name} -->"
 
     return _BLOCK.sub(block, text)
 
