@@ -100,6 +100,12 @@ def bench(session: nox.Session) -> None:
 
 
 @nox.session
+def docs(session: nox.Session) -> None:
+    """Write the generated parts of the documents: module sentences and tables of results."""
+    session.run("python", "bench/report.py", *session.posargs)
+
+
+@nox.session
 def package(session: nox.Session) -> None:
     """Build the wheel and the sdist into ``dist/`` from a clean copy, and check both."""
     _install(session, *_group("package"))

@@ -208,6 +208,22 @@ def test_help_is_plain_and_fits_80_columns(run, command):
     assert max(map(len, out.splitlines())) <= 80
 
 
+@pytest.mark.parametrize("args", [["--help"], ["ps"], ["limit", "a", "1G"]])
+def test_commands_start_light(args):
+    """Nothing heavy is imported for what people wait for: no numpy, no torch, no rich."""
+    code = f"""if True:
+        import sys
+        from kvcached.cli import main
+        try:
+            main({args!r})
+        except SystemExit:
+            heavy = {{"numpy", "numba", "torch", "rich", "triton", "transformers"}}
+            print("heavy:", *sorted(heavy & set(sys.modules)))
+        """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "heavy:"
+
+
 def test_version(run):
     code, out, _ = run("kvcached", "--version")
     assert code == 0

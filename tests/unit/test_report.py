@@ -64,4 +64,4 @@ def test_the_demo_becomes_two_columns(report, tmp_path):
 
 def test_the_documents_are_up_to_date(report, monkeypatch):
     monkeypatch.setattr(report, "RESULTS", BENCH / "results")
-    assert report.main(["--check"]) == 0
+    assert report.main(["--check"]) == 0, "run: python bench/report.py"
