@@ -16,7 +16,6 @@ from kvcached.errors import BrokerUnavailable, EngineUnsupported
 
 _PATIENCE_SECONDS = 60.0
 _POLL_SECONDS = 0.002
-_MIB = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +52,9 @@ class Stage:
             self.fleet.poll(0.05)
 
     def _lower_limit(self, victim: str) -> dict[str, Any]:
-        wanted, before = self.budget // 4, self._tenant(victim).lease_bytes
+        wanted, before = self.budget // 4 >> 10 << 10, self._tenant(victim).lease_bytes
         self.view.say(
-            f"kvcached limit {victim} {wanted // _MIB}MiB    (it holds {format_size(before)})"
+            f"kvcached limit {victim} {wanted >> 10}KiB    (it holds {format_size(before)})"
         )
         started = time.monotonic()
         self.recording.mark(started, f"limit {victim} {format_size(wanted)}")

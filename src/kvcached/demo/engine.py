@@ -7,6 +7,7 @@ youngest request, which is computed again later (vLLM's "recompute").
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
 
 MAX_BATCH = 16
 """Most requests that run at once."""
+MAX_STEP_TOKENS = 128
+"""No further request is admitted to a step that computes this many, so that steps stay short."""
+RETRY_SECONDS = 0.05
+"""After a refusal, when to try again to admit; asking takes a round trip to the broker."""
 
 
 @dataclass(slots=True)
@@ -78,6 +83,7 @@ class Engine:
         self.model, self.cache, self.max_batch = model, cache, max_batch
         self.waiting: deque[Task] = deque()
         self.running: list[Task] = []
+        self._retry_at = 0.0
         self._paged = PackedCache(model.config, cache)
         self._on_first = on_first or (lambda _: None)
         self._on_done = on_done or (lambda _: None)
@@ -110,7 +116,7 @@ class Engine:
         running = len(self.running)
         work = self._extend_running()
         if len(work) == running:  # none was preempted, so there may be room for more
-            work += self._admit()
+            work += self._admit(MAX_STEP_TOKENS - len(work))
         if work:
             for item, token in zip(work, self._forward(work), strict=True):
                 self._advance(item.task, token)
@@ -153,9 +159,11 @@ class Engine:
         task.preemptions += 1
         self.waiting.appendleft(task)
 
-    def _admit(self) -> list[_Work]:
+    def _admit(self, tokens_left: int) -> list[_Work]:
         work: list[_Work] = []
-        while self.waiting and len(self.running) < self.max_batch:
+        if time.monotonic() < self._retry_at:
+            return work
+        while self.waiting and len(self.running) < self.max_batch and tokens_left > 0:
             task = self.waiting[0]
             sequence = self.cache.new_sequence(task.tokens)
             tokens = task.tokens[sequence.num_cached_tokens :]
@@ -164,10 +172,12 @@ class Engine:
             except MemoryError:
                 self.cache.free(sequence)
                 task.queued = True
+                self._retry_at = time.monotonic() + RETRY_SECONDS
                 break
             task.sequence = sequence
             self.running.append(self.waiting.popleft())
             work.append(_Work(task, tokens, slots))
+            tokens_left -= len(tokens)
         return work
 
     def _forward(self, work: list[_Work]) -> list[int]:
@@ -199,6 +209,7 @@ class Engine:
         if count == 1:
             self._on_first(task)
         if count >= task.max_new_tokens or token in self._stop:
+            self._retry_at = 0.0  # memory comes free
             self.running.remove(task)
             self.cache.free(task.sequence)
             task.sequence = None

@@ -11,6 +11,8 @@ from kvcached.demo.workload import Request
 
 Event = dict[str, Any]
 Stats = dict[str, int]
+SAMPLE_SECONDS = 0.05
+"""An engine says what it holds at whole multiples of this, by the clock that all share."""
 
 
 @dataclass(slots=True)
@@ -83,8 +85,13 @@ class Recording:
             self._progress(self.outcomes[event["id"]], event)
 
     def _sample(self, t: float, engine: str, stats: Stats) -> None:
+        """Engines sample at the same moments; each moment becomes one point."""
         self._latest[engine] = stats
-        self.timeline.append(Point(t - self.start, dict(self._latest)))
+        point = Point(t - self.start, dict(self._latest))
+        if self.timeline and point.t - self.timeline[-1].t < SAMPLE_SECONDS / 2:
+            self.timeline[-1] = point
+        else:
+            self.timeline.append(point)
 
     def _progress(self, outcome: Outcome, event: Event) -> None:
         since = event["t"] - self.start

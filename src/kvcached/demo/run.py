@@ -22,8 +22,9 @@ from kvcached.demo.figures import Event, Recording
 from kvcached.demo.live import View
 from kvcached.demo.model import MODEL_NAME, load_tokenizer, model_directory
 from kvcached.demo.process import Fleet
-from kvcached.demo.workload import ENGINES, Workload, extra_burst, make_workload
+from kvcached.demo.workload import BURST, ENGINES, Workload, extra_burst, make_workload
 from kvcached.errors import EngineUnsupported
+from kvcached.layout import cdiv
 
 SCHEMA_VERSION = 1
 _OVERHEAD_SECONDS = 30.0  # loading, the limit, the kill, the card
@@ -100,9 +101,11 @@ class _Demo:
         seed = self.options.seed
         tokenizer = load_tokenizer(self.model)  # while the engines load
         seconds = max(2.0, (self.options.seconds - _OVERHEAD_SECONDS) / 2)
-        workload = make_workload(tokenizer, seed=seed, seconds=seconds)
         ready = fleet.wait_all("ready", seconds=_LOAD_SECONDS)
-        self.sizes = next(iter(ready.values()))["sizes"]
+        self.sizes = ready[ENGINES[0]]["sizes"]
+        workload = make_workload(tokenizer, seed=seed, seconds=seconds)
+        needed = max(_burst_seconds(workload, event["speed"]) for event in ready.values())
+        workload = make_workload(tokenizer, seed=seed, seconds=seconds, burst_seconds=needed)
         self.budget = self.options.budget or _fitting_budget(workload, self.sizes)
         count, token = len(workload.requests), format_size(self.sizes["token"])
         self.view.say(
@@ -180,9 +183,17 @@ def _send_when_due(fleet: Fleet, recording: Recording, workload: Workload) -> No
 
 
 def _fitting_budget(workload: Workload, sizes: dict[str, int]) -> int:
-    nbytes = _BUDGET_OVER_BURST * workload.burst_tokens() * sizes["token"]
-    step = 2 * _MIB if nbytes > 16 * _MIB else 2 * sizes["block"]
-    return -(-int(nbytes) // step) * step
+    blocks = _BUDGET_OVER_BURST * workload.burst_blocks(sizes["block_size"]) + 2
+    step = 2 * _MIB if blocks * sizes["block"] > 16 * _MIB else 2 * sizes["block"]
+    return cdiv(int(blocks * sizes["block"]), step) * step
+
+
+def _burst_seconds(workload: Workload, speed: dict[str, float]) -> float:
+    """About how long an engine with room for it computes a burst."""
+    burst = workload.requests[:BURST]
+    prompts = sum(len(request.tokens) for request in burst)
+    steps = max(request.max_new_tokens for request in burst)
+    return prompts * speed["prompt_token"] + steps * speed["step"]
 
 
 def _model_name(options: Options) -> str:

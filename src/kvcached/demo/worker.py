@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 from kvcached.config import Config
 from kvcached.demo.engine import Engine, Task
+from kvcached.demo.figures import SAMPLE_SECONDS
+from kvcached.demo.workload import BURST
 from kvcached.errors import KvcachedError
 
 if TYPE_CHECKING:
     from kvcached.cache import KVCache
 
-SAMPLE_SECONDS = 0.05
 _RETRY_SECONDS = 0.002
 
 
@@ -46,8 +47,7 @@ class Worker:
         from kvcached.cache import KVCache
         from kvcached.layout import CacheSpec
 
-        config = Config(runtime_dir=runtime_dir, budget=str(budget),
-                        spare_seconds=1e5 if resident else 1.0)  # fmt: skip
+        config = Config(runtime_dir=runtime_dir, budget=str(budget))
         spec = CacheSpec.from_hf(self.model.config, dtype="float32")
         self.cache = KVCache(
             spec, device="cpu", name=self.name, max_tokens=4 * budget // spec.token_bytes,
@@ -135,7 +135,8 @@ class Worker:
     def sample_forever(self) -> None:
         """Send what is held every ``SAMPLE_SECONDS``, from a thread of its own."""
         while True:
-            time.sleep(SAMPLE_SECONDS)
+            # At whole multiples, so that the samples of two engines belong to the same moment.
+            time.sleep(SAMPLE_SECONDS - time.monotonic() % SAMPLE_SECONDS)
             try:
                 stats = self._stats()
             except KvcachedError:  # closed between the look and the call
@@ -168,11 +169,12 @@ class Worker:
 
 
 def _fill(cache: KVCache) -> None:
-    """Back as much as the cache may hold, and leave it as spares."""
-    sequence = cache.new_sequence()
+    """Back as much as the cache may hold, and keep it: as cached blocks that nobody asks for."""
+    sequence = cache.new_sequence(salt="resident")
+    step = range(cache.spec.block_size)
     try:
         while True:
-            cache.extend(sequence, cache.spec.block_size)
+            cache.extend(sequence, list(step))
     except MemoryError:
         cache.free(sequence)
 
@@ -227,8 +229,22 @@ def main() -> None:
     worker = Worker(settings["name"], model, emit)
     threading.Thread(target=_read, args=(commands,), daemon=True).start()
     threading.Thread(target=worker.sample_forever, daemon=True).start()
-    emit("ready", pid=os.getpid(), sizes=_sizes(model.config))
+    emit("ready", pid=os.getpid(), sizes=_sizes(model.config), speed=_speed(model))
     worker.run(commands)
+
+
+def _speed(model: Any) -> dict[str, float]:
+    """Seconds to compute one token of a prompt, and one step of a burst of requests."""
+    import torch
+
+    def timed(rows: int, columns: int) -> float:
+        start = time.perf_counter()
+        with torch.inference_mode():
+            model(torch.zeros(rows, columns, dtype=torch.long), logits_to_keep=1)
+        return time.perf_counter() - start
+
+    timed(BURST, 1)  # the first pass of a model is slower
+    return {"prompt_token": timed(1, 128) / 128, "step": timed(BURST, 1)}
 
 
 def _sizes(config: Any) -> dict[str, int]:

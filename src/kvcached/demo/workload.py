@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
+from kvcached.layout import cdiv
+
 ENGINES = ("chat", "code")
-BURST = 12
+BURST = 8
 """Requests of one burst."""
-OUTPUT_TOKENS = (18, 30)
+OUTPUT_TOKENS = (14, 24)
 """Fewest and most tokens that a request may generate."""
-ROUND_SECONDS = 13.0
-"""A round of one burst an engine takes about this long on one core an engine."""
+ROUND_SECONDS = 12.0
+"""A round is one burst for each engine in turn."""
 
 SYSTEM = {
     "chat": "You are a friendly assistant. Answer at length, with examples.",
@@ -76,27 +79,39 @@ class Workload:
     requests: tuple[Request, ...]
     seconds: float
 
-    def burst_tokens(self) -> int:
-        """Tokens that the largest burst of one engine holds at most, prompts and outputs."""
-        sums: dict[tuple[str, float], int] = {}
-        for r in self.requests:
-            key = (r.engine, r.at_s)
-            sums[key] = sums.get(key, 0) + len(r.tokens) + r.max_new_tokens
-        return max(sums.values())
+    def burst_blocks(self, block_size: int) -> int:
+        """Blocks that the largest burst of an engine holds at most; a common prefix counts once."""
+        bursts: dict[tuple[str, float], list[Request]] = {}
+        for request in self.requests:
+            bursts.setdefault((request.engine, request.at_s), []).append(request)
+        return max(_blocks(burst, block_size) for burst in bursts.values())
 
 
-def make_workload(tokenizer: Any, *, seed: int, seconds: float) -> Workload:
-    """Bursts for about ``seconds`` seconds: in turn, then half a burst for both, then idle."""
+def _blocks(burst: list[Request], block_size: int) -> int:
+    columns = zip(*(request.tokens for request in burst), strict=False)
+    common = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
+    whole = [cdiv(len(r.tokens) + r.max_new_tokens, block_size) for r in burst]
+    return sum(whole) - common // block_size * (len(burst) - 1)
+
+
+def make_workload(
+    tokenizer: Any, *, seed: int, seconds: float, burst_seconds: float = 0.0
+) -> Workload:
+    """Bursts for about ``seconds`` seconds: in turn, then half a burst for both, then idle.
+
+    ``burst_seconds`` is how long this machine needs for a burst. On a slow one the bursts lie
+    further apart, so that they still come in turn; what is asked stays the same.
+    """
     rng = random.Random(seed)
     rounds = max(1, int(seconds // ROUND_SECONDS))
-    slot = seconds / (2 * rounds + 1.6)
+    slot = max(seconds / (2 * rounds + 1.6), burst_seconds)
     bursts = [(i * slot, ENGINES[i % 2], BURST) for i in range(2 * rounds)]
     bursts += [(2 * rounds * slot, engine, BURST // 2) for engine in ENGINES]
     requests: list[Request] = []
     for at, engine, count in bursts:
         for prompt in rng.sample(PROMPTS[engine], count):
             requests.append(_request(tokenizer, rng, len(requests), engine, at, prompt))
-    return Workload(tuple(requests), seconds)
+    return Workload(tuple(requests), (2 * rounds + 1.6) * slot)
 
 
 def extra_burst(tokenizer: Any, *, seed: int, engine: str, first_id: int) -> list[Request]:
