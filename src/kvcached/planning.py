@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from kvcached.errors import OutOfPages
 from kvcached.layout import Geometry, cdiv
 from kvcached.runs import FreeRuns
@@ -34,7 +36,8 @@ def fit(g: Geometry, page: Any, run: tuple[int, int], wanted: int) -> Fit | None
     ):
         start += 1
     stop = end * g.page_bytes // g.block_bytes
-    if stop < g.num_blocks and _backed(page, end, g.pages_of(stop).stop):
+    straddles = stop * g.block_bytes < end * g.page_bytes and stop < g.num_blocks
+    if straddles and _backed(page, end, g.pages_of(stop).stop):
         stop += 1
     stop = min(stop, g.num_blocks, start + wanted)
     if stop <= start:
@@ -62,7 +65,30 @@ def plan(g: Geometry, page: Any, runs: FreeRuns, wanted: int) -> list[tuple[int,
         missing -= got.blocks
         if missing <= 0:
             return [(f.first, f.pages) for f in chosen]
-    raise OutOfPages(
+    return _patch(g, page, wanted)
+
+
+def _patch(g: Geometry, page: Any, wanted: int) -> list[tuple[int, int]]:
+    """As ``plan``, block by block, those that need the fewest pages first.
+
+    Finds also a block that needs pages of two runs, with something backed between them.
+    """
+    holes = np.concatenate(([0], np.cumsum(page == 0)))
+    edges = np.arange(g.num_blocks + 1, dtype=np.int64) * g.block_bytes
+    first, end = edges[:-1] // g.page_bytes, -(-edges[1:] // g.page_bytes)
+    missing = holes[end] - holes[first]
+    blocks = np.flatnonzero(missing)
+    if len(blocks) < wanted:
+        raise _no_room(g, wanted)
+    wants = np.zeros(g.num_pages, np.bool_)
+    for block in blocks[np.argsort(missing[blocks], kind="stable")][:wanted]:
+        wants[first[block] : end[block]] = True
+    edge = np.flatnonzero(np.diff(wants & (page == 0), prepend=False, append=False))
+    return [(int(a), int(b - a)) for a, b in zip(edge[::2], edge[1::2], strict=True)]
+
+
+def _no_room(g: Geometry, wanted: int) -> OutOfPages:
+    return OutOfPages(
         f"the address space has no room for {wanted} more blocks "
         f"({g.num_blocks} blocks of {g.block_bytes * g.num_planes} bytes in all)",
         hint="Free sequences, or make the cache with a larger max_tokens.",
