@@ -9,7 +9,7 @@ Storage types stand for dtypes: ``uint16`` for bfloat16, ``int16`` for float16, 
 float64 for themselves. Sums are kept in float32, and in float64 for float64.
 
 Numba's disk cache looks at the file of the compiled function only: after a change here, touch
-``_attend.py`` and ``move.py``.
+``_attend.py``, ``append.py`` and ``move.py``.
 """
 
 from __future__ import annotations

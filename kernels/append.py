@@ -6,11 +6,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from numba import njit
 
 from kvcached.errors import InvalidInput
+from kvcached.kernels._simd import move_bytes
 from kvcached.kernels.checks import index_tensor
-from kvcached.kernels.move import check_distinct, check_range, check_rows, move_rows
+from kvcached.kernels.move import check_rows
 from kvcached.kernels.view import KVView
+
+_SKIP = -1
 
 
 def reshape_and_cache(
@@ -53,9 +57,47 @@ def reshape_and_cache(
 def _write_cpu(
     key: torch.Tensor, value: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slots: Any
 ) -> None:
-    rows = np.flatnonzero(slots != -1)
-    used = slots[rows]
-    check_range("slot_mapping", used, k_cache.shape[0] * k_cache.shape[1])
-    check_distinct("slot_mapping", used)
-    move_rows(k_cache, used, key, rows)
-    move_rows(v_cache, used, value, rows)
+    num_slots = k_cache.shape[0] * k_cache.shape[1]
+    bad, twice = _first_bad(slots, num_slots)
+    if twice:
+        raise InvalidInput(f"slot_mapping holds {bad} twice; each slot is written once")
+    if bad != _SKIP:
+        raise InvalidInput(f"slot_mapping holds {bad}, but slots go from 0 to {num_slots - 1}")
+    for rows, cache in ((key, k_cache), (value, v_cache)):
+        _, block_size, heads, dim = cache.shape
+        block, slot, head = cache.stride()[:3]
+        places = (cache.data_ptr(), block_size, block, slot, head)
+        source = (rows.data_ptr(), *rows.stride()[:2])
+        _write(slots, places, source, heads, dim, cache.element_size())
+
+
+@njit(cache=True, nogil=True)
+def _first_bad(slots, num_slots):
+    """(slot, named twice?) of a slot that cannot be written, else (-1, False)."""
+    ordered = np.sort(slots)
+    for i in range(len(ordered)):
+        slot = ordered[i]
+        if slot < _SKIP or slot >= num_slots:
+            return slot, False
+        if i > 0 and slot == ordered[i - 1] and slot != _SKIP:
+            return slot, True
+    return np.int32(_SKIP), False
+
+
+@njit(cache=True, nogil=True)
+def _write(slots, places, source, heads, dim, itemsize):
+    """Copy row i to slot ``slots[i]``; addresses in bytes, strides in elements."""
+    cache, block_size, block_stride, slot_stride, head_stride = places
+    rows, row_stride, row_head_stride = source
+    whole = head_stride == dim and row_head_stride == dim  # the heads lie side by side in both
+    pieces, width = (1, heads * dim) if whole else (heads, dim)
+    for i in range(len(slots)):
+        slot = np.int64(slots[i])
+        if slot == _SKIP:
+            continue
+        to = slot // block_size * block_stride + slot % block_size * slot_stride
+        frm = i * row_stride
+        for _ in range(pieces):
+            move_bytes(cache + to * itemsize, rows + frm * itemsize, width * itemsize)
+            to += head_stride
+            frm += row_head_stride

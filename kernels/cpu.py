@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import struct
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,8 @@ _STORAGE: dict[torch.dtype, Any] = {
     torch.bfloat16: np.uint16,
     torch.float16: np.int16,
 }
+_NAMES = TASK.names or ()
+_PACK = struct.Struct("".join("d" if TASK[name].kind == "f" else "q" for name in _NAMES))
 _worker = functools.cache(attention_worker)
 
 
@@ -43,17 +46,15 @@ def attend(call: AttentionCall) -> None:
     seqs, firsts = _items(starts, tokens)
     if not len(seqs):
         return
+    items = len(seqs) * call.kv.num_kv_heads
     counter = np.zeros(1, np.int64)
-    task = _task(call, group)
-    integers = {
-        "counter": counter.ctypes.data, "lens": lens.ctypes.data, "q_starts": starts.ctypes.data,
-        "item_seq": seqs.ctypes.data, "item_token": firsts.ctypes.data,
-        "items": len(seqs) * call.kv.num_kv_heads, "item_tokens": min(tokens, call.max_q),
-    }  # fmt: skip
-    for name, value in integers.items():
-        task[name] = value
-    threads = min(torch.get_num_threads(), integers["items"])
-    _team.run(_worker(_STORAGE[call.kv.dtype]), task.ctypes.data, threads)
+    arrays = {"counter": counter, "lens": lens, "q_starts": starts, "item_seq": seqs,
+              "item_token": firsts}  # fmt: skip
+    fields = _fields(call, group) | {name: array.ctypes.data for name, array in arrays.items()}
+    fields |= {"items": items, "item_tokens": min(tokens, call.max_q)}
+    task = np.frombuffer(_PACK.pack(*[fields[name] for name in _NAMES]), np.uint8)
+    worker = _worker(_STORAGE[call.kv.dtype])
+    _team.run(worker, task.ctypes.data, min(torch.get_num_threads(), items))
 
 
 def _items(starts: Any, tokens: int) -> tuple[Any, Any]:
@@ -70,28 +71,22 @@ def _items(starts: Any, tokens: int) -> tuple[Any, Any]:
     return seqs[::-1].copy(), firsts[::-1].astype(np.int32)
 
 
-def _task(call: AttentionCall, group: int) -> Any:
-    kv, task = call.kv, np.zeros((), TASK)
-    values = {
-        "q": call.q, "out": call.out, "lse": call.lse, "table": call.table,
-        "starts": call.starts, "sinks": call.sinks, "slopes": call.slopes,
-    }  # fmt: skip
-    for name, tensor in values.items():
-        task[name] = 0 if tensor is None else tensor.data_ptr()
-    fields = {
+def _fields(call: AttentionCall, group: int) -> dict[str, int | float]:
+    """The fields of ``TASK`` that the call alone decides."""
+    kv, q, out, table = call.kv, call.q, call.out, call.table
+    tensors = {"q": q, "out": out, "lse": call.lse, "table": table, "starts": call.starts,
+               "sinks": call.sinks, "slopes": call.slopes}  # fmt: skip
+    addresses = {name: 0 if x is None else x.data_ptr() for name, x in tensors.items()}
+    return addresses | {
         "k": kv.k_ptr, "v": kv.v_ptr, "kv_heads": kv.num_kv_heads, "group": group,
         "dim": kv.head_dim, "dim_v": kv.head_dim_v, "block_size": kv.block_size,
-        "left": call.left, "right": call.right,
-        "q_token": call.q.stride(0), "q_head": call.q.stride(1),
-        "out_token": call.out.stride(0), "out_head": call.out.stride(1),
-        "table_row": 0 if call.table is None else call.table.stride(0),
+        "left": call.left, "right": call.right, "q_token": q.stride(0), "q_head": q.stride(1),
+        "out_token": out.stride(0), "out_head": out.stride(1),
+        "table_row": 0 if table is None else table.stride(0),
         "k_block": kv.block_stride, "k_slot": kv.slot_stride, "k_head": kv.head_stride,
         "v_block": kv.v_block_stride, "v_slot": kv.v_slot_stride, "v_head": kv.v_head_stride,
         "scale": call.scale, "softcap": call.softcap,
     }  # fmt: skip
-    for name, value in fields.items():
-        task[name] = value
-    return task
 
 
 def _check_ids(table: Any, lens: Any, kv: Any) -> None:

@@ -30,7 +30,7 @@ MAX_ROWS = 64
 MAX_SPLITS = 32
 """The last split merges them all alone, so there is a bound."""
 MIN_SPLIT_TOKENS = 256
-"""Below this a split costs more than it saves (kernels.md 3)."""
+"""Below this a split costs more than it saves."""
 
 
 @triton.jit
@@ -201,7 +201,7 @@ def tile_config(group: int, dim: int, dim_v: int, max_q: int, itemsize: int) -> 
     """Compile-time sizes of ``attend_kernel`` for a shape.
 
     One K and V tile pair in flight is 2 * BN * DP * itemsize bytes of shared memory; with a table
-    load in the loop (STAGES - 1) // 2 are in flight (kernels.md 0.2).
+    load in the loop (STAGES - 1) // 2 are in flight.
     """
     tokens = max(1, min(max_q, MAX_ROWS // group))
     dim_padded = triton.next_power_of_2(dim)
