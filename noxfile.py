@@ -107,7 +107,7 @@ def docs(session: nox.Session) -> None:
 
 @nox.session
 def package(session: nox.Session) -> None:
-    """Build the wheel and the sdist into ``dist/`` from a clean copy, and check both."""
+    """Build wheel and sdist from a clean copy, look inside, install where nothing else is."""
     _install(session, *_group("package"))
     _pytest(session, "tests/packaging", *session.posargs)
 

@@ -2,7 +2,7 @@
 
 ``CacheSpec`` says what one block holds; ``Geometry`` lays blocks over pages.
 
-Two layouts (design.md 3, decision 1). *Cross-layer* (default): one block is one contiguous record
+Two layouts (docs/adr/0002). *Cross-layer* (default): one block is one contiguous record
 ``[layer][K|V][slot][kv head][dim]``, so the address space is one *plane*. *Per-layer*: K and V of
 each layer have a plane of their own, ``[block][slot][kv head][dim]``, and a block has a piece in
 every plane at the same offset. In both, the address of a block is linear in its id.

@@ -1,6 +1,6 @@
 """How many bytes of empty extents stay mapped: a target that follows growth and decays in idleness.
 
-Pure arithmetic, the time is passed in. Design.md 3, decision 5.
+Pure arithmetic: the time is passed in.
 """
 
 from __future__ import annotations

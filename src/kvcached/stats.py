@@ -84,7 +84,7 @@ class CacheStats:
 
 @dataclass(frozen=True, slots=True)
 class LimitRecord:
-    """The one limit record (design.md 4), the same in the CLI, the API and the broker.
+    """The one limit record (docs/broker.md), the same in the CLI, the API and the broker.
 
     ``applied`` holds if and only if ``held_bytes <= desired_bytes``; until then the owner is
     giving back.

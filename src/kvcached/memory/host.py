@@ -10,7 +10,7 @@ address, so neighbours in address space are neighbours in the file and the kerne
 mapping (``vm.max_map_count`` bounds the number of mappings of a process). The file is sparse and
 far larger than any machine's memory, so places in it cost nothing and need no allocator.
 
-Fork (reliability.md 5, rule 4): what is mapped is MADV_DONTFORK, and a child that Python forks
+Fork (docs/broker.md, rule 4): what is mapped is MADV_DONTFORK, and a child that Python forks
 closes the memfd and covers the reservations, so the parent's memory comes back when the parent
 gives it back. In the child the backend raises ``ForkedProcessError``.
 """

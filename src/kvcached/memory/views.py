@@ -1,7 +1,7 @@
 """Torch tensors over raw addresses, by DLPack through ctypes. The only torch in ``memory/``.
 
 ``torch.utils.dlpack.from_dlpack`` takes the address as it is and never reads it, so a tensor can
-cover reserved address space of which nothing is mapped yet (kernels.md 5). The capsule is made
+cover reserved address space of which nothing is mapped yet. The capsule is made
 here, with a struct layout that DLPack fixed in its first version (dmlc/dlpack, ``dlpack.h``).
 
 A view reads what is mapped now: touching an unmapped byte is SIGSEGV on the CPU and a fault on a

@@ -1,6 +1,6 @@
 """``FakeCudaDriver``: the CUDA driver's virtual memory functions, modelled in plain Python.
 
-Names, statuses and rules are the driver's, as measured (kernels.md 7): a handle is mapped at offset
+Names, statuses and rules are the driver's, as measured on an H100: a handle is mapped at offset
 0 and whole, unmapped whole, may be mapped at many addresses, and its memory is free once it is
 released *and* unmapped everywhere. Contents are real, so copies can be checked.
 """
