@@ -28,7 +28,7 @@ def make_backend(device: str, spec: CacheSpec, config: Config) -> MemoryBackend:
 
 
 def host_page_bytes(spec: CacheSpec, config: Config) -> int:
-    """Page size of the host backend (docs/adr/0004).
+    """Page size of the host backend (docs/adr/0005).
 
     The largest power of two, from the system's page to 2 MiB, that divides a block, so that a
     block is whole pages and a split can get down to the packed floor.
