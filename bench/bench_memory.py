@@ -89,7 +89,7 @@ def split(pool: BlockPool, name: str) -> dict[str, Any]:
         kept.append(ids[::32].copy())
         pool.free(ids[[i for i in range(count) if i % 32]])
 
-    samples = measure(lambda: pool.trim(), repeats=9, warm_up=1, before=prepare)
+    samples = measure(pool.trim, repeats=9, warm_up=1, before=prepare)
     pool.free(kept.pop())
     pool.trim()
     return row(f"{name}: split 1 GiB, one block in 32 live", samples, unit="ms")
