@@ -149,7 +149,7 @@ def solve(case, *, placement=0, rows=None, splits=1, fill=0xFF):
     table = case.table(placement)
     with ElasticCache(owned(table), fill=fill, **case.sizes()) as cache:
         slots = slots_of(table, case.lens, case.block_size)
-        append(torch.cat(keys), torch.cat(values), cache.k, cache.v, slots)
+        reshape_and_cache(torch.cat(keys), torch.cat(values), cache.k, cache.v, slots)
         return attend(
             q, cache.k, cache.v, splits, page_table=table, **lengths(case), **case.options
         )

@@ -16,7 +16,6 @@ from paged import (
     TRITON,
     Case,
     ElasticCache,
-    append,
     assert_close,
     attend,
     bitwise,
@@ -27,7 +26,7 @@ from paged import (
     with_options,
 )
 
-from kvcached.kernels import merge_state, merge_states
+from kvcached.kernels import merge_state, merge_states, reshape_and_cache
 from kvcached.kernels import reference as twins
 
 SPLITS = st.sampled_from([1, 2, 5])
@@ -222,7 +221,7 @@ def test_sequences_may_lie_in_consecutive_slots_without_a_table(case):
     blocks = range((sum(case.lens) + 3) // case.block_size + 1)
     with ElasticCache(blocks, **case.sizes()) as cache:
         slots = torch.arange(sum(case.lens), dtype=torch.int32) + 3
-        append(torch.cat(keys), torch.cat(values), cache.k, cache.v, slots)
+        reshape_and_cache(torch.cat(keys), torch.cat(values), cache.k, cache.v, slots)
         lens = torch.tensor(case.lens, dtype=torch.int32)
         got = attend(q, cache.k, cache.v, 2, cache_seqlens=lens, cache_start=starts)
     assert_close(case, got, expect(case))
