@@ -17,9 +17,10 @@ from kvcached.demo.engine import Engine, Task
 from kvcached.demo.figures import Recording
 from kvcached.demo.live import BAR, bar_cells
 from kvcached.demo.model import model_directory
+from kvcached.demo.run import _check_budget, _fitting_budget
 from kvcached.demo.svg import picture
 from kvcached.demo.verify import differences
-from kvcached.demo.workload import BURST, ENGINES, Request, make_workload
+from kvcached.demo.workload import BURST, ENGINES, Request, Workload, make_workload
 from kvcached.errors import EngineUnsupported, InvalidInput
 
 NO_BROKER = Config(broker=False)
@@ -144,6 +145,27 @@ def test_bursts_alternate_then_come_together_then_nothing(tokenizer, seconds, ro
     assert {request.engine for request in last} == set(ENGINES)
     assert last[0].at_s < seconds
     assert [r.id for r in workload.requests] == list(range(len(workload.requests)))
+
+
+def test_a_budget_must_hold_each_request_in_its_half(tokenizer):
+    workload = make_workload(tokenizer, seed=0, seconds=2)
+    sizes = {"block_size": 16, "block": 1 << 20}
+    with pytest.raises(InvalidInput, match=r"--budget \d+MiB"):
+        _check_budget(workload, 8 << 20, sizes)
+    _check_budget(workload, _fitting_budget(workload, sizes), sizes)
+
+
+def test_a_slow_machine_gets_bursts_further_apart_and_the_same_requests(tokenizer):
+    fast = make_workload(tokenizer, seed=0, seconds=20)
+    slow = make_workload(tokenizer, seed=0, seconds=20, burst_seconds=30.0)
+    assert [r.tokens for r in fast.requests] == [r.tokens for r in slow.requests]
+    assert slow.requests[BURST].at_s == 30.0
+
+
+def test_a_common_prefix_is_counted_once():
+    prompts = [(*range(40), n) for n in range(4)]
+    requests = tuple(Request(n, "chat", 0.0, p, 7) for n, p in enumerate(prompts))
+    assert Workload(requests, 1.0).burst_blocks(16) == 2 + 4
 
 
 def test_prompts_go_through_the_chat_template(tokenizer):

@@ -99,7 +99,7 @@ class EngineProcess:
         """The last lines that it wrote to stderr."""
         self._stderr.seek(0)
         text = self._stderr.read().decode(errors="replace")
-        return "\n".join(text.strip().splitlines()[-_TAIL_LINES:])
+        return "\n".join("    " + line for line in text.strip().splitlines()[-_TAIL_LINES:])
 
     def close(self) -> None:
         """End it: by asking, then by force. Idempotent."""
@@ -165,8 +165,8 @@ class Fleet:
         if event["event"] == "exit" and event["engine"] not in self._expected_to_die:
             process = self.processes[event["engine"]]
             raise EngineUnsupported(
-                f"engine {event['engine']!r} ended with code {event['code']}",
-                hint=f"It said:\n{process.stderr_tail()}",
+                f"engine {event['engine']!r} ended with code {event['code']}; its last words:\n"
+                f"{process.stderr_tail()}"
             )
         self._listener(event)
         return event

@@ -23,7 +23,7 @@ from kvcached.demo.live import View
 from kvcached.demo.model import MODEL_NAME, load_tokenizer, model_directory
 from kvcached.demo.process import Fleet
 from kvcached.demo.workload import BURST, ENGINES, Workload, extra_burst, make_workload
-from kvcached.errors import EngineUnsupported
+from kvcached.errors import EngineUnsupported, InvalidInput
 from kvcached.layout import cdiv
 
 SCHEMA_VERSION = 1
@@ -32,6 +32,7 @@ _LOAD_SECONDS = 300.0
 _STEP_SECONDS = 60.0
 _BUDGET_OVER_BURST = 1.25
 """The budget over what the largest burst holds: one engine's burst fits, but not into half."""
+_LONGEST_TEMPORARY_DIR = 36
 _MIB = 1 << 20
 
 
@@ -63,7 +64,7 @@ def run(options: Options, view: View) -> Result:
     """
     view.say("looking for the model (the first time it is converted: half a minute)")
     model = model_directory(options.model, options.cache_home)
-    runtime_dir = Path(tempfile.mkdtemp(prefix="kvcached-demo-"))
+    runtime_dir = _make_runtime_dir()
     environ = {
         **options.environ,
         "KVCACHED_RUNTIME_DIR": str(runtime_dir),
@@ -107,6 +108,7 @@ class _Demo:
         needed = max(_burst_seconds(workload, event["speed"]) for event in ready.values())
         workload = make_workload(tokenizer, seed=seed, seconds=seconds, burst_seconds=needed)
         self.budget = self.options.budget or _fitting_budget(workload, self.sizes)
+        _check_budget(workload, self.budget, self.sizes)
         count, token = len(workload.requests), format_size(self.sizes["token"])
         self.view.say(
             f"budget {format_size(self.budget)} of KV memory for two engines, {token} a token; "
@@ -182,10 +184,29 @@ def _send_when_due(fleet: Fleet, recording: Recording, workload: Workload) -> No
         fleet.poll(min(0.5, recording.start + due[0].at_s - now) if due else 0.5)
 
 
+def _make_runtime_dir() -> Path:
+    """A private directory for the run's broker; short, as a socket's path has 107 bytes at most."""
+    place = tempfile.gettempdir()
+    short = len(os.fsencode(place)) <= _LONGEST_TEMPORARY_DIR
+    return Path(tempfile.mkdtemp(prefix="kvcached-demo-", dir=place if short else "/tmp"))  # noqa: S108 - mkdtemp
+
+
 def _fitting_budget(workload: Workload, sizes: dict[str, int]) -> int:
     blocks = _BUDGET_OVER_BURST * workload.burst_blocks(sizes["block_size"]) + 2
     step = 2 * _MIB if blocks * sizes["block"] > 16 * _MIB else 2 * sizes["block"]
     return cdiv(int(blocks * sizes["block"]), step) * step
+
+
+def _check_budget(workload: Workload, budget: int, sizes: dict[str, int]) -> None:
+    """Raise ``InvalidInput`` unless every request fits into half of the budget."""
+    longest = max(len(r.tokens) + r.max_new_tokens for r in workload.requests)
+    needed = 2 * (cdiv(longest, sizes["block_size"]) + 2) * sizes["block"]
+    if budget < needed:
+        raise InvalidInput(
+            f"a budget of {format_size(budget)} is too small: half of it must hold a request of "
+            f"{longest} tokens",
+            hint=f"Use --budget {cdiv(needed, _MIB)}MiB or more.",
+        )
 
 
 def _burst_seconds(workload: Workload, speed: dict[str, float]) -> float:

@@ -81,8 +81,8 @@ def _stock_gaps(found: list[Difference], model: Path, environ: Mapping[str, str]
     )  # fmt: skip
     if done.returncode:
         raise EngineUnsupported(
-            f"the stock run that compares tokens ended with code {done.returncode}",
-            hint=f"It said:\n{done.stderr[-2000:]}",
+            f"the stock run that compares tokens ended with code {done.returncode}; its last "
+            f"words:\n{done.stderr[-2000:]}"
         )
     gaps: list[float] = json.loads(done.stdout.splitlines()[-1])
     return gaps

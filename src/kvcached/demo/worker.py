@@ -35,8 +35,6 @@ class Worker:
         self.name, self.model, self.emit = name, model, emit
         self.cache: KVCache | None = None
         self.engine: Engine | None = None
-        self._held: Any = None
-        self._ids: dict[str, int] = {}
 
     # --- commands ---
 
@@ -76,7 +74,7 @@ class Worker:
         self.emit("settled", cached_bytes=self.cache.stats().cached_bytes, stats=self._stats())
 
     def claim(self, *, nbytes: int) -> None:
-        """Take ``nbytes`` for one sequence, trying until the memory is there; say when it was."""
+        """Take ``nbytes`` for a sequence, trying until the memory is there; hold it until close."""
         assert self.cache is not None, "open comes first"
         spec = self.cache.spec
         tokens = nbytes // spec.block_bytes * spec.block_size
@@ -91,7 +89,6 @@ class Worker:
                 tries += 1
                 time.sleep(_RETRY_SECONDS)
         self.emit("claimed", t=time.monotonic(), tries=tries, stats=self._stats())
-        self.cache.free(sequence)
 
     def close(self) -> None:
         """Close the cache; the process stays and can open another."""
