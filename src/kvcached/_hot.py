@@ -6,8 +6,8 @@ Arrays (see ``BlockPool`` for who owns them):
 
 ``blk[6, num_blocks]`` int32: ``NEXT``/``PREV`` link a free block into the list of its *home*
     extent (that of its first page), and a cached block into the LRU list; 0 ends a list, since
-    block 0 is never in one. ``STAMP``: time of last use of a cached block, or the number of the
-    fence that a quarantined block waits for.
+    block 0 is never in one. ``STAMP``: time of last use of a cached block; of a block in use or
+    quarantined the number of the newest fence that it waits for, or 0.
 ``page[num_pages]`` int32: id of the extent that backs a page, 0 if none.
 ``ext[11, capacity]`` int32: ``X_*``; extent ids start at 1. ``meta`` int64: ``M_*``.
 
@@ -193,7 +193,7 @@ def alloc(out, blk, page, ext, meta):
         before, first, end = _claims(e, ext), got, ext[X_FIRST, e] + ext[X_PAGES, e]
         b = ext[X_HEAD, e]
         while b and got < n:
-            blk[STATE, b], blk[REFS, b], blk[KEEP, b] = USED, 1, 0
+            blk[STATE, b], blk[REFS, b], blk[KEEP, b], blk[STAMP, b] = USED, 1, 0, 0
             out[got] = b
             got += 1
             if (b + 1) * bb > end * pb:
@@ -241,18 +241,24 @@ def _unshare(ids, blk):
 def free(ids, stamp, fence, blk, page, ext, meta):
     """Drop a reference of each block; what has none left becomes cached or free.
 
-    With ``fence`` > 0 it becomes quarantined under that fence number instead. Blocks are retired
-    in the order given. Returns the number of blocks quarantined, or ``~index`` of a block that is
-    not in use, and then changes nothing.
+    With ``fence`` > 0 it becomes quarantined under that fence number instead; so it does later if
+    others still hold it, whether they bring a fence or not. Blocks are retired in the order given.
+    Returns the number of blocks that wait for the fence, or ``~index`` of a block that is not in
+    use, and then changes nothing.
     """
     bad = _unshare(ids, blk)
     if bad:
         return bad
     bb, pb = meta[M_BB], meta[M_PB]
-    e, low, end, before, quarantined = 0, 0, 0, 0, 0
+    e, low, end, before, quarantined, waiting = 0, 0, 0, 0, 0, 0
     for i in range(ids.shape[0]):
         b = ids[i]
-        if blk[REFS, b] or blk[STATE, b] != USED:
+        if blk[STATE, b] != USED:  # listed twice, and retired before
+            continue
+        if fence > 0:
+            blk[STAMP, b] = fence
+            waiting += 1
+        if blk[REFS, b]:
             continue
         start = b * bb
         if start < low or start >= end * pb:  # another home extent than the block before
@@ -261,7 +267,7 @@ def free(ids, stamp, fence, blk, page, ext, meta):
             e = page[start // pb]
             low, end = ext[X_FIRST, e] * pb, ext[X_FIRST, e] + ext[X_PAGES, e]
             before = _claims(e, ext)
-        state = QUARANTINED if fence > 0 else (CACHED if blk[KEEP, b] else FREE)
+        state = QUARANTINED if blk[STAMP, b] else (CACHED if blk[KEEP, b] else FREE)
         blk[STATE, b] = state
         meta[M_USED] -= 1
         ext[X_USED, e] -= 1
@@ -278,12 +284,11 @@ def free(ids, stamp, fence, blk, page, ext, meta):
             _lru_push(b, stamp, blk, meta)
             meta[M_CACHED] += 1
         else:
-            blk[STAMP, b] = fence
             quarantined += 1
     if e:
         _settle(e, before, ext, meta)
     meta[M_QUARANTINED] += quarantined
-    return quarantined
+    return waiting
 
 
 @_jit(_V(_VEC, _I, _I, *_ARRAYS), cache=True)
@@ -291,7 +296,11 @@ def release_fence(ids, fence, stamp, blk, page, ext, meta):
     """Retire those of ``ids`` that still wait for ``fence`` (others were acquired meanwhile)."""
     for i in range(ids.shape[0]):
         b = ids[i]
-        if blk[STATE, b] == QUARANTINED and blk[STAMP, b] == fence:
+        if blk[STAMP, b] != fence:
+            continue
+        if blk[STATE, b] == USED:
+            blk[STAMP, b] = 0
+        elif blk[STATE, b] == QUARANTINED:
             meta[M_QUARANTINED] -= 1
             _count(b, X_QUARANTINED, -1, blk, page, ext, meta)
             _retire(b, stamp, blk, page, ext, meta)
@@ -309,6 +318,7 @@ def acquire(ids, blk, page, ext, meta):
         if state == CACHED:
             _lru_remove(b, blk, meta)
             meta[M_CACHED] -= 1
+            blk[STAMP, b] = 0
         else:
             meta[M_QUARANTINED] -= 1
         blk[STATE, b], blk[REFS, b] = USED, 1
@@ -327,18 +337,6 @@ def evict(ids, blk, page, ext, meta):
         blk[KEEP, b] = 0
         _count(b, X_CACHED, -1, blk, page, ext, meta)
         _push_free(b, blk, page, ext, meta)
-
-
-@_jit(_I(_VEC, _BLK, _META), cache=True)
-def oldest(out, blk, meta):
-    """Write the least recently used cached blocks into ``out``; returns how many there are."""
-    b = meta[M_LRU_OLD]
-    n = 0
-    while b and n < out.shape[0]:
-        out[n] = b
-        n += 1
-        b = blk[NEXT, b]
-    return n
 
 
 @_jit(nb.boolean(_I, _VEC, _META), cache=True)

@@ -16,7 +16,9 @@ from kvcached._hot import (
     _VEC,
     CACHED,
     M_BB,
+    M_LRU_OLD,
     M_PB,
+    NEXT,
     STAMP,
     STATE,
     USED,
@@ -64,6 +66,18 @@ def cached_in(e, out, blk, ext, meta):
         if blk[STATE, b] == CACHED:
             out[n] = b
             n += 1
+    return n
+
+
+@_jit(_I(_VEC, _BLK, _META), cache=True)
+def oldest(out, blk, meta):
+    """Write the least recently used cached blocks into ``out``; returns how many there are."""
+    b = meta[M_LRU_OLD]
+    n = 0
+    while b and n < out.shape[0]:
+        out[n] = b
+        n += 1
+        b = blk[NEXT, b]
     return n
 
 

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     Ids = NDArray[np.int32]
 
 _GROW_ROUNDS = 8
+_MOST_FENCES = (1 << 31) - 1  # their numbers are int32, and start again
 _REFUSAL_SECONDS = 0.05  # after a refused claim, how long eviction comes before asking again
 
 
@@ -61,9 +62,10 @@ class BlockPool:
         clock: Callable[[], float] = time.monotonic,
         spares: SparePolicy | None = None,
     ) -> None:
-        from kvcached import _hot  # here, at the first hot call: numba takes 0.3 s to import
+        from kvcached import _hot, _scan  # here, at the first hot call: numba takes 0.3 s to import
 
         self.hot: Any = _hot
+        self._oldest: Any = _scan.oldest
         self.pages, self.geometry = pages, pages.geometry
         self.clock, self._epoch0 = clock, clock()
         self.spares = spares if spares is not None else SparePolicy()
@@ -181,7 +183,7 @@ class BlockPool:
         if code < 0:
             raise self._not_owned(int(ids[~code]), "freed")
         if fence is not None and code:
-            self._next_fence += 1
+            self._next_fence = self._next_fence % _MOST_FENCES + 1
             self._fences.append((number, fence, ids.copy()))
 
     def keep(self, block: int, *, named: bool) -> None:
@@ -270,7 +272,7 @@ class BlockPool:
         epoch, nbytes = self.pages.epoch, self.pages.bytes_of(runs)
         self.pages.budget.claim(nbytes)
         if epoch != self.pages.epoch:
-            self.pages.budget.give_back(nbytes)
+            self.pages.refund(nbytes)
             return
         self._grow_claimed(runs, nbytes)
 
@@ -283,7 +285,7 @@ class BlockPool:
         try:
             extents = self.pages.grow(runs)
         except BaseException:  # the claim goes back, whatever it was
-            self.pages.budget.give_back(nbytes)
+            self.pages.refund(nbytes)
             raise
         self.spares.grew(nbytes, self.clock())
         self.attach(extents)
@@ -291,7 +293,7 @@ class BlockPool:
     def attach(self, extents: Sequence[Extent]) -> None:
         """Count the blocks of newly backed extents in. For the reclaimer; not for callers."""
         for extent in extents:
-            if extent.id >= self.ext.shape[1]:
+            while extent.id >= self.ext.shape[1]:
                 self.ext = np.concatenate([self.ext, np.zeros_like(self.ext)], axis=1)
             self.hot.attach(
                 extent.id, extent.first, extent.pages, self.blk, self.page, self.ext, self.meta
@@ -302,7 +304,7 @@ class BlockPool:
     def evict_oldest(self, count: int) -> int:
         """Turn the ``count`` least recently used cached blocks into free ones; how many it did."""
         out = np.empty(min(count, self.num_cached), np.int32)
-        self.hot.oldest(out, self.blk, self.meta)
+        self._oldest(out, self.blk, self.meta)
         self.evict(out)
         return len(out)
 

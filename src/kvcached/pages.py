@@ -67,6 +67,7 @@ class PagePool:
         self._free_ids: list[int] = []
         self._next_id = 1
         self._limbo: list[Handle] = []  # unmapped, but the driver refused to release them
+        self._kept = 0  # claims that a broken pool cannot return before it is closed
         self._scratch: Reservation | None = None
         self._broken: str = ""
         self._closed = False
@@ -136,19 +137,24 @@ class PagePool:
         """
         self._require_usable()
         started = time.perf_counter_ns()
-        self._retry_limbo()
-        freed = 0
+        waiting, self._limbo = self._limbo, []
+        freed, done = self._release_late(waiting), 0
         try:
             for extent in extents:
-                with self._undo() as undo:
-                    self._unback(extent, undo)
-                self._forget(extent)
-                freed += extent.pages * self.geometry.page_group_bytes
+                freed += self._unback(extent)
+                done += 1
         finally:
             if freed:
                 self.budget.give_back(freed)
-                self.shrunk.add(started, len(extents))
+                self.shrunk.add(started, done)
         return freed
+
+    def refund(self, nbytes: int) -> None:
+        """Return an unused claim. A broken pool keeps it: the memory may not be back (I8)."""
+        if self._broken:
+            self._kept += nbytes
+        else:
+            self.budget.give_back(nbytes)
 
     def split(self, extent: Extent, keep: Sequence[Run]) -> list[Extent]:
         """Replace an extent by small ones under ``keep``; contents and addresses stay (I3).
@@ -169,14 +175,12 @@ class PagePool:
                 for plane, handle in enumerate(piece.handles):
                     self._map(piece.first, plane, handle, undo)
             self._ledger.release(extent.handles[0])  # the last step that can be undone
-        self._release_late(extent.handles[1:])
         self._forget(extent)
+        freed = extent.pages * self.geometry.page_bytes + self._release_late(extent.handles[1:])
         for piece in new:
             piece.id = self._new_id()
             self._admit(piece)
-        self.budget.give_back(
-            extent.pages * self.geometry.page_group_bytes - self._limbo_bytes(extent)
-        )
+        self.budget.give_back(freed)
         self.splits.add(started)
         return new
 
@@ -194,8 +198,10 @@ class PagePool:
         if not self._broken:
             assert self._ledger.nbytes == self.backed_bytes, "I4: handles and extents disagree"
         assert self.backed_bytes <= self.budget.claimed_bytes, "I1: backed more than claimed"
+        assert self._ledger.nbytes <= self.budget.claimed_bytes, "I8: credited before it is back"
         ids = set(self.extents) | set(self._free_ids)
-        assert len(ids) == len(self.extents) + len(self._free_ids), "PagePool: extent id lost"
+        assert len(ids) == len(self.extents) + len(self._free_ids), "PagePool: extent id used twice"
+        assert len(ids) == self._next_id - 1, "PagePool: extent id lost"
 
     def close(self) -> None:
         """Unmap and release everything, whatever state the pool is in. Idempotent."""
@@ -203,8 +209,9 @@ class PagePool:
             return
         self._closed = True
         self._ledger.close_all()
-        freed = self.backed_bytes
+        freed, self._kept = self.backed_bytes + self._kept, 0
         self.extents.clear()
+        self.epoch += 1
         self._limbo.clear()
         self._free_ids = list(range(1, self._next_id))
         self.runs = FreeRuns(self.geometry.num_pages)
@@ -222,7 +229,7 @@ class PagePool:
         except BaseException as cause:  # KeyboardInterrupt too must leave a whole pool
             try:
                 undo.run()
-            except Exception as error:  # noqa: BLE001 - whatever it was, the state is unknown
+            except BaseException as error:  # whatever it was: the state is unknown now
                 self._broken = f"{cause!r}, and undoing it failed: {error!r}"
                 raise PoolBroken(
                     f"the page pool is broken: {self._broken}", hint="Close the cache."
@@ -238,17 +245,14 @@ class PagePool:
             handles.append(handle)
         return Extent(self._new_id(), first, count, tuple(handles))
 
-    def _unback(self, extent: Extent, undo: Undo) -> None:
-        for plane, handle in enumerate(extent.handles):
-            self._unmap(extent.first, plane, handle, undo)
-        for plane, handle in enumerate(extent.handles):
-            self._ledger.release(handle)
-            undo.push(self._recreate, extent, plane)
-
-    def _recreate(self, extent: Extent, plane: int) -> None:
-        """Inverse of a release: a fresh handle (the extent is spare, so contents do not matter)."""
-        handle = self._ledger.create(extent.pages)
-        extent.handles = (*extent.handles[:plane], handle, *extent.handles[plane + 1 :])
+    def _unback(self, extent: Extent) -> int:
+        """Unmap and release one extent, all or nothing (contents too). Returns the bytes back."""
+        with self._undo() as undo:
+            for plane, handle in enumerate(extent.handles):
+                self._unmap(extent.first, plane, handle, undo)
+            self._ledger.release(extent.handles[0])  # the last step that can be undone
+        self._forget(extent)
+        return extent.pages * self.geometry.page_bytes + self._release_late(extent.handles[1:])
 
     def _map(self, first: int, plane: int, handle: Handle, undo: Undo) -> None:
         page = plane * self.geometry.num_pages + first
@@ -282,24 +286,21 @@ class PagePool:
             self._scratch = self._ledger.reserve(nbytes)
         return self._scratch
 
-    def _release_late(self, handles: Sequence[Handle]) -> None:
-        """Release handles at a point of no return: a refusal parks them, to be tried again."""
+    def _release_late(self, handles: Sequence[Handle]) -> int:
+        """Release handles at a point of no return. Returns the bytes that are back.
+
+        What the backend refuses to release is parked, to be tried again.
+        """
+        freed = 0
         for handle in handles:
             try:
                 self._ledger.release(handle)
             except KvcachedError:
                 _log.exception("a handle of %d pages could not be released yet", handle.num_pages)
                 self._limbo.append(handle)
-
-    def _retry_limbo(self) -> None:
-        while self._limbo:
-            self._ledger.release(self._limbo[-1])
-            self.budget.give_back(self._limbo.pop().num_pages * self.geometry.page_bytes)
-
-    def _limbo_bytes(self, extent: Extent) -> int:
-        keys = {handle.key for handle in self._limbo}
-        pages = sum(h.num_pages for h in extent.handles if h.key in keys)
-        return pages * self.geometry.page_bytes
+            else:
+                freed += handle.num_pages * self.geometry.page_bytes
+        return freed
 
     def _admit(self, extent: Extent) -> None:
         self.runs.take(extent.first, extent.pages)

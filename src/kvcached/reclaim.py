@@ -7,18 +7,20 @@ first. Every step is all or nothing.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kvcached.errors import BudgetExceeded, KvcachedError
 from kvcached.pages import Extent
 from kvcached.stats import Timer
 
 if TYPE_CHECKING:
     from kvcached.blocks import BlockPool, Ids
+
+_log = logging.getLogger(__name__)
 
 
 class Reclaimer:
@@ -36,7 +38,8 @@ class Reclaimer:
         """See ``BlockPool.reclaim``."""
         started = time.perf_counter_ns()
         self._blocks.poll_fences()
-        freed = self._drop(self._spare_extents(), nbytes)
+        freed = self._blocks.pages.shrink([])  # what could not be released before
+        freed += self._drop(self._spare_extents(), nbytes - freed)
         if freed < nbytes:
             freed += self._drop_cached(nbytes - freed)
         if freed < nbytes and may_split:
@@ -106,12 +109,7 @@ class Reclaimer:
         """
         pool = self._blocks
         cached = self._cached_in(extent)
-        try:
-            freed = pool.pages.shrink([extent])
-        except KvcachedError:
-            if pool.geometry.num_planes > 1:  # undone, but some planes may be fresh memory
-                pool.evict(cached)
-            raise
+        freed = pool.pages.shrink([extent])
         pool.evict(cached)
         self._hot.detach(extent.id, pool.blk, pool.page, pool.ext, pool.meta)
         return freed
@@ -125,41 +123,43 @@ class Reclaimer:
     # --- splits ------------------------------------------------------------------------------
 
     def _split_some(self, nbytes: int) -> int:
-        """Split extents until ``nbytes`` are back."""
-        plans = [
-            (extent, self._live_runs(extent)) for extent in self._blocks.pages.extents.values()
-        ]
-        sized = [(sum(count for _, count in keep), extent, keep) for extent, keep in plans]
-        worth = [plan for plan in sized if 0 < plan[0] < plan[1].pages]
+        """Split extents until ``nbytes`` are back, or there is no room for the copies."""
+        extents = list(self._blocks.pages.extents.values())
+        sized = [(sum(count for _, count in self._live_runs(e)), e) for e in extents]
+        worth = [(kept, e) for kept, e in sized if 0 < kept < e.pages]
         freed = 0
-        for kept, extent, keep in sorted(worth, key=lambda plan: (plan[0], plan[1].first)):
-            if freed >= nbytes or not self._split(extent, keep):
-                break
-            freed += (extent.pages - kept) * self._blocks.geometry.page_group_bytes
+        try:
+            for _, extent in sorted(worth, key=lambda entry: (entry[0], entry[1].first)):
+                if freed < nbytes:
+                    freed += self._split(extent)
+        except MemoryError:  # ours: not even for a moment can there be room to copy into
+            _log.info("no room to split more extents")
         return freed
 
     def _live_runs(self, extent: Extent) -> list[tuple[int, int]]:
+        """What a split keeps; nothing if the extent is gone."""
         pool = self._blocks
-        out = np.empty(2 * extent.pages + 2, np.int32)
+        if pool.pages.extents.get(extent.id) is not extent:
+            return []
+        out = np.empty(2 * extent.pages, np.int32)
         n = self._scan.live_runs(extent.id, out, pool.blk, pool.ext, pool.meta)
         return [(int(out[2 * i]), int(out[2 * i + 1])) for i in range(n)]
 
-    def _split(self, extent: Extent, keep: list[tuple[int, int]]) -> bool:
-        """Split one extent; False if there is no room, even for a moment, to copy into."""
-        pool = self._blocks
+    def _split(self, extent: Extent) -> int:
+        """Split one extent; returns the bytes given back. The claim may let others in."""
+        pool, keep = self._blocks, self._live_runs(extent)
         nbytes = pool.pages.bytes_of(keep)
-        epoch = pool.pages.epoch
+        if not 0 < nbytes < extent.pages * pool.geometry.page_group_bytes:
+            return 0
+        pool.pages.budget.claim(nbytes, transient=True)
+        if self._live_runs(extent) != keep:  # what was planned is not what is there now
+            pool.pages.refund(nbytes)
+            return 0
         try:
-            pool.pages.budget.claim(nbytes, transient=True)
-        except BudgetExceeded:
-            return False
-        try:
-            if epoch != pool.pages.epoch:  # the claim let others in: the plan is stale
-                raise BudgetExceeded("the cache changed while a split waited for its claim")
             pieces = pool.pages.split(extent, keep)
         except BaseException:  # the claim goes back, whatever it was
-            pool.pages.budget.give_back(nbytes)
+            pool.pages.refund(nbytes)
             raise
         self._hot.detach(extent.id, pool.blk, pool.page, pool.ext, pool.meta)
         pool.attach(pieces)
-        return True
+        return extent.pages * pool.geometry.page_group_bytes - nbytes
