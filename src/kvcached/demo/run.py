@@ -166,14 +166,15 @@ def _send_when_due(fleet: Fleet, recording: Recording, workload: Workload) -> No
     """Send each request at its time by the clock, until all are done."""
     due = list(workload.requests)
     deadline = recording.start + 10 * workload.seconds + _STEP_SECONDS
-    burst = (-1.0, "")
+    marked = -1.0
     while recording.done < len(recording.outcomes):
         now = time.monotonic()
         while due and recording.start + due[0].at_s <= now:
             request = due.pop(0)
-            if (request.at_s, request.engine) != burst:
-                burst = (request.at_s, request.engine)
-                recording.mark(now, f"burst {request.engine}")
+            if request.at_s > marked:
+                marked = request.at_s
+                names = {r.engine for r in workload.requests if r.at_s == marked}
+                recording.mark(now, f"burst {', '.join(sorted(names))}")
             fleet[request.engine].request(request)
         if now > deadline:
             raise EngineUnsupported(

@@ -13,11 +13,13 @@ from kvcached.config import format_size
 from kvcached.demo.figures import Mark, Point, Recording
 from kvcached.demo.workload import ENGINES
 
-WIDTH, HEIGHT = 860, 520
-_LEFT, _RIGHT, _TOP, _PANEL, _GAP = 64, 16, 64, 170, 58
+WIDTH, HEIGHT = 860, 560
+_LEFT, _RIGHT, _TOP, _PANEL, _GAP = 64, 16, 92, 170, 80
 _TEXT, _AXIS = "#767676", "#8a8a8a"
 _COLOURS = {"chat": ("#0072B2", "#56B4E9"), "code": ("#D55E00", "#E69F00")}
 _MOST_POINTS = 400
+_LETTER = 5.6
+"""About the width of a letter of a mark's label."""
 
 
 def picture(document: dict[str, Any], static: Recording, elastic: Recording) -> str:
@@ -62,7 +64,7 @@ def _legend() -> str:
                 f'<rect x="{x}" y="12" width="14" height="14" fill="{colour}"/>'
                 f'<text x="{x + 20}" y="24">{engine}: {label}</text>'
             )
-            x += 150
+            x += 160
     return "".join(parts)
 
 
@@ -79,12 +81,12 @@ def _panel(recording: Recording, budget: int, end: float, top: float, title: str
     parts.append(
         f'<path d="M{_LEFT} {line:.1f}H{right}" stroke="{_TEXT}" stroke-dasharray="6 4"/>'
         f'<path d="M{_LEFT} {top}V{bottom}H{right}" stroke="{_AXIS}" fill="none"/>'
-        f'<text x="{_LEFT}" y="{top - 10}" font-weight="600">{title}</text>'
+        f'<text x="{_LEFT}" y="{top - 38}" font-weight="600">{title}</text>'
         f'<text x="{_LEFT - 6}" y="{line + 4:.1f}" text-anchor="end" font-size="11">'
         f"{format_size(budget)}</text>"
         f'<text x="{_LEFT - 6}" y="{bottom}" text-anchor="end" font-size="11">0</text>'
     )
-    parts += [_mark(m, end, top) for m in recording.marks]
+    parts += _marks(recording.marks, end, top)
     parts += [_tick(second, end, bottom) for second in range(0, int(end) + 1, 5)]
     return "".join(parts)
 
@@ -120,17 +122,21 @@ def _line(
     return [f"{_x(p.t, end):.1f} {_y(value, budget, top):.1f}" for p, value in pairs]
 
 
-def _mark(mark: Mark, end: float, top: float) -> str:
-    x = _x(mark.t, end)
-    strong = not mark.text.startswith(("burst", "idle"))
-    anchor = "end" if x > WIDTH - 160 else "start"
-    dx, colour = (-3 if anchor == "end" else 3), "#CC79A7" if strong else _AXIS
-    y = top + (22 if mark.text.startswith("kill") else 8)
-    return (
-        f'<path d="M{x:.1f} {top}V{top + _PANEL}" stroke="{colour}" stroke-dasharray="2 3"/>'
-        f'<text x="{x + dx:.1f}" y="{y}" font-size="10" text-anchor="{anchor}">'
-        f"{escape(mark.text)}</text>"
-    )
+def _marks(marks: list[Mark], end: float, top: float) -> list[str]:
+    """A line and a label for each mark; labels that would overlap go one row up."""
+    rows, parts = [-1.0, -1.0, -1.0], []
+    for mark in marks:
+        x, width = _x(mark.t, end), _LETTER * len(mark.text) + 8
+        left = min(x, WIDTH - width)
+        row = next((i for i, taken in enumerate(rows) if taken <= left), 0)
+        rows[row] = left + width
+        colour = _AXIS if mark.text.startswith(("burst", "idle")) else "#CC79A7"
+        parts.append(
+            f'<path d="M{x:.1f} {top - 4 - 11 * row}V{top + _PANEL}" stroke="{colour}" '
+            f'stroke-dasharray="2 3"/><text x="{left + 3:.1f}" y="{top - 5 - 11 * row}" '
+            f'font-size="10">{escape(mark.text)}</text>'
+        )
+    return parts
 
 
 def _tick(second: int, end: float, bottom: float) -> str:
