@@ -20,6 +20,8 @@ _UNITS = {"": 1, "b": 1} | {
                          (30, ("g", "gb", "gib")), (40, ("t", "tb", "tib")))
     for unit in units
 }  # fmt: skip
+HOST_MEMORY = ("anonymous", "memfd")
+"""Where the host backend's pages can come from."""
 _NAME = re.compile(r"^[a-z0-9][a-z0-9._-]{0,63}\Z")
 
 
@@ -101,6 +103,8 @@ class Config:
     """Verify the invariants after each operation that changes what is backed (slow; for tests)."""
     host_page: str = ""
     """Page size of the host backend; empty: the largest power of two that divides a block."""
+    host_memory: str = "anonymous"
+    """Where the host backend's pages come from: ``anonymous`` or ``memfd``."""
     max_handle: str = "256MiB"
     """Largest single physical allocation."""
     spare_seconds: float = 1.0
@@ -145,6 +149,10 @@ def _read(name: str, text: str) -> Any:
     if name == "zero" and value not in {"never", "on-tenant-change", "always"}:
         raise InvalidConfig(
             f"KVCACHED_ZERO={text!r} is unknown", hint="Use never, on-tenant-change or always."
+        )
+    if name == "host_memory" and value not in HOST_MEMORY:
+        raise InvalidConfig(
+            f"KVCACHED_HOST_MEMORY={text!r} is unknown", hint="Use anonymous or memfd."
         )
     if name == "spare_seconds" and not 0 <= value < 1e6:
         raise InvalidConfig(f"KVCACHED_SPARE_SECONDS={text!r} is not a number of seconds >= 0")

@@ -19,7 +19,7 @@ def make_backend(device: str, spec: CacheSpec, config: Config) -> MemoryBackend:
     if device == "cpu":
         from kvcached.memory.host import HostBackend
 
-        return HostBackend(page_bytes=host_page_bytes(spec, config))
+        return HostBackend(host_page_bytes(spec, config), memory=config.host_memory)
     if device == "cuda" or device.startswith("cuda:"):
         from kvcached.memory.cuda import CudaBackend
 

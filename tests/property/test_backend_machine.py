@@ -15,7 +15,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from kvcached.errors import InvalidInput, OutOfPages
+from kvcached.errors import DriverError, InvalidInput, OutOfPages
 from kvcached.memory.cuda import CudaBackend
 from kvcached.memory.host import HostBackend
 from kvcached.testing import FakeBackend, FakeCudaDriver
@@ -75,6 +75,10 @@ class BackendMachine(RuleBasedStateMachine):
         bad = table is None or handle not in self.tags or page_index < 0 or pages.stop > total
         if bad or any(page in table for page in pages):
             self.refused(lambda: self.backend.map(reservation, page_index, handle))
+            return
+        if self.mapped(handle) and not self.backend.can_alias:
+            with pytest.raises(DriverError, match="mapped"):
+                self.backend.map(reservation, page_index, handle)
             return
         self.backend.map(reservation, page_index, handle)
         table.update({page: (handle, i) for i, page in enumerate(pages)})
@@ -172,19 +176,33 @@ class BackendMachine(RuleBasedStateMachine):
 
 
 class FakeMachine(BackendMachine):
+    can_alias = True
+
     def make(self):
-        backend = FakeBackend(16, capacity_pages=CAPACITY_PAGES)
+        backend = FakeBackend(16, capacity_pages=CAPACITY_PAGES, can_alias=self.can_alias)
         return backend, backend.read, backend.write
 
 
-class HostMachine(BackendMachine):
+class SingleFakeMachine(FakeMachine):
+    can_alias = False
+
+
+class AnonymousMachine(BackendMachine):
+    memory = "anonymous"
+
     def make(self):
-        backend = HostBackend(4096, capacity_bytes=CAPACITY_PAGES * 4096)
+        backend = HostBackend(4096, capacity_bytes=CAPACITY_PAGES * 4096, memory=self.memory)
+        if self.memory == "anonymous":
+            backend._memory._huge = 8192  # so that handles have a middle and ends
 
         def write(address, data):
             ctypes.memmove(address, data, len(data))
 
         return backend, ctypes.string_at, write
+
+
+class MemfdMachine(AnonymousMachine):
+    memory = "memfd"
 
 
 class CudaMachine(BackendMachine):
@@ -198,6 +216,9 @@ class CudaMachine(BackendMachine):
         assert not self.driver.mappings
 
 
-@pytest.mark.parametrize("machine", [FakeMachine, HostMachine, CudaMachine])
+MACHINES = [FakeMachine, SingleFakeMachine, AnonymousMachine, MemfdMachine, CudaMachine]
+
+
+@pytest.mark.parametrize("machine", MACHINES)
 def test_backend_equals_model(machine):
     run_state_machine_as_test(machine, settings=settings(stateful_step_count=50))

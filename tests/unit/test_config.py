@@ -107,6 +107,7 @@ def test_every_field_has_a_variable():
         "KVCACHED_BROKER": "off",
         "KVCACHED_CHECK": "yes",
         "KVCACHED_HOST_PAGE": "64KiB",
+        "KVCACHED_HOST_MEMORY": "memfd",
         "KVCACHED_MAX_HANDLE": "64MiB",
         "KVCACHED_SPARE_SECONDS": "0.25",
         "KVCACHED_ZERO": "always",
@@ -117,7 +118,8 @@ def test_every_field_has_a_variable():
     assert config.runtime_dir == "/run/user/1/kvcached"
     assert (config.budget, config.headroom) == ("40%", "2GiB")
     assert (config.broker, config.check) == (False, True)
-    assert (config.host_page, config.max_handle) == ("64KiB", "64MiB")
+    assert (config.host_page, config.host_memory) == ("64KiB", "memfd")
+    assert config.max_handle == "64MiB"
     assert (config.spare_seconds, config.zero, config.log_level) == (0.25, "always", "DEBUG")
     changed = {name for name, value in dataclasses.asdict(Config()).items()
                if getattr(config, name) != value}  # fmt: skip
@@ -139,6 +141,7 @@ def test_the_runtime_directory_falls_back_to_that_of_the_session():
         ("KVCACHED_BUDGET", "140%"),
         ("KVCACHED_HEADROOM", "-1"),
         ("KVCACHED_HOST_PAGE", "40%"),
+        ("KVCACHED_HOST_MEMORY", "shm"),
         ("KVCACHED_MAX_HANDLE", ""),
         ("KVCACHED_MAX_HANDLE", "1e9"),
         ("KVCACHED_SPARE_SECONDS", "soon"),

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from kvcached.config import Config, format_size, parse_size
 from kvcached.errors import InvalidConfig
-
-_CGROUP_LIMIT = "/sys/fs/cgroup/memory.max"
+from kvcached.hostinfo import available_bytes, total_bytes
 
 
 def default_capacity(config: Config, device: str) -> int:
@@ -17,7 +16,7 @@ def default_capacity(config: Config, device: str) -> int:
         if config.budget and not config.budget.rstrip().endswith("%"):
             return parse_size(config.budget)
         raise InvalidConfig(f"the capacity of {device} is not known", hint="Give capacity_bytes.")
-    total, available = _memory()
+    total, available = total_bytes(), available_bytes()  # a container's own limit counts
     if config.budget:
         return parse_size(config.budget, total=total)
     headroom = parse_size(config.headroom, total=total)
@@ -28,20 +27,3 @@ def default_capacity(config: Config, device: str) -> int:
             hint="Set KVCACHED_BUDGET, or a smaller KVCACHED_HEADROOM.",
         )
     return available - headroom
-
-
-def _memory() -> tuple[int, int]:
-    """Bytes of memory in total and available now; a container's own limit counts."""
-    sizes = {}
-    with open("/proc/meminfo", encoding="ascii") as file:
-        for line in file:
-            name, _, rest = line.partition(":")
-            if name in {"MemTotal", "MemAvailable"}:
-                sizes[name] = int(rest.split()[0]) * 1024
-    try:
-        with open(_CGROUP_LIMIT, encoding="ascii") as file:
-            text = file.read().strip()
-    except OSError:
-        text = "max"
-    limit = int(text) if text.isdigit() else sizes["MemTotal"]
-    return min(sizes["MemTotal"], limit), min(sizes["MemAvailable"], limit)

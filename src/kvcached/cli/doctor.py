@@ -16,6 +16,7 @@ from kvcached import __version__
 from kvcached.cli import probes
 from kvcached.config import Config, format_size
 from kvcached.errors import KvcachedError
+from kvcached.hostinfo import cgroup_limit
 
 HOST_BACKEND = "host backend"
 _LOW_MAP_COUNT = 65_530
@@ -97,7 +98,7 @@ def check_libraries() -> Iterator[Check]:
 
 
 def check_host_backend() -> Iterator[Check]:
-    """Reserve, map, write, read, unmap and release on memfd pages."""
+    """Reserve, map, write, read, unmap and release with the host backend as configured."""
     try:
         _exercise_host_backend()
     except (KvcachedError, OSError) as error:
@@ -169,7 +170,7 @@ def check_system() -> Iterator[Check]:
         fix = f"sudo sysctl vm.max_map_count={4 * _LOW_MAP_COUNT}" if low else ""
         yield Check("max_map_count", "warn" if low else "ok", f"{maps} mappings a process", fix)
     yield _check_memlock()
-    limit = probes.cgroup_memory_limit()
+    limit = cgroup_limit()
     total, _ = probes.memory_bytes()
     if limit is not None and limit < total:
         yield Check("cgroup", "info", f"this container may use {format_size(limit)} of memory")

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from typing import Any
 
-from kvcached.memory.os_calls import meminfo_bytes
+from kvcached.hostinfo import meminfo_bytes
 
 _VMM_SUPPORTED = 102
 """CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED of the CUDA driver API."""
@@ -117,23 +117,6 @@ def read_text(path: str) -> str | None:
             return file.read().strip()
     except OSError:
         return None
-
-
-def cgroup_memory_limit() -> int | None:
-    """Bytes that the control group of this process may use; ``None`` if it is not limited."""
-    limits = []
-    for line in (read_text("/proc/self/cgroup") or "").splitlines():
-        _, controllers, path = line.split(":", 2)
-        if not controllers:  # the unified hierarchy: each level above may limit too
-            parts = path.strip("/").split("/")
-            paths = ["/".join(parts[:n]) for n in range(len(parts) + 1)]
-            limits += [read_text(f"/sys/fs/cgroup/{part}/memory.max") for part in paths]
-        elif "memory" in controllers.split(","):
-            limits.append(read_text(f"/sys/fs/cgroup/memory/{path}/memory.limit_in_bytes"))
-    numbers = [int(limit) for limit in limits if limit and limit.isdigit()]
-    # version 1 writes "no limit" as a number larger than any machine
-    real = [number for number in numbers if number < 1 << 60]
-    return min(real, default=None)
 
 
 def max_map_count() -> int | None:

@@ -7,7 +7,9 @@ injected faults are wrappers around it (``kvcached.testing``).
 The contract, checked for every backend by ``kvcached.testing.check_memory_backend``:
 
 * All sizes are multiples of ``page_bytes``, which is asked from the device and never assumed.
-* A handle is mapped and unmapped whole, and may be mapped at several addresses at once.
+* A handle is mapped and unmapped whole, and keeps its contents from one mapping to the next.
+* Where ``can_alias`` it may be mapped at several addresses at once. Elsewhere a second ``map``
+  raises ``DriverError`` with the status ``ENOTSUP`` and changes nothing.
 * ``map`` onto a range that is already mapped (in part or whole), or outside the reservation,
   raises ``InvalidInput`` and changes nothing. So does ``unmap`` of something that is not mapped.
 * ``release`` of a handle that is still mapped, or was released before, raises ``InvalidInput``.
@@ -58,6 +60,11 @@ class MemoryBackend(Protocol):
     @property
     def device(self) -> str:
         """``"cpu"`` or ``"cuda:0"``: where tensors over this memory live."""
+        ...
+
+    @property
+    def can_alias(self) -> bool:
+        """Whether a handle may be mapped at several addresses at once."""
         ...
 
     @property

@@ -78,6 +78,11 @@ class CudaBackend:
         return f"cuda:{self._ordinal}"
 
     @property
+    def can_alias(self) -> bool:
+        """Always: a handle is the driver's, and mappings refer to it."""
+        return True
+
+    @property
     def page_bytes(self) -> int:
         """The driver's minimum granularity in bytes."""
         return self._books.page_bytes

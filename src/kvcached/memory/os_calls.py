@@ -12,15 +12,17 @@ import fcntl
 import os
 from collections.abc import Callable
 
-from kvcached.errors import BackendUnavailable, DriverError, OutOfPages
+from kvcached.errors import DriverError, OutOfPages
 
 PROT_NONE, PROT_READ_WRITE = 0, 3
 MAP_SHARED, MAP_PRIVATE, MAP_FIXED, MAP_ANONYMOUS, MAP_NORESERVE = 1, 2, 0x10, 0x20, 0x4000
-MADV_NORMAL, MADV_DONTFORK = 0, 10
+MADV_NORMAL, MADV_DONTFORK, MADV_HUGEPAGE, MADV_NOHUGEPAGE = 0, 10, 14, 15
 _KEEP_SIZE, _PUNCH_HOLE = 1, 2
+_MAYMOVE_FIXED_DONTUNMAP = 1 | 2 | 4
 # From fcntl.h; Python names them only where its C library did.
 _F_ADD_SEALS, _F_SEAL_SEAL, _F_SEAL_SHRINK, _F_SEAL_GROW = 1033, 1, 2, 4
 
+_SYSTEM_PAGE = os.sysconf("SC_PAGE_SIZE")
 _NO_MEMORY = {errno.ENOMEM, errno.ENOSPC}
 _EINTR_TRIES = 16
 MAX_MAP_COUNT = "/proc/sys/vm/max_map_count"
@@ -39,6 +41,9 @@ _ADDRESS, _SIZE, _INT, _OFFSET = ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int,
 _MMAP = _function("mmap", _ADDRESS, _SIZE, _INT, _INT, _INT, _OFFSET, restype=ctypes.c_ssize_t)
 _MUNMAP = _function("munmap", _ADDRESS, _SIZE)
 _MADVISE = _function("madvise", _ADDRESS, _SIZE, _INT)
+_MPROTECT = _function("mprotect", _ADDRESS, _SIZE, _INT)
+_MREMAP = _function("mremap", _ADDRESS, _SIZE, _SIZE, _INT, _ADDRESS, restype=ctypes.c_ssize_t)
+_MINCORE = _function("mincore", _ADDRESS, _SIZE, ctypes.c_char_p)
 _FALLOCATE = _function("fallocate", _INT, _INT, _OFFSET, _OFFSET)
 
 
@@ -80,19 +85,30 @@ class OsCalls:
         if _MADVISE(address, nbytes, advice):
             raise _failed()
 
+    def mprotect(self, address: int, nbytes: int, prot: int) -> None:
+        """``mprotect(2)``."""
+        if _MPROTECT(address, nbytes, prot):
+            raise _failed()
+
+    def move(self, address: int, nbytes: int, target: int) -> None:
+        """``mremap(2)``: move pages to ``target``; the old mapping stays, with nothing in it.
+
+        Since it stays, no other thread's ``mmap`` can take the addresses.
+        """
+        if _MREMAP(address, nbytes, nbytes, _MAYMOVE_FIXED_DONTUNMAP, target) == -1:
+            raise _failed()
+
+    def resident(self, address: int, nbytes: int) -> int:
+        """``mincore(2)``: bytes of a mapped range that are in memory."""
+        flags = ctypes.create_string_buffer(nbytes // _SYSTEM_PAGE)
+        if _MINCORE(address, nbytes, flags):
+            raise _failed()
+        return flags.raw.count(1) * _SYSTEM_PAGE
+
     def punch_hole(self, fd: int, offset: int, nbytes: int) -> None:
         """``fallocate(2)``: free the pages of a file range; it reads as zero afterwards."""
         if _FALLOCATE(fd, _PUNCH_HOLE | _KEEP_SIZE, offset, nbytes):
             raise _failed()
-
-
-def meminfo_bytes(field: str) -> int:
-    """A field of ``/proc/meminfo`` in bytes, such as ``MemAvailable``."""
-    with open("/proc/meminfo", "rb") as file:
-        for line in file:
-            if line.startswith(field.encode() + b":"):
-                return int(line.split()[1]) * 1024
-    raise BackendUnavailable(f"/proc/meminfo has no {field}")
 
 
 def retry(call: Callable[[], None]) -> None:
@@ -139,18 +155,21 @@ def mapping_counts() -> tuple[int, int]:
 class MappingCredit:
     """Keeps the process clear of ``vm.max_map_count``, where malloc fails too, everywhere.
 
-    Counting mappings takes milliseconds when they are many. A change adds two at most, so one count
-    is good for half as many changes as it leaves room for.
+    Counting mappings takes milliseconds when they are many, so a count is good for as many changes
+    as it leaves room for.
     """
 
     def __init__(self) -> None:
-        self._changes_left = 0
+        self._left = 0
 
-    def spend(self, *, refusable: bool) -> None:
-        """Account for one map or unmap. ``OutOfPages`` without room, if it may be refused."""
-        if self._changes_left <= 0:
+    def spend(self, mappings: int, *, refusable: bool) -> None:
+        """Account for a change that may add ``mappings``. ``OutOfPages`` without room for them.
+
+        What gives memory back must not fail for this: ``refusable=False``.
+        """
+        if self._left < mappings:
             count, most = mapping_counts()
-            self._changes_left = (most - count) // 2
-            if self._changes_left <= 0 and refusable:
+            self._left = most - count
+            if self._left < mappings and refusable:
                 raise OutOfPages("no more mappings", hint=out_of_mappings_hint(count))
-        self._changes_left -= 1
+        self._left -= mappings

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from kvcached.errors import ClosedError, InvalidInput, OutOfPages
+from kvcached.errors import ClosedError, DriverError, InvalidInput, OutOfPages
 from kvcached.memory.base import Handle, MemoryBackend, Reservation
 
 Read = Callable[[MemoryBackend, int, int], bytes]
@@ -178,6 +178,9 @@ def _contents(c: Case) -> None:
 
 
 def _aliases(c: Case) -> None:
+    if not c.backend.can_alias:
+        _no_aliases(c)
+        return
     rng, other, handle = c.reserve(4), c.reserve(2), c.backend.create(1)
     for page_index in (0, 3):
         c.backend.map(rng, page_index, handle)
@@ -191,6 +194,29 @@ def _aliases(c: Case) -> None:
     c.backend.unmap(other, 1, handle)
     c.backend.close(other)
     c.drop(rng, {3: handle})
+
+
+def _no_aliases(c: Case) -> None:
+    rng, other, handle = c.reserve(4), c.reserve(2), c.backend.create(1)
+    c.backend.map(rng, 0, handle)
+    c.fill(rng, 0, b"alone")
+    for where, page_index in ((rng, 3), (other, 1)):
+        status = _driver_status(lambda r=where, i=page_index: c.backend.map(r, i, handle))  # type: ignore[misc]
+        assert status == "ENOTSUP", "a second mapping is refused with ENOTSUP"
+        c.check()
+    assert c.holds(rng, 0, b"alone"), "a refused map changes nothing"
+    spare = c.backend.create(1)
+    c.backend.map(other, 1, spare)  # what was refused took no place
+    c.drop(other, {1: spare})
+    c.drop(rng, {0: handle})
+
+
+def _driver_status(call: Callable[[], object]) -> str:
+    try:
+        call()
+    except DriverError as error:
+        return error.status
+    return "no error"
 
 
 def _map_mistakes(c: Case) -> None:
@@ -353,7 +379,7 @@ CLAUSES: dict[str, Callable[[Case], None]] = {
     "sizes are whole pages": _sizes,
     "reservations are closed by their own address and size": _reservations,
     "contents belong to handles": _contents,
-    "a handle may be mapped at several addresses": _aliases,
+    "a handle may be mapped at several addresses, or not, as can_alias says": _aliases,
     "map refuses overlaps and what lies outside": _map_mistakes,
     "unmap undoes exactly one map": _unmap_mistakes,
     "stale and foreign names are refused": _stale_and_foreign,

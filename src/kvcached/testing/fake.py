@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvcached.errors import ClosedError, InvalidInput, OutOfPages
+from kvcached.errors import ClosedError, DriverError, InvalidInput, OutOfPages
 from kvcached.memory.base import Handle, Reservation
 from kvcached.memory.mappings import Mappings
 
@@ -13,14 +13,18 @@ class FakeBackend:
     """Keeps a ``bytearray`` per handle, so tests can prove what is read where.
 
     ``page_bytes`` is any positive int, ``capacity_pages`` the pages of all handles together
-    (default: 1 TiB). Addresses are invented and never used twice; ``read``, ``write`` and
-    ``copy`` raise ``InvalidInput`` for an address that is not mapped.
+    (default: 1 TiB), ``can_alias`` whether a handle can be mapped twice. Addresses are invented
+    and never used twice; ``read``, ``write`` and ``copy`` raise ``InvalidInput`` for an address
+    that is not mapped.
     """
 
-    def __init__(self, page_bytes: int = 64, *, capacity_pages: int | None = None) -> None:
+    def __init__(
+        self, page_bytes: int = 64, *, capacity_pages: int | None = None, can_alias: bool = True
+    ) -> None:
         if not isinstance(page_bytes, int) or page_bytes <= 0:
             raise InvalidInput(f"page_bytes is {page_bytes!r}, but must be an int > 0")
         self._books = Mappings(page_bytes)
+        self._can_alias = can_alias
         self._capacity = 1 << 40 if capacity_pages is None else capacity_pages * page_bytes
         self._contents: dict[int, bytearray] = {}
         self._pages: dict[int, tuple[int, int]] = {}  # page number -> (handle key, byte offset)
@@ -31,6 +35,11 @@ class FakeBackend:
     def device(self) -> str:
         """Always ``"cpu"``."""
         return "cpu"
+
+    @property
+    def can_alias(self) -> bool:
+        """As the parameter says."""
+        return self._can_alias
 
     @property
     def page_bytes(self) -> int:
@@ -60,6 +69,8 @@ class FakeBackend:
         """See ``MemoryBackend.map``."""
         self._require_open()
         rng, state = self._books.map_plan(reservation, page_index, handle)
+        if state.mapped and not self._can_alias:
+            raise DriverError("the handle is mapped already", status="ENOTSUP", call="map")
         self._books.add_map(rng, page_index, state)
         first = reservation.address // self.page_bytes + page_index
         for i in range(handle.num_pages):

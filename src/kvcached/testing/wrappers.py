@@ -37,6 +37,11 @@ class BackendWrapper:
         return self.inner.device
 
     @property
+    def can_alias(self) -> bool:
+        """See ``MemoryBackend.can_alias``."""
+        return self.inner.can_alias
+
+    @property
     def page_bytes(self) -> int:
         """See ``MemoryBackend.page_bytes``."""
         return self.inner.page_bytes
