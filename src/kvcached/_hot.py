@@ -237,28 +237,30 @@ def _unshare(ids, blk):
     return OK
 
 
+@_jit(_V(_VEC, _I, _BLK), cache=True)
+def _stamp(ids, fence, blk):
+    for i in range(ids.shape[0]):
+        blk[STAMP, ids[i]] = fence
+
+
 @_jit(_I(_VEC, _I, _I, *_ARRAYS), cache=True)
 def free(ids, stamp, fence, blk, page, ext, meta):
     """Drop a reference of each block; what has none left becomes cached or free.
 
     With ``fence`` > 0 it becomes quarantined under that fence number instead; so it does later if
     others still hold it, whether they bring a fence or not. Blocks are retired in the order given.
-    Returns the number of blocks that wait for the fence, or ``~index`` of a block that is not in
-    use, and then changes nothing.
+    Returns ``OK``, or ``~index`` of a block that is not in use, and then changes nothing.
     """
     bad = _unshare(ids, blk)
     if bad:
         return bad
     bb, pb = meta[M_BB], meta[M_PB]
-    e, low, end, before, quarantined, waiting = 0, 0, 0, 0, 0, 0
+    if fence > 0:
+        _stamp(ids, fence, blk)
+    e, low, end, before, quarantined = 0, 0, 0, 0, 0
     for i in range(ids.shape[0]):
         b = ids[i]
-        if blk[STATE, b] != USED:  # listed twice, and retired before
-            continue
-        if fence > 0:
-            blk[STAMP, b] = fence
-            waiting += 1
-        if blk[REFS, b]:
+        if blk[REFS, b] or blk[STATE, b] != USED:  # shared; or listed twice, and retired before
             continue
         start = b * bb
         if start < low or start >= end * pb:  # another home extent than the block before
@@ -288,7 +290,7 @@ def free(ids, stamp, fence, blk, page, ext, meta):
     if e:
         _settle(e, before, ext, meta)
     meta[M_QUARANTINED] += quarantined
-    return waiting
+    return OK
 
 
 @_jit(_V(_VEC, _I, _I, *_ARRAYS), cache=True)

@@ -159,6 +159,12 @@ class BlockPool:
         All or nothing. Raises ``BudgetExceeded`` or ``OutOfPages`` (both ``MemoryError``), or
         ``DriverError``.
         """
+        self.pages.require_usable()
+        if count >= self.geometry.num_blocks:
+            raise OutOfPages(
+                f"{count} blocks wanted, but the cache has only {self.geometry.num_blocks - 1}",
+                hint="Make the cache with a larger max_tokens.",
+            )
         out = np.empty(count, np.int32)
         if self.hot.alloc(out, self.blk, self.page, self.ext, self.meta):
             self._make_room(count)
@@ -180,9 +186,9 @@ class BlockPool:
         """
         number = self._next_fence if fence is not None else 0
         code = self.hot.free(ids, self.now(), number, self.blk, self.page, self.ext, self.meta)
-        if code < 0:
+        if code:
             raise self._not_owned(int(ids[~code]), "freed")
-        if fence is not None and code:
+        if fence is not None and len(ids):
             self._next_fence = self._next_fence % _MOST_FENCES + 1
             self._fences.append((number, fence, ids.copy()))
 
@@ -229,11 +235,6 @@ class BlockPool:
 
         Nothing is evicted unless that, with what can be grown, is enough (I6).
         """
-        if count >= self.geometry.num_blocks:
-            raise OutOfPages(
-                f"{count} blocks wanted, but the cache has only {self.geometry.num_blocks - 1}",
-                hint="Make the cache with a larger max_tokens.",
-            )
         self.poll_fences()
         for _ in range(_GROW_ROUNDS):
             short = count - self.num_free
@@ -358,8 +359,10 @@ class BlockPool:
         self.pages.close()
 
     def validate(self, ids: Sequence[int] | Ids) -> Ids:
-        """``ids`` as int32 ``[n]``, or ``InvalidInput``."""
+        """``ids`` as int32 ``[n]``; ``InvalidInput`` or ``OwnershipError`` if they are none."""
         array = np.asarray(ids)
         if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
             raise InvalidInput(f"block ids must be a list of integers, not {ids!r}")
+        for block in array[(array < 0) | (array >= self.geometry.num_blocks)][:1]:
+            raise self._not_owned(int(block), "used")  # before int32 makes another id of it
         return np.ascontiguousarray(array, np.int32)

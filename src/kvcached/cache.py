@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
 __all__ = ["CacheSpec", "KVCache", "Sequence"]
 _log = logging.getLogger(__name__)
+_LEAVE_SECONDS = 5.0
+"""How long ``close`` waits for the calls of other threads."""
 
 
 class KVCache:
@@ -89,13 +91,14 @@ class KVCache:
         backend: MemoryBackend | None = None,
         config: Config | None = None,
     ) -> None:
-        if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:
-            raise InvalidInput(f"max_tokens is {max_tokens!r}, but must be an integer >= 1")
+        _check_input(spec, device, max_tokens)
         self.config = config if config is not None else Config.from_env()
         self.spec, self.name = spec, check_name(name if name is not None else f"pid-{os.getpid()}")
         self.prefix_caching = prefix_caching
         self._lock, self._pid = threading.RLock(), os.getpid()
         self._closed = self._idle = False
+        self._inside, self._left = 0, threading.Condition(self._lock)
+        self._closing = threading.Lock()
         self._owns_backend = backend is None
         self.backend = backend if backend is not None else make_backend(device, spec, self.config)
         try:
@@ -106,7 +109,8 @@ class KVCache:
             raise
         self._views: Any = None
         own = self.backend if self._owns_backend else None
-        self._finalizer = weakref.finalize(self, _release, self._blocks, self._budget, own)
+        parts = self._pid, self._blocks, self._budget, own
+        self._finalizer = weakref.finalize(self, _release, *parts)
         self._caretaker = Caretaker(self)
 
     def _build(self, max_tokens: int, budget: Budget | None, **terms: Any) -> None:
@@ -122,7 +126,6 @@ class KVCache:
                 self._budget.set_limit(parse_size(terms["limit"], total=budget.limit_bytes))
             longest = max(1, parse_size(self.config.max_handle) // page_bytes)
             self._make_blocks(PagePool(self.backend, self.geometry, self._budget, longest))
-            self._budget.attach(self, self._lock)  # last: from now on others call reclaim, report
         except BaseException:  # as in __init__
             self._budget.close()
             raise
@@ -130,12 +133,13 @@ class KVCache:
     def _make_blocks(self, pages: PagePool) -> None:
         try:
             self._blocks = BlockPool(pages, spares=SparePolicy(self.config.spare_seconds))
+            self._prefixes = PrefixIndex(self._blocks, self.spec.block_size)
+            named = self._prefixes if self.prefix_caching else None
+            self._store = SequenceStore(self._blocks, named, self.spec.block_size)
+            self._budget.attach(self, self._lock)  # last: from now on others call reclaim, report
         except BaseException:  # the reservation, and what the budget granted, too
             pages.close()
             raise
-        self._prefixes = PrefixIndex(self._blocks, self.spec.block_size)
-        named = self._prefixes if self.prefix_caching else None
-        self._store = SequenceStore(self._blocks, named, self.spec.block_size)
 
     # --- sequences -----------------------------------------------------------------------------
 
@@ -175,6 +179,8 @@ class KVCache:
         ``fence``: kernels may read the blocks until it has passed. ``discard``: the slots of the
         newest ``extend`` were never filled (the forward pass failed), so do not cache them.
         """
+        if fence is not None and not callable(getattr(fence, "passed", None)):
+            raise InvalidInput(f"{fence!r} is not a fence", hint="A fence has a method passed().")
         with self._entered():
             self._store.free(sequence, fence, discard=discard)
         self._caretaker.wake()
@@ -187,8 +193,9 @@ class KVCache:
         Strided views over the whole address space, made without a copy. Touch only blocks in use:
         the rest may have no memory behind it (a fault). Invalid after ``close``.
         """
-        if not 0 <= index < self.spec.num_layers:
-            raise InvalidInput(f"layer {index} does not exist: the cache has "
+        known = isinstance(index, int) and not isinstance(index, bool)
+        if not known or not 0 <= index < self.spec.num_layers:
+            raise InvalidInput(f"layer {index!r} does not exist: the cache has "
                                f"{self.spec.num_layers}")  # fmt: skip
         with self._entered():
             if self._views is None:
@@ -202,12 +209,15 @@ class KVCache:
 
     def block_tables(self, sequences: ListLike[Sequence]) -> NDArray[np.int32]:
         """Block tables int32 ``[len(sequences), most blocks]``, padded with the null block (0)."""
-        width = max((s.num_blocks for s in sequences), default=0)
-        tables = np.zeros((len(sequences), max(1, width)), np.int32)
-        for row, sequence in zip(tables, sequences, strict=True):
-            self._store.require(sequence)
-            row[: sequence.num_blocks] = sequence.table
-        return tables
+        with self._lock:
+            self._require_open()
+            for sequence in sequences:
+                self._store.require(sequence)
+            width = max((s.num_blocks for s in sequences), default=0)
+            tables = np.zeros((len(sequences), max(1, width)), np.int32)
+            for row, sequence in zip(tables, sequences, strict=True):
+                row[: sequence.num_blocks] = sequence.table
+            return tables
 
     @property
     def num_free_tokens_hint(self) -> int:
@@ -305,18 +315,23 @@ class KVCache:
             assert pages.backed_bytes <= self._budget.lease_bytes, "I1: backed more than leased"
 
     def close(self) -> None:
-        """Give back memory, addresses and lease. Views and sequences die. Idempotent."""
+        """Give back everything: memory, addresses, the lease. Views and sequences die.
+
+        Idempotent. If the backend refuses, the error is raised; call again to give back the rest.
+        """
         if os.getpid() != self._pid:
             return  # the memory is the parent's
         with self._lock:
-            if self._closed:
-                return
-            self._closed = True
-            self._views = None
+            self._closed, self._views = True, None
+            # Another thread's call may be waiting for the budget, without the lock.
+            self._left.wait_for(lambda: self._inside == 0, _LEAVE_SECONDS)
         self._caretaker.stop()
         self._caretaker.join()
-        if self._finalizer.detach() is not None:
-            _release(self._blocks, self._budget, self.backend if self._owns_backend else None)
+        with self._closing:
+            if self._finalizer.alive:
+                own = self.backend if self._owns_backend else None
+                _release(self._pid, self._blocks, self._budget, own)
+                self._finalizer.detach()
 
     def __enter__(self) -> Self:
         return self
@@ -325,23 +340,33 @@ class KVCache:
         self.close()
 
     def __repr__(self) -> str:
-        if self._closed:
-            return f"<KVCache {self.name!r}, closed>"
+        if self._closed or os.getpid() != self._pid:
+            state = "closed" if self._closed else f"of process {self._pid}"
+            return f"<KVCache {self.name!r}, {state}>"
         from kvcached.display import summary
 
         return summary(self.stats())
 
     def _repr_html_(self) -> str:
+        from html import escape
+
         from kvcached.display import page_map_html
 
-        return repr(self) if self._closed else page_map_html(self)
+        usable = not self._closed and os.getpid() == self._pid
+        return page_map_html(self) if usable else escape(repr(self))
 
     @contextmanager
     def _entered(self) -> Iterator[None]:
         with self._lock:
             self._require_open()
-            yield
-            if self.config.check:
+            self._inside += 1
+            try:
+                yield
+            finally:
+                self._inside -= 1
+                if self._closed:
+                    self._left.notify_all()
+            if self.config.check and not self._closed:
                 self.check()
 
     def _require_open(self) -> None:
@@ -354,8 +379,22 @@ class KVCache:
             raise ClosedError(f"cache {self.name!r} is closed")
 
 
-def _release(blocks: BlockPool, budget: Budget, backend: MemoryBackend | None) -> None:
+def _check_input(spec: object, device: object, max_tokens: object) -> None:
+    if not isinstance(spec, CacheSpec):
+        raise InvalidInput(f"spec is {spec!r}", hint="Make it with CacheSpec(...) or from_hf().")
+    if not isinstance(device, str):
+        raise InvalidInput(f"device is {device!r}", hint="Use 'cpu', 'cuda' or 'cuda:1'.")
+    if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:
+        raise InvalidInput(f"max_tokens is {max_tokens!r}, but must be an integer >= 1")
+    most = (1 << 31) - 2 * spec.block_size
+    if max_tokens > most:
+        raise InvalidInput(f"max_tokens is {max_tokens}, but slots are int32: at most {most}")
+
+
+def _release(pid: int, blocks: BlockPool, budget: Budget, backend: MemoryBackend | None) -> None:
     """Give everything back, also when the cache was dropped without ``close()``."""
+    if os.getpid() != pid:
+        return  # a forked child ends: the memory is the parent's
     blocks.close()
     budget.close()
     if backend is not None:

@@ -87,6 +87,16 @@ class PagePool:
         """Whether the pool is neither closed nor broken."""
         return not (self._closed or self._broken)
 
+    def require_usable(self) -> None:
+        """Raise if the pool is closed or broken: what the page table says may not be so."""
+        if self._closed:
+            raise ClosedError("the page pool is closed")
+        if self._broken:
+            raise PoolBroken(
+                f"the page pool is broken: {self._broken}",
+                hint="Close the cache and make a new one.",
+            )
+
     def address_of(self, page: int, plane: int = 0) -> int:
         """Address of a page in a plane."""
         g = self.geometry
@@ -113,7 +123,7 @@ class PagePool:
 
         Raises ``OutOfPages`` or ``DriverError``; the claim then is still the caller's.
         """
-        self._require_usable()
+        self.require_usable()
         started = time.perf_counter_ns()
         extents: list[Extent] = []
         try:
@@ -135,7 +145,7 @@ class PagePool:
         Returns the bytes given back. If one fails the ones before it are gone, it and the ones
         after it are as they were, and the error is raised.
         """
-        self._require_usable()
+        self.require_usable()
         started = time.perf_counter_ns()
         waiting, self._limbo = self._limbo, []
         freed, done = self._release_late(waiting), 0
@@ -163,7 +173,7 @@ class PagePool:
         large handle is swapped for them. The claim for ``keep`` is the caller's; the old extent's
         bytes are given back. No kernel may touch the extent meanwhile.
         """
-        self._require_usable()
+        self.require_usable()
         started = time.perf_counter_ns()
         pieces = [piece for run in keep for piece in self.chop(run)]
         scratch = self._get_scratch()
@@ -229,7 +239,7 @@ class PagePool:
         except BaseException as cause:  # KeyboardInterrupt too must leave a whole pool
             try:
                 undo.run()
-            except BaseException as error:  # whatever it was: the state is unknown now
+            except BaseException as error:  # noqa: BLE001 - whatever it was, the state is unknown
                 self._broken = f"{cause!r}, and undoing it failed: {error!r}"
                 raise PoolBroken(
                     f"the page pool is broken: {self._broken}", hint="Close the cache."
@@ -320,12 +330,3 @@ class PagePool:
             return self._free_ids.pop()
         self._next_id += 1
         return self._next_id - 1
-
-    def _require_usable(self) -> None:
-        if self._closed:
-            raise ClosedError("the page pool is closed")
-        if self._broken:
-            raise PoolBroken(
-                f"the page pool is broken: {self._broken}",
-                hint="Close the cache and make a new one.",
-            )

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kvcached.blocks import BlockPool
+from kvcached.errors import InvalidInput
 
 if TYPE_CHECKING:
     from kvcached.blocks import Ids
@@ -27,7 +28,11 @@ Key = bytes
 
 def root_key(salt: str = "") -> Key:
     """The key that stands for the empty prefix."""
-    return blake2b(salt.encode(), digest_size=32, person=b"kvcached-prefix").digest()
+    if not isinstance(salt, str):
+        raise InvalidInput(f"salt is {salt!r}, but must be a string")
+    return blake2b(
+        salt.encode("utf-8", "surrogatepass"), digest_size=32, person=b"kvcached-prefix"
+    ).digest()
 
 
 def child_key(parent: Key, tokens: Any) -> Key:

@@ -19,7 +19,12 @@ def token_array(tokens: Any) -> NDArray[np.int64]:
     """Token ids as a contiguous int64 ``[n]``, or ``InvalidInput``."""
     if isinstance(tokens, (str, bytes)):
         raise InvalidInput("token ids must be integers, not text: tokenize first")
-    array = np.asarray(tokens)
+    try:
+        array = np.asarray(tokens)
+    except (TypeError, ValueError, RuntimeError) as error:  # ragged lists, tensors on a device
+        raise InvalidInput(
+            f"token ids cannot be read as a flat list of integers: {error}"
+        ) from error
     if array.size == 0:
         return _NO_TOKENS
     if array.ndim != 1 or array.dtype.kind not in "iu":
@@ -83,7 +88,8 @@ class Sequence:
 
     def learn(self, first: int, tokens: NDArray[np.int64]) -> None:
         """Token ids from position ``first`` on. Ids after a gap are of no use and are dropped."""
-        if first > self._known:
+        end = first + len(tokens)
+        if first > self._known or np.array_equal(self.known_tokens[first:end], tokens):
             return
         self._known = first + len(tokens)
         if self._known > len(self._tokens):

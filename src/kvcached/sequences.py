@@ -107,12 +107,17 @@ class SequenceStore:
     def _back(self, sequence: Sequence, total: int) -> None:
         """Blocks for ``total`` tokens, the last of which no other sequence holds."""
         missing = cdiv(total, self._block_size) - sequence.num_blocks
-        writes_last = sequence.num_tokens % self._block_size and total > sequence.num_tokens
-        copy = int(bool(writes_last) and self._blocks.refs(int(sequence.table[-1])) > 1)
+        copy = self._writes_shared(sequence, total)
         if missing + copy <= 0:
             return
-        before = self._blocks.pages.backed_bytes
-        ids = self._blocks.alloc(missing + copy)
+        before, held = self._blocks.pages.backed_bytes, (sequence.num_tokens, sequence.num_blocks)
+        ids = self._blocks.alloc(missing + copy)  # may let other threads in
+        same = sequence.alive and held == (sequence.num_tokens, sequence.num_blocks)
+        if not same or self._writes_shared(sequence, total) > copy:
+            self._blocks.free(ids)
+            raise OwnershipError(
+                f"{sequence!r} was changed by another thread while it was extended"
+            )
         if copy:
             try:
                 self._blocks.copy(int(sequence.table[-1]), int(ids[0]))
@@ -123,6 +128,11 @@ class SequenceStore:
             self._blocks.free(sequence.table[-1:].copy())
             sequence.table[-1] = ids[0]
         sequence.append_blocks(ids[copy:])
+
+    def _writes_shared(self, sequence: Sequence, total: int) -> bool:
+        """Whether extending to ``total`` tokens writes into a block that others hold too."""
+        partial = sequence.num_tokens % self._block_size and total > sequence.num_tokens
+        return bool(partial) and self._blocks.refs(int(sequence.table[-1])) > 1
 
     def _publish(self, sequence: Sequence, prefixes: PrefixIndex) -> None:
         """Name the full blocks whose tokens are all known."""
