@@ -92,7 +92,8 @@ def demo(session: nox.Session) -> None:
 @nox.session
 def bench(session: nox.Session) -> None:
     """Measure and write ``bench/results/*.json``; arguments choose (default: all)."""
-    _install(session, "-e", ".", *TORCH)
+    _install(session, "-e", ".", *TORCH, *MODEL)
+    _install(session, *WEIGHTS)
     given = [Path("bench") / f"bench_{name}.py" for name in session.posargs]
     for script in given or sorted(Path("bench").glob("bench_*.py")):
         session.run("python", str(script), env={"PYTHONPATH": "bench"})
