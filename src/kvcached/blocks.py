@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -336,9 +336,9 @@ class BlockPool:
         """
         return self._reclaimer.trim(may_split=may_split)
 
-    def drop_spares(self, nbytes: int) -> int:
-        """Give back at most ``nbytes`` of extents that hold nothing. Returns the bytes."""
-        return self._reclaimer.drop_spares(nbytes)
+    def drop_spares(self, keep: Collection[int] = ()) -> int:
+        """Give back the extents that hold nothing, but those with an id in ``keep``: the bytes."""
+        return self._reclaimer.drop_spares(keep)
 
     def decay_spares(self) -> int:
         """Give back what the spare policy no longer wants. Returns the bytes still spare."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -66,9 +66,9 @@ class Reclaimer:
         excess = total - pool.spares.target(pool.clock())
         return total - (self._drop(spare, excess, strict=True) if excess > 0 else 0)
 
-    def drop_spares(self, nbytes: int) -> int:
+    def drop_spares(self, keep: Collection[int]) -> int:
         """See ``BlockPool.drop_spares``."""
-        return self._drop(self._spare_extents(), nbytes, strict=True)
+        return sum(self._drop_one(e) for e in self._spare_extents() if e.id not in keep)
 
     # --- whole extents -----------------------------------------------------------------------
 

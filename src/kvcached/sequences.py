@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from kvcached.blocks import BlockPool
-from kvcached.errors import InvalidInput, OwnershipError
+from kvcached.errors import InvalidInput, KvcachedError, OwnershipError
 from kvcached.layout import cdiv
 from kvcached.memory.base import Fence
 from kvcached.prefix import PrefixIndex, child_key, root_key
@@ -55,6 +56,7 @@ class SequenceStore:
     ) -> NDArray[np.int32]:
         """See ``KVCache.extend``."""
         self.require(sequence)
+        self._blocks.pages.require_usable()
         first = sequence.num_tokens
         self._back(sequence, first + count)
         if known is not None:
@@ -110,7 +112,8 @@ class SequenceStore:
         copy = self._writes_shared(sequence, total)
         if missing + copy <= 0:
             return
-        before, held = self._blocks.pages.backed_bytes, (sequence.num_tokens, sequence.num_blocks)
+        held = sequence.num_tokens, sequence.num_blocks
+        before = set(self._blocks.pages.extents) if copy else set[int]()
         ids = self._blocks.alloc(missing + copy)  # may let other threads in
         same = sequence.alive and held == (sequence.num_tokens, sequence.num_blocks)
         if not same or self._writes_shared(sequence, total) > copy:
@@ -123,7 +126,8 @@ class SequenceStore:
                 self._blocks.copy(int(sequence.table[-1]), int(ids[0]))
             except BaseException:  # blocks and what backs them go back, whatever it was (I6)
                 self._blocks.free(ids)
-                self._blocks.drop_spares(self._blocks.pages.backed_bytes - before)
+                with suppress(KvcachedError):  # then they stay, as spares
+                    self._blocks.drop_spares(keep=before)
                 raise
             self._blocks.free(sequence.table[-1:].copy())
             sequence.table[-1] = ids[0]
