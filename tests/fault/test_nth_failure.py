@@ -5,6 +5,7 @@ operations of several steps (``trim``, ``evict_prefixes``), which keep the steps
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 
 import pytest
 from cache_rig import FOREVER, tiny_spec, without_counters
@@ -110,6 +111,14 @@ OPERATIONS = {
 }
 
 
+def error_of(call, *args):
+    try:
+        call(*args)
+    except KvcachedError as error:
+        return error
+    return None
+
+
 def sweep(spec, operation, *, sticky):
     """Run it with the first call failing, then the second, ... until none fails; how many did."""
     for fail_at in range(1, 500):
@@ -118,11 +127,8 @@ def sweep(spec, operation, *, sticky):
         stage.furnish()
         before = stage.state()
         stage.backend.seen, stage.backend.fail_at, stage.backend.sticky = 0, fail_at, sticky
-        try:
-            yield stage, before, lambda: OPERATIONS[operation](stage)
-            failed = stage.backend.raised
-        finally:
-            stage.backend.fail_at = None
+        yield stage, before, partial(error_of, OPERATIONS[operation], stage)
+        failed = stage.backend.raised
         stage.finish()
         if not failed:
             return
@@ -133,10 +139,9 @@ def sweep(spec, operation, *, sticky):
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_one_failure_leaves_the_cache_as_it_was(spec, operation):
     for stage, before, run in sweep(spec, operation, sticky=False):
-        try:
-            run()
-        except KvcachedError as error:
-            assert not isinstance(error, PoolBroken)
+        error = run()
+        assert not isinstance(error, PoolBroken)
+        if error is not None:
             assert "injected" in str(error)
             if operation not in STEPWISE:
                 assert stage.state() == before, f"I6: call {stage.backend.fail_at} changed it"
@@ -152,15 +157,14 @@ def test_one_failure_leaves_the_cache_as_it_was(spec, operation):
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_a_backend_that_stays_broken_costs_no_memory_in_the_end(spec, operation):
     for stage, before, run in sweep(spec, operation, sticky=True):
-        try:
-            run()
-        except PoolBroken as error:
+        error = run()
+        if isinstance(error, PoolBroken):
             assert error.hint
             with pytest.raises(PoolBroken):
                 stage.cache.extend(stage.rest, 1)
             stage.cache._blocks.pages.check()
             continue
-        except KvcachedError as error:
+        if error is not None:
             assert "injected" in str(error)
             if operation == "copy on write and grow":  # what was backed stays, as a spare
                 assert stage.state()[1:] == before[1:]
@@ -196,9 +200,8 @@ def test_a_cache_that_cannot_be_made_leaves_nothing(spec):
     for fail_at in range(1, 50):
         stage = Stage(spec)
         stage.backend.fail_at = fail_at
-        try:
-            stage.build()
-        except KvcachedError as error:
+        error = error_of(stage.build)
+        if error is not None:
             assert "injected" in str(error)
             stage.empty()
             continue
