@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import xml.etree.ElementTree as ET
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from tiny_models import make_pair, make_tokenizer
 
 from kvcached import CacheSpec, KVCache
@@ -15,7 +17,7 @@ from kvcached.config import Config
 from kvcached.demo.card import ROWS, card, notes
 from kvcached.demo.engine import Engine, Task
 from kvcached.demo.figures import Recording
-from kvcached.demo.live import BAR, bar_cells
+from kvcached.demo.live import BAR, bar_cells, table
 from kvcached.demo.model import model_directory
 from kvcached.demo.run import _check_budget, _fitting_budget
 from kvcached.demo.svg import picture
@@ -247,6 +249,15 @@ def test_a_bar_is_as_wide_as_it_should_be(stats):
     text = "".join(piece for piece, _ in bar_cells(stats, 100))
     assert len(text) == BAR
     assert text.count("█") == min(BAR, round(BAR * stats.get("in_use", 0) / 100))
+
+
+def test_the_live_table_fits_80_columns():
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(table(_recording("elastic", [[1], [2]]), 12, 3.0))
+    text = console.export_text()
+    assert "2 of 2 requests done" in text
+    assert "█" * (BAR // 12) in text
+    assert "…" not in text
 
 
 def _document():

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-BAR = 30
+BAR = 22
+"""Characters of a bar: the table fits 80 columns."""
 _PARTS = (("in_use", "█", "blue"), ("cached", "▓", "yellow"), ("spare", "░", "green"))
 _LIVE_SECONDS, _PLAIN_SECONDS = 0.1, 2.0
 
@@ -139,13 +140,16 @@ class LiveView:
 
 def table(recording: Recording, budget: int, seconds: float) -> Table:
     """The live table of one moment."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
 
-    made = Table(title=f"{progress(recording)}, {seconds:.0f} s", expand=False)
-    for heading in ("engine", f"of {format_size(budget)}", "in use", "cached", "spare", "lease",
-                    "limit", "run", "wait"):  # fmt: skip
-        made.add_column(heading, justify="left" if heading == "engine" else "right", no_wrap=True)
+    title = f"{progress(recording)}, {seconds:.0f} s"
+    made = Table(title=title, box=SIMPLE_HEAD, pad_edge=False, title_justify="left")
+    headings = ("engine", f"of {format_size(budget)}", "in use", "cached", "spare", "lease",
+                "limit", "run", "wait")  # fmt: skip
+    for index, heading in enumerate(headings):
+        made.add_column(heading, justify="left" if index < 2 else "right", no_wrap=True)
     for name in ENGINES:
         stats = recording.latest(name)
         bar = Text.assemble(*bar_cells(stats, budget))

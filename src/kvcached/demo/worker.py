@@ -21,6 +21,7 @@ from kvcached.demo.engine import Engine, Task
 from kvcached.demo.figures import SAMPLE_SECONDS
 from kvcached.demo.workload import BURST
 from kvcached.errors import KvcachedError
+from kvcached.memory.host import HostBackend
 
 if TYPE_CHECKING:
     from kvcached.cache import KVCache
@@ -124,7 +125,7 @@ class Worker:
             "lease": stats.lease_bytes,
             "limit": stats.limit_bytes,
             "floor": stats.packed_floor_bytes,
-            "kernel": kernel_bytes(),
+            "kernel": kernel_bytes(cache),
             "running": 0 if engine is None else len(engine.running),
             "waiting": 0 if engine is None else len(engine.waiting),
         }
@@ -176,16 +177,11 @@ def _fill(cache: KVCache) -> None:
         cache.free(sequence)
 
 
-def kernel_bytes() -> int:
-    """What the kernel counts for our memfds: the check on our own books."""
-    total = 0
-    for fd in Path("/proc/self/fd").iterdir():
-        try:
-            if "memfd:kvcached" in str(fd.readlink()):
-                total += fd.stat().st_blocks * 512
-        except OSError:  # closed since the listing, as the listing's own descriptor is
-            continue
-    return total
+def kernel_bytes(cache: KVCache) -> int:
+    """What the kernel counts for the cache's memory: the check on our own books."""
+    backend = cache.backend
+    assert isinstance(backend, HostBackend), "the demo runs on the host"
+    return backend.resident_bytes()
 
 
 def _emitter(stream: Any) -> Any:

@@ -155,6 +155,15 @@ class ElasticCache(PagedCache):
         self._sequences, self.columns = [], 0
         self._batch = self._pending = None
 
+    def check(self) -> None:
+        """No row holds more tokens than columns were seen; and the invariants of the pages."""
+        held = [sequence.num_tokens for sequence in self._sequences]
+        assert all(0 <= n <= self.columns for n in held), (
+            "a row holds more tokens than it was given"
+        )
+        if self._cache is not None and not self._closed:
+            self._cache.check()
+
     def close(self) -> None:
         """Forget all tokens and close the ``KVCache``, unless it is the caller's. Idempotent."""
         if self._closed:
