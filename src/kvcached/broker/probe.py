@@ -42,7 +42,10 @@ class NoProbe:
 
 
 class ShmemProbe:
-    """The CPU backend: its memory is ``Shmem`` in ``/proc/meminfo``.
+    """The CPU backend: what can outlive its owner there is ``Shmem`` in ``/proc/meminfo``.
+
+    That is memfds, which a forked child may hold. Anonymous memory, the default, never does: it is
+    not given to children, and the kernel frees it before the pidfd fires.
 
     ``Shmem`` counts pages of other programs too, and a lease counts pages that nobody has touched.
     So the test errs towards "back": it says no only if more is in use than the other programs used

@@ -102,18 +102,19 @@ def check_host_backend() -> Iterator[Check]:
     try:
         _exercise_host_backend()
     except (KvcachedError, OSError) as error:
-        yield Check(HOST_BACKEND, "fail", f"memfd pages cannot be mapped: {error}",
-                    "Needs Linux with memfd_create, not hidden by a seccomp profile.")  # fmt: skip
+        yield Check(HOST_BACKEND, "fail", f"pages cannot be mapped: {error}",
+                    "Needs Linux 5.7 or newer, and no seccomp profile in the way.")  # fmt: skip
     else:
         total, available = (format_size(n) for n in probes.memory_bytes())
-        detail = f"memfd pages map and unmap; {available} of {total} available"
+        kind = Config.from_env().host_memory
+        detail = f"{kind} pages map and unmap; {available} of {total} available"
         yield Check(HOST_BACKEND, "ok", detail)
 
 
 def _exercise_host_backend() -> None:
     from kvcached.memory.host import HostBackend
 
-    backend = HostBackend()
+    backend = HostBackend(memory=Config.from_env().host_memory)
     try:
         room = backend.reserve(2 * backend.page_bytes)
         handle = backend.create(1)
