@@ -32,7 +32,7 @@ class Engine:
 
     def __init__(self, runtime_dir, name, *, capacity=CAPACITY, limit=None, truth=None, slot=0):
         self.lock = threading.RLock()
-        self.backend = HostBackend(PAGE, capacity_bytes=1 << 40)
+        self.backend = HostBackend(PAGE, capacity_bytes=1 << 40, memory="memfd")
         self.reservation = self.backend.reserve(capacity)
         self.free = list(range(capacity // PAGE))
         self.held = []
