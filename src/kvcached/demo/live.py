@@ -145,7 +145,9 @@ def table(recording: Recording, budget: int, seconds: float) -> Table:
     from rich.text import Text
 
     title = f"{progress(recording)}, {seconds:.0f} s"
-    made = Table(title=title, box=SIMPLE_HEAD, pad_edge=False, title_justify="left")
+    made = Table(
+        title=title, box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), title_justify="left"
+    )
     headings = ("engine", f"of {format_size(budget)}", "in use", "cached", "spare", "lease",
                 "limit", "run", "wait")  # fmt: skip
     for index, heading in enumerate(headings):
