@@ -19,6 +19,8 @@ from __future__ import annotations
 
 import numba as nb
 
+from kvcached._compile import compiled
+
 UNBACKED, FREE, USED, CACHED, QUARANTINED = 0, 1, 2, 3, 4
 STATE, REFS, NEXT, PREV, KEEP, STAMP = 0, 1, 2, 3, 4, 5
 X_FIRST, X_PAGES, X_USED, X_CACHED, X_QUARANTINED, X_FREE = 0, 1, USED, CACHED, QUARANTINED, 5
@@ -26,16 +28,14 @@ X_HEAD, X_LEVEL, X_NEXT, X_PREV, X_BLOCKS = 6, 7, 8, 9, 10
 M_FREE, M_USED, M_CACHED, M_QUARANTINED, M_LRU_OLD, M_LRU_NEW, M_BB, M_PB = 0, 1, 2, 3, 4, 5, 6, 7
 M_SPARE = 8  # extents without any claim on them
 LEVELS, M_LEVEL = 16, 16  # meta[M_LEVEL + level]: first extent of the level
-META_SIZE, BLK_ROWS, EXT_ROWS = M_LEVEL + LEVELS + 1, 6, 11
-
-OK, SHORT, BAD_ID, NOT_OWNED = 0, -1, -2, -3
+META_SIZE, BLK_ROWS, EXT_ROWS, OK, SHORT = M_LEVEL + LEVELS + 1, 6, 11, 0, -1
 
 _BLK, _EXT, _VEC, _META = nb.int32[:, ::1], nb.int32[:, ::1], nb.int32[::1], nb.int64[::1]
 _ARRAYS = (_BLK, _VEC, _EXT, _META)
-_I, _V, _jit = nb.int64, nb.void, nb.njit
+_I, _V, _jit = nb.int64, nb.void, compiled
 
 
-@_jit(_V(_I, _EXT, _META), cache=True)
+@_jit(_V(_I, _EXT, _META))
 def _level_remove(e, ext, meta):
     level = ext[X_LEVEL, e]
     nxt, prv = ext[X_NEXT, e], ext[X_PREV, e]
@@ -48,7 +48,7 @@ def _level_remove(e, ext, meta):
     ext[X_LEVEL, e] = 0
 
 
-@_jit(_V(_I, _EXT, _META), cache=True)
+@_jit(_V(_I, _EXT, _META))
 def _relevel(e, ext, meta):
     """Put extent ``e`` on the list of its fullness; off all lists if it has no free block."""
     live = ext[X_USED, e] + ext[X_QUARANTINED, e]
@@ -72,19 +72,19 @@ def _relevel(e, ext, meta):
         meta[M_LEVEL + level] = e
 
 
-@_jit(_I(_I, _EXT), cache=True)
+@_jit(_I(_I, _EXT))
 def _claims(e, ext):
     return ext[X_USED, e] + ext[X_CACHED, e] + ext[X_QUARANTINED, e]
 
 
-@_jit(_V(_I, _I, _EXT, _META), cache=True)
+@_jit(_V(_I, _I, _EXT, _META))
 def _settle(e, claims_before, ext, meta):
     """Note whether extent ``e`` is spare, and how full, after its counters changed."""
-    meta[M_SPARE] += (_claims(e, ext) == 0) - (claims_before == 0)
+    meta[M_SPARE] += int(_claims(e, ext) == 0) - int(claims_before == 0)
     _relevel(e, ext, meta)
 
 
-@_jit(_V(_I, _I, _I, _I, _VEC, _EXT, _META), cache=True)
+@_jit(_V(_I, _I, _I, _I, _VEC, _EXT, _META))
 def _count_from(p, b, row, delta, page, ext, meta):
     """Add ``delta`` to counter ``row`` of the extents that block ``b`` touches from page ``p``."""
     last = ((b + 1) * meta[M_BB] - 1) // meta[M_PB]
@@ -96,13 +96,13 @@ def _count_from(p, b, row, delta, page, ext, meta):
         p = ext[X_FIRST, e] + ext[X_PAGES, e]
 
 
-@_jit(_V(_I, _I, _I, *_ARRAYS), cache=True)
+@_jit(_V(_I, _I, _I, *_ARRAYS))
 def _count(b, row, delta, blk, page, ext, meta):
     """Add ``delta`` to counter ``row`` of every extent that block ``b`` touches."""
     _count_from((b * meta[M_BB]) // meta[M_PB], b, row, delta, page, ext, meta)
 
 
-@_jit(_V(_I, _I, _BLK, _EXT, _META), cache=True)
+@_jit(_V(_I, _I, _BLK, _EXT, _META))
 def _link_free(b, e, blk, ext, meta):
     """Make ``b`` the first free block of its home extent ``e``; the caller settles ``e``."""
     head = ext[X_HEAD, e]
@@ -114,7 +114,7 @@ def _link_free(b, e, blk, ext, meta):
     meta[M_FREE] += 1
 
 
-@_jit(_V(_I, *_ARRAYS), cache=True)
+@_jit(_V(_I, *_ARRAYS))
 def _push_free(b, blk, page, ext, meta):
     e = page[(b * meta[M_BB]) // meta[M_PB]]
     _link_free(b, e, blk, ext, meta)
@@ -122,7 +122,7 @@ def _push_free(b, blk, page, ext, meta):
         _relevel(e, ext, meta)
 
 
-@_jit(_V(_I, *_ARRAYS), cache=True)
+@_jit(_V(_I, *_ARRAYS))
 def _drop_free(b, blk, page, ext, meta):
     """Unlink a free block from its home extent's list, wherever it stands."""
     e = page[(b * meta[M_BB]) // meta[M_PB]]
@@ -139,7 +139,7 @@ def _drop_free(b, blk, page, ext, meta):
         _relevel(e, ext, meta)
 
 
-@_jit(_V(_I, _I, _BLK, _META), cache=True)
+@_jit(_V(_I, _I, _BLK, _META))
 def _lru_push(b, stamp, blk, meta):
     newest = meta[M_LRU_NEW]
     blk[NEXT, b], blk[PREV, b], blk[STAMP, b] = 0, newest, stamp
@@ -150,7 +150,7 @@ def _lru_push(b, stamp, blk, meta):
     meta[M_LRU_NEW] = b
 
 
-@_jit(_V(_I, _BLK, _META), cache=True)
+@_jit(_V(_I, _BLK, _META))
 def _lru_remove(b, blk, meta):
     nxt, prv = blk[NEXT, b], blk[PREV, b]
     if prv:
@@ -163,7 +163,7 @@ def _lru_remove(b, blk, meta):
         meta[M_LRU_NEW] = prv
 
 
-@_jit(_V(_I, _I, *_ARRAYS), cache=True)
+@_jit(_V(_I, _I, *_ARRAYS))
 def _retire(b, stamp, blk, page, ext, meta):
     """A block without references: cached if a prefix names it, else free. Counters stay."""
     if blk[KEEP, b]:
@@ -175,7 +175,7 @@ def _retire(b, stamp, blk, page, ext, meta):
         _push_free(b, blk, page, ext, meta)
 
 
-@_jit(_I(_VEC, *_ARRAYS), cache=True)
+@_jit(_I(_VEC, *_ARRAYS))
 def alloc(out, blk, page, ext, meta):
     """Fill ``out`` with free blocks, those of the fullest extents first, each with 1 reference.
 
@@ -211,7 +211,7 @@ def alloc(out, blk, page, ext, meta):
     return OK
 
 
-@_jit(_I(_VEC, _BLK), cache=True)
+@_jit(_I(_VEC, _BLK))
 def share(ids, blk):
     """Add a reference to each block in use. Returns ``OK``, or ``~index`` of a bad id."""
     for i in range(ids.shape[0]):
@@ -224,7 +224,7 @@ def share(ids, blk):
     return OK
 
 
-@_jit(_I(_VEC, _BLK), cache=True)
+@_jit(_I(_VEC, _BLK))
 def _unshare(ids, blk):
     """Take a reference from each block. ``OK``, or ``~index`` of a bad id and no change."""
     for i in range(ids.shape[0]):
@@ -237,13 +237,13 @@ def _unshare(ids, blk):
     return OK
 
 
-@_jit(_V(_VEC, _I, _BLK), cache=True)
+@_jit(_V(_VEC, _I, _BLK))
 def _stamp(ids, fence, blk):
     for i in range(ids.shape[0]):
         blk[STAMP, ids[i]] = fence
 
 
-@_jit(_I(_VEC, _I, _I, *_ARRAYS), cache=True)
+@_jit(_I(_VEC, _I, _I, *_ARRAYS))
 def free(ids, stamp, fence, blk, page, ext, meta):
     """Drop a reference of each block; what has none left becomes cached or free.
 
@@ -293,7 +293,7 @@ def free(ids, stamp, fence, blk, page, ext, meta):
     return OK
 
 
-@_jit(_V(_VEC, _I, _I, *_ARRAYS), cache=True)
+@_jit(_V(_VEC, _I, _I, *_ARRAYS))
 def release_fence(ids, fence, stamp, blk, page, ext, meta):
     """Retire those of ``ids`` that still wait for ``fence`` (others were acquired meanwhile)."""
     for i in range(ids.shape[0]):
@@ -308,7 +308,7 @@ def release_fence(ids, fence, stamp, blk, page, ext, meta):
             _retire(b, stamp, blk, page, ext, meta)
 
 
-@_jit(_V(_VEC, *_ARRAYS), cache=True)
+@_jit(_V(_VEC, *_ARRAYS))
 def acquire(ids, blk, page, ext, meta):
     """Take a reference on blocks that a prefix names: in use, cached or quarantined."""
     for i in range(ids.shape[0]):
@@ -329,7 +329,7 @@ def acquire(ids, blk, page, ext, meta):
         _count(b, state, -1, blk, page, ext, meta)
 
 
-@_jit(_V(_VEC, *_ARRAYS), cache=True)
+@_jit(_V(_VEC, *_ARRAYS))
 def evict(ids, blk, page, ext, meta):
     """Turn cached blocks into free ones."""
     for i in range(ids.shape[0]):
@@ -341,7 +341,7 @@ def evict(ids, blk, page, ext, meta):
         _push_free(b, blk, page, ext, meta)
 
 
-@_jit(nb.boolean(_I, _VEC, _META), cache=True)
+@_jit(nb.boolean(_I, _VEC, _META))
 def _is_backed(b, page, meta):
     p = (b * meta[M_BB]) // meta[M_PB]
     last = ((b + 1) * meta[M_BB] - 1) // meta[M_PB]
@@ -351,7 +351,7 @@ def _is_backed(b, page, meta):
     return True
 
 
-@_jit(nb.types.UniTuple(_I, 2)(_I, _BLK, _EXT, _META), cache=True)
+@_jit(nb.types.UniTuple(_I, 2)(_I, _BLK, _EXT, _META))
 def span(e, blk, ext, meta):
     """The blocks that touch extent ``e``, as a half-open range."""
     start = ext[X_FIRST, e] * meta[M_PB]
@@ -359,7 +359,7 @@ def span(e, blk, ext, meta):
     return start // meta[M_BB], min(blk.shape[1], (stop + meta[M_BB] - 1) // meta[M_BB])
 
 
-@_jit(_V(_I, _I, _I, *_ARRAYS), cache=True)
+@_jit(_V(_I, _I, _I, *_ARRAYS))
 def attach(e, first_page, num_pages, blk, page, ext, meta):
     """Back pages by extent ``e``: count the claims on it, make newly complete blocks free."""
     for row in range(ext.shape[0]):
@@ -379,7 +379,7 @@ def attach(e, first_page, num_pages, blk, page, ext, meta):
             _push_free(b, blk, page, ext, meta)
 
 
-@_jit(_V(_I, *_ARRAYS), cache=True)
+@_jit(_V(_I, *_ARRAYS))
 def detach(e, blk, page, ext, meta):
     """Take extent ``e`` away: its pages are backed no more, free blocks on them cannot be used.
 

@@ -29,7 +29,7 @@ from kvcached._hot import (
 )  # fmt: skip
 
 
-@_jit(_I(_I, _VEC, _BLK, _EXT, _META), cache=True)
+@_jit(_I(_I, _VEC, _BLK, _EXT, _META))
 def live_runs(e, out, blk, ext, meta):
     """Runs of pages of extent ``e`` under blocks that are not free, as (first, count) pairs.
 
@@ -57,7 +57,7 @@ def live_runs(e, out, blk, ext, meta):
     return n
 
 
-@_jit(_I(_I, _VEC, _BLK, _EXT, _META), cache=True)
+@_jit(_I(_I, _VEC, _BLK, _EXT, _META))
 def cached_in(e, out, blk, ext, meta):
     """Write the cached blocks that touch extent ``e`` into ``out``; returns how many."""
     n = 0
@@ -69,7 +69,7 @@ def cached_in(e, out, blk, ext, meta):
     return n
 
 
-@_jit(_I(_VEC, _BLK, _META), cache=True)
+@_jit(_I(_VEC, _BLK, _META))
 def oldest(out, blk, meta):
     """Write the least recently used cached blocks into ``out``; returns how many there are."""
     b = meta[M_LRU_OLD]
@@ -81,7 +81,7 @@ def oldest(out, blk, meta):
     return n
 
 
-@_jit(_V(_VEC, _VEC, _BLK, _EXT, _META), cache=True)
+@_jit(_V(_VEC, _VEC, _BLK, _EXT, _META))
 def last_use(extents, out, blk, ext, meta):
     """For each extent the newest stamp of the cached blocks that touch it."""
     for i in range(extents.shape[0]):
@@ -93,7 +93,7 @@ def last_use(extents, out, blk, ext, meta):
         out[i] = newest
 
 
-@_jit(_V(_VEC, _I, _I, _VEC), cache=True)
+@_jit(_V(_VEC, _I, _I, _VEC))
 def slots(table, first, block_size, out):
     """Slots of tokens ``first .. first + len(out)`` of the sequence with this block table."""
     for i in range(out.shape[0]):
