@@ -5,8 +5,6 @@ These run when memory is given back, not when blocks are taken; ``slots`` runs a
 
 from __future__ import annotations
 
-import numpy as np
-
 from kvcached._hot import (
     _BLK,
     _EXT,
@@ -19,7 +17,6 @@ from kvcached._hot import (
     M_LRU_OLD,
     M_PB,
     NEXT,
-    STAMP,
     STATE,
     USED,
     X_FIRST,
@@ -81,16 +78,18 @@ def oldest(out, blk, meta):
     return n
 
 
-@_jit(_V(_VEC, _VEC, _BLK, _EXT, _META))
-def last_use(extents, out, blk, ext, meta):
-    """For each extent the newest stamp of the cached blocks that touch it."""
-    for i in range(extents.shape[0]):
-        first, end = span(extents[i], blk, ext, meta)
-        newest = np.int32(-1)
-        for b in range(first, end):
-            if blk[STATE, b] == CACHED and blk[STAMP, b] > newest:
-                newest = blk[STAMP, b]
-        out[i] = newest
+@_jit(_V(_VEC, _BLK, _VEC, _EXT, _META))
+def last_use(out, blk, page, ext, meta):
+    """Into ``out[extent]``: the place in LRU order of the newest cached block that touches it."""
+    b, place = meta[M_LRU_OLD], 0
+    while b:
+        p = (b * meta[M_BB]) // meta[M_PB]
+        last = ((b + 1) * meta[M_BB] - 1) // meta[M_PB]
+        while p <= last:
+            e = page[p]
+            out[e] = place
+            p = ext[X_FIRST, e] + ext[X_PAGES, e]
+        b, place = blk[NEXT, b], place + 1
 
 
 @_jit(_V(_VEC, _I, _I, _VEC))

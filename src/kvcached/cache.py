@@ -19,7 +19,7 @@ import numpy as np
 
 from kvcached.blocks import BlockPool
 from kvcached.broker.budget import Budget
-from kvcached.caretaker import Caretaker
+from kvcached.caretaker import Caretaker, WeakTenant
 from kvcached.config import Config, check_name, parse_size
 from kvcached.errors import ClosedError, ForkedProcessError, InvalidInput, KvcachedError
 from kvcached.layout import CacheSpec, Geometry, cdiv
@@ -29,7 +29,7 @@ from kvcached.prefix import PrefixIndex
 from kvcached.resources import make_backend, make_budget
 from kvcached.sequence import Sequence, read_tokens, token_array
 from kvcached.sequences import SequenceStore
-from kvcached.snapshot import take_report, take_stats
+from kvcached.snapshot import free_blocks_hint, take_report, take_stats
 from kvcached.spares import SparePolicy
 from kvcached.stats import CacheStats, LimitRecord, TenantReport
 
@@ -136,7 +136,7 @@ class KVCache:
             self._prefixes = PrefixIndex(self._blocks, self.spec.block_size)
             named = self._prefixes if self.prefix_caching else None
             self._store = SequenceStore(self._blocks, named, self.spec.block_size)
-            self._budget.attach(self, self._lock)  # last: from now on others call reclaim, report
+            self._budget.attach(WeakTenant(self), self._lock)  # last: it may be called at once
         except BaseException:  # the reservation, and what the budget granted, too
             pages.close()
             raise
@@ -222,12 +222,9 @@ class KVCache:
     @property
     def num_free_tokens_hint(self) -> int:
         """Tokens that could be taken without reclaim from others: a hint, others may be faster."""
-        blocks, budget = self._blocks, self._budget
-        room = max(0, min(budget.limit_bytes - budget.claimed_bytes, self.backend.available()))
-        growable = room // (self.geometry.block_bytes * self.geometry.num_planes)
-        usable = blocks.num_free + blocks.num_cached + growable
-        unused = self.geometry.num_blocks - 1 - blocks.num_used - blocks.num_quarantined
-        return min(usable, unused) * self.spec.block_size
+        with self._lock:
+            self._require_open()
+            return free_blocks_hint(self._blocks) * self.spec.block_size
 
     # --- memory ---------------------------------------------------------------------------------
 

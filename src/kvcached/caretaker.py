@@ -12,12 +12,30 @@ import weakref
 from typing import TYPE_CHECKING
 
 from kvcached.errors import KvcachedError
+from kvcached.stats import TenantReport
 
 if TYPE_CHECKING:
     from kvcached.cache import KVCache
 
 _PERIOD = 0.05
 _log = logging.getLogger(__name__)
+
+
+class WeakTenant:
+    """The cache as its budget sees it (``Tenant``), held weakly, so that it can be collected."""
+
+    def __init__(self, cache: KVCache) -> None:
+        self._cache = weakref.ref(cache)
+
+    def reclaim(self, nbytes: int) -> int:
+        """See ``Tenant.reclaim``."""
+        cache = self._cache()
+        return 0 if cache is None else cache.reclaim(nbytes)
+
+    def report(self) -> TenantReport:
+        """See ``Tenant.report``."""
+        cache = self._cache()
+        return TenantReport() if cache is None else cache.report()
 
 
 class Caretaker:

@@ -96,10 +96,10 @@ class Reclaimer:
         pool, h = self._blocks, self._hot
         idle = pool.ext[h.X_USED] + pool.ext[h.X_QUARANTINED] == 0
         cached = (pool.ext[h.X_CACHED] > 0) & (pool.ext[h.X_PAGES] > 0)
-        ids = np.flatnonzero(idle & cached).astype(np.int32)
-        stamps = np.empty_like(ids)
-        self._scan.last_use(ids, stamps, pool.blk, pool.ext, pool.meta)
-        order = ids[np.argsort(stamps, kind="stable")]
+        ids = np.flatnonzero(idle & cached)
+        place = np.zeros(pool.ext.shape[1], np.int32)
+        self._scan.last_use(place, pool.blk, pool.page, pool.ext, pool.meta)
+        order = ids[np.argsort(place[ids], kind="stable")]
         return self._drop([pool.pages.extents[int(i)] for i in order], nbytes)
 
     def _drop_one(self, extent: Extent) -> int:

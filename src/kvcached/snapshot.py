@@ -18,6 +18,15 @@ def take_report(blocks: BlockPool) -> TenantReport:
     )  # fmt: skip
 
 
+def free_blocks_hint(blocks: BlockPool) -> int:
+    """Blocks that could be taken now without reclaim from others, if nobody is faster."""
+    budget, g = blocks.pages.budget, blocks.geometry
+    left = min(budget.limit_bytes - budget.claimed_bytes, blocks.pages.backend.available())
+    growable = max(0, left) // (g.block_bytes * g.num_planes)
+    unused = g.num_blocks - 1 - blocks.num_used - blocks.num_quarantined
+    return min(blocks.num_free + blocks.num_cached + growable, unused)
+
+
 def take_counters(blocks: BlockPool) -> PoolCounters:
     """How often what is backed changed."""
     pages = blocks.pages
