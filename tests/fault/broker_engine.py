@@ -97,7 +97,7 @@ class Engine:
 
 
 def _zeros():
-    import ctypes  # noqa: PLC0415
+    import ctypes
 
     buffer = ctypes.create_string_buffer(b"\x01" * PAGE, PAGE)
     return buffer, ctypes.addressof(buffer)

@@ -86,6 +86,18 @@ def test_who_does_not_answer_gets_nothing_until_it_does():
     assert claim(ledger, ledger.b, 1, now=ASK_S) == [Grant(2, 7, 1, 0)]
 
 
+def test_a_transient_claim_passes_its_limit_and_the_queue_but_not_the_capacity():
+    ledger = ledger_of(a=0, b=900)
+    ledger.b.limit = 900
+    holds(ledger.b, cached=900)
+    claim(ledger, ledger.a, 500, request=1)
+    ledger.claim(ledger.b.ident, 2, 60, 60, 0.0, transient=True)
+    assert ledger.pump(0.0) == [Grant(ledger.b.ident, 2, 60, 0)]
+    ledger.claim(ledger.b.ident, 3, 60, 60, 0.0, transient=True)
+    assert Grant(ledger.b.ident, 3, 0, REFUSED) in ledger.pump(0.0)
+    ledger.check()
+
+
 def test_claims_are_served_in_turn_but_a_floor_needs_no_turn():
     ledger = ledger_of(a=0, b=900, c=0)
     holds(ledger.b, cached=900)

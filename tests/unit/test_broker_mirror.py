@@ -77,7 +77,7 @@ def test_a_writer_killed_in_the_middle_leaves_no_mixed_state():
         "v = w._fields[2]; os.write(1, b'.')\n"
         "while True:\n    v += 1; w.write(MirrorState(v, v, v, v))\n"
     )
-    import kvcached  # noqa: PLC0415
+    import kvcached
 
     package = os.path.dirname(os.path.dirname(kvcached.__file__))
     fd = os.memfd_create("mirror-of-a-test")

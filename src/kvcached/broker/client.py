@@ -23,6 +23,7 @@ from kvcached.broker.budget import Tenant
 from kvcached.broker.link import Welcome
 from kvcached.broker.protocol import Message, Op
 from kvcached.broker.session import Session
+from kvcached.broker.waiting import LOST, Waiting
 from kvcached.config import Config, check_name, format_size
 from kvcached.errors import (
     BudgetExceeded,
@@ -51,18 +52,6 @@ def _disown_all() -> None:
 
 
 os.register_at_fork(after_in_child=_disown_all)
-
-
-class _Answer:
-    """A claim that waits for the broker."""
-
-    __slots__ = ("status",)
-
-    def __init__(self) -> None:
-        self.status: int | None = None
-
-
-_LOST = -1
 
 
 class BrokerBudget:
@@ -97,9 +86,8 @@ class BrokerBudget:
         self._revision = self._claimed = self._lease = 0
         self._tenant: Tenant | None = None
         self._changed = threading.Condition(threading.RLock())
-        self._answers: dict[int, _Answer] = {}
-        self._next_request = 1
-        self._urgent = 0  # reclaims in progress: what is given back leaves at once
+        self._waiting = Waiting()
+        self._reclaiming = False
         self._busy_at = time.monotonic()
         self._reported: TenantReport | None = None
         self._closed = self._forked = self._said_goodbye = False
@@ -137,7 +125,7 @@ class BrokerBudget:
             self._changed = threading.Condition(lock)
 
     def claim(self, nbytes: int, *, transient: bool = False) -> None:
-        """See ``Budget.claim``. Waits up to 2.5 s for others to give back.
+        """See ``Budget.claim``. Waits up to 2.5 s for others to give back; not if ``transient``.
 
         Without a broker this grants what the lease still covers, and raises beyond.
         """
@@ -145,9 +133,12 @@ class BrokerBudget:
         _size("claim", nbytes)
         with self._changed:
             self._busy_at = time.monotonic()
-            if self._claimed + nbytes > min(self._lease, self._limit):
+            if self._fits(nbytes, transient=transient):
+                self._claimed += nbytes
+            elif not transient:
                 self._wait_for(nbytes)
-            self._claimed += nbytes
+            elif self._ask(nbytes, time.monotonic() + _GOODBYE_S, transient=True) is not None:
+                raise self._refused(nbytes, "nothing is free, not even for a moment")
 
     def give_back(self, nbytes: int) -> None:
         """See ``Budget.give_back``."""
@@ -156,7 +147,8 @@ class BrokerBudget:
             assert 0 <= nbytes <= self._claimed, "I1: gave back more than was claimed"
             self._claimed -= nbytes
             self._busy_at = time.monotonic()
-            if self._urgent or self._lease > self._limit or self._session.pressure:
+            urgent = self._lease > self._limit or self._session.pressure
+            if urgent and not self._reclaiming:
                 self._return_slack()
 
     def set_limit(self, nbytes: int) -> LimitRecord:
@@ -211,40 +203,49 @@ class BrokerBudget:
     # --- claims -----------------------------------------------------------------------------------
 
     def _wait_for(self, nbytes: int) -> None:
-        """Return once the lease covers ``nbytes`` more; raise ``BudgetExceeded`` if it will not."""
+        """Claim ``nbytes`` as soon as the lease covers it; ``BudgetExceeded`` if it never does."""
         deadline = time.monotonic() + _CLAIM_S
         while True:
             self._require_usable()
             if self._claimed + nbytes > self._limit:
                 raise self._refused(nbytes, f"the limit is {format_size(self._limit)}")
-            need = self._claimed + nbytes - self._lease
-            if need <= 0:
+            if self._fits(nbytes):
+                self._claimed += nbytes
                 return
-            status = self._ask(need, deadline)
+            status = self._ask(nbytes, deadline)
+            if status is None:
+                return
             if status == p.REFUSED:
                 raise self._refused(nbytes, "the others hold the rest and cannot give it now")
             if time.monotonic() >= deadline:
-                why = "the broker does not answer" if status == _LOST else "others are too slow"
+                why = "the broker does not answer" if status == LOST else "others are too slow"
                 raise self._refused(nbytes, why)
-            if status in {_LOST, p.LATE}:  # nobody to ask yet, or our own answer is overdue
+            if status in {LOST, p.LATE}:  # nobody to ask yet, or our own answer is overdue
                 self._changed.wait(0.01)
 
-    def _ask(self, need: int, deadline: float) -> int:
-        """Ask for a bigger lease. Returns the answer's status; ``_LOST``: there was none."""
-        request, answer = self._next_request, _Answer()
-        self._next_request += 1
-        want = max(need, min(2 * need + self._lease // 8, _MAX_BATCH))
-        self._answers[request] = answer
+    def _fits(self, nbytes: int, *, transient: bool = False) -> bool:
+        """Whether lease and limit cover ``nbytes`` more."""
+        most = self._lease if transient else min(self._lease, self._limit)
+        return self._claimed + nbytes <= most
+
+    def _ask(self, nbytes: int, deadline: float, *, transient: bool = False) -> int | None:
+        """Ask for a bigger lease. ``None``: it is claimed too; else the status, or ``LOST``."""
+        need = self._claimed + nbytes - self._lease
+        want = need if transient else max(need, min(2 * need + self._lease // 8, _MAX_BATCH))
+        answer = self._waiting.add(nbytes, transient=transient)
+        kind = p.TRANSIENT if transient else p.OK
         try:
-            if not self._session.send(Message(Op.CLAIM, request, values=(need, want))):
-                return _LOST
-            self._changed.wait_for(
-                lambda: answer.status is not None or self._closed,
-                max(0.0, deadline - time.monotonic()),
-            )
+            claim = Message(Op.CLAIM, answer.request, status=kind, values=(need, want))
+            if not self._session.send(claim):
+                return LOST
+            seconds = max(0.0, deadline - time.monotonic())
+            if self._session.is_current_thread():  # the one that receives: a split on reclaim
+                self._session.receive_answer(answer.request, seconds)
+            else:
+                self._changed.wait_for(lambda: answer.status is not None or self._closed, seconds)
         finally:
-            del self._answers[request]
-        return _LOST if answer.status is None else answer.status
+            self._waiting.remove(answer)
+        return answer.outcome
 
     def _refused(self, nbytes: int, why: str) -> BudgetExceeded:
         return BudgetExceeded(
@@ -267,20 +268,20 @@ class BrokerBudget:
         return nbytes
 
     def _reclaim(self, nbytes: int) -> int:
-        """Give back up to ``nbytes``: first what is not claimed, then what the owner can free."""
-        given = self._return_slack(nbytes)
-        if given >= nbytes or self._tenant is None:
-            return given
-        before = self._lease
-        self._urgent += 1
-        try:
-            self._tenant.reclaim(nbytes - given)
-        except Exception:  # noqa: BLE001 (an owner's bug must not end the thread of its lease)
-            _LOG.exception("%s: reclaiming %d bytes failed", self._name, nbytes)
-        finally:
-            self._urgent -= 1
-        self._return_slack(max(0, nbytes - given - (before - self._lease)))
-        return given + max(0, before - self._lease)
+        """Give back up to ``nbytes``: what is not claimed, and what the owner can free.
+
+        What is not claimed stays until the owner is done: a split needs room for a moment.
+        """
+        missing = nbytes - (self._lease - self._claimed)
+        if missing > 0 and self._tenant is not None:
+            self._reclaiming = True
+            try:
+                self._tenant.reclaim(missing)
+            except Exception:  # noqa: BLE001 (an owner's bug must not end the thread of its lease)
+                _LOG.exception("%s: reclaiming %d bytes failed", self._name, missing)
+            finally:
+                self._reclaiming = False
+        return self._return_slack(nbytes)
 
     def _apply_limit(self) -> None:
         if self._lease > self._limit:
@@ -309,9 +310,11 @@ class BrokerBudget:
 
     def _on_grant(self, message: Message) -> None:
         self._lease += message.values[0]
-        answer = self._answers.get(message.request)
-        if answer is not None:
-            answer.status = message.status
+        self._busy_at = time.monotonic()
+        answer = self._waiting.granted(message)
+        if answer is not None and self._fits(answer.nbytes, transient=answer.transient):
+            self._claimed += answer.nbytes  # now: else it might go back before it is used
+            answer.done = True
         self._changed.notify_all()
 
     def _on_limit(self, message: Message) -> None:
@@ -369,8 +372,7 @@ class BrokerBudget:
     def lost(self) -> None:
         """See ``Client.lost``."""
         with self._changed:
-            for answer in self._answers.values():
-                answer.status = _LOST
+            self._waiting.lose()
             self._said_goodbye = self._closed
             self._changed.notify_all()
 

@@ -50,7 +50,7 @@ class RuntimeDir:
         try:
             written = os.write(fd, data)
             if written != len(data):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name)  # noqa: TRY301
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
             os.rename(temporary, name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
         except OSError:
             self.remove(temporary)

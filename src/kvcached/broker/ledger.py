@@ -61,11 +61,12 @@ class Tenant:
 class Claim:
     """A claim that waits."""
 
-    __slots__ = ("asked", "deadline", "need", "request", "tenant", "want")
+    __slots__ = ("asked", "deadline", "need", "request", "tenant", "transient", "want")
 
     def __init__(self, tenant: int, request: int, need: int, want: int, deadline: float) -> None:
         self.tenant, self.request, self.need, self.want = tenant, request, need, want
         self.deadline = deadline
+        self.transient = False
         self.asked: set[int] = set()
         """Who was asked for all that it could be, whatever it had reported."""
 
@@ -186,9 +187,18 @@ class Ledger:
 
     # --- what they do -----------------------------------------------------------------------------
 
-    def claim(self, ident: int, request: int, need: int, want: int, now: float) -> None:
-        """Queue a claim; ``pump`` answers it, now or later."""
-        self.queue.append(Claim(ident, request, need, max(need, want), now + CLAIM_S))
+    def claim(
+        self, ident: int, request: int, need: int, want: int, now: float, *,
+        transient: bool = False,
+    ) -> None:  # fmt: skip
+        """Queue a claim; ``pump`` answers it, now or later.
+
+        ``transient``: at once, from what is free or not at all. It is part of giving more back, so
+        neither its limit nor those who wait, maybe for it, stand in its way.
+        """
+        claim = Claim(ident, request, need, max(need, want), now + CLAIM_S)
+        claim.transient = transient
+        self.queue.append(claim)
 
     def give_back(self, ident: int, nbytes: int) -> bool:
         """Take ``nbytes`` off a lease; ``False`` if the lease is smaller than that."""
@@ -299,6 +309,11 @@ class Ledger:
     def _try(self, claim: Claim, now: float, *, first: bool) -> Grant | None:
         """Answer a claim if that is possible now. Those behind the first wait, to be fair."""
         tenant = self.tenants[claim.tenant]
+        if claim.transient:
+            fits = not self.in_grace(now) and self.available(tenant, now) >= claim.need
+            tenant.lease += claim.need if fits else 0
+            status = 0 if fits else REFUSED
+            return Grant(claim.tenant, claim.request, claim.need if fits else 0, status)
         if tenant.lease + claim.need > min(tenant.limit, self._most(tenant, now)):
             return Grant(claim.tenant, claim.request, 0, REFUSED)
         if tenant.late:

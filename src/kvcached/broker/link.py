@@ -10,6 +10,7 @@ import contextlib
 import os
 import select
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -64,7 +65,9 @@ class Connection:
         _open_fds.add(self._fd)
         self._forget = weakref.finalize(self, _open_fds.discard, self._fd)
         try:
-            self._socket.settimeout(timeout_s)
+            # Not settimeout(): a queue of connections that is full would then be an error at once.
+            limit = struct.pack("ll", int(timeout_s), int(timeout_s % 1 * 1e6))
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
             self._socket.connect(path)
         except OSError:
             self.close()
@@ -90,9 +93,9 @@ class Connection:
         )
         try:
             if not data:
-                raise ConnectionResetError("the broker closed it")  # noqa: TRY301 (for the fds)
+                raise ConnectionResetError("the broker closed it")
             if flags & socket.MSG_TRUNC:
-                raise ProtocolError("the message is too long")  # noqa: TRY301 (for the fds)
+                raise ProtocolError("the message is too long")
             return decode(data), fds
         except BaseException:
             for fd in fds:
@@ -185,7 +188,7 @@ def _enter_once(
         if reply.op is not Op.WELCOME or len(fds) != 1:
             for fd in fds:
                 os.close(fd)
-            raise ProtocolError(f"{reply.op.name} is no answer to HELLO")  # noqa: TRY301
+            raise ProtocolError(f"{reply.op.name} is no answer to HELLO")
         said = {key: p.field(reply.body, key) for key in ("capacity", "slot", "limit", "revision")}
         return Welcome(connection, MirrorReader(fds[0]), epoch=reply.epoch, **said)
     except BaseException:

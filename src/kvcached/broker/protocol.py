@@ -78,6 +78,8 @@ _EMPTY = frozenset({Op.PING, Op.BYE})
 OK, REFUSED, LATE, NAME_TAKEN, UNKNOWN_NAME, NOT_ALLOWED, BAD_MESSAGE, BUSY, CLOSED, MORE = range(
     10
 )
+TRANSIENT = 1
+"""Status of a CLAIM: for a moment only, so the limit does not count and nobody is asked."""
 
 
 class Message(NamedTuple):

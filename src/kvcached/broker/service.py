@@ -195,7 +195,8 @@ class Service:
 
     def _claim(self, peer: Peer, message: Message, _fds: list[int], now: float) -> None:
         need, want = message.values
-        self.ledger.claim(self._own(peer), message.request, need, want, now)
+        ident, transient = self._own(peer), message.status == p.TRANSIENT
+        self.ledger.claim(ident, message.request, need, want, now, transient=transient)
 
     def _give_back(self, peer: Peer, message: Message, _fds: list[int], _now: float) -> None:
         if not self.ledger.give_back(self._own(peer), message.values[0]):

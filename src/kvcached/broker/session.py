@@ -8,11 +8,12 @@ import os
 import threading
 import time
 import weakref
+from collections import deque
 from typing import Any, Protocol
 
 from kvcached.broker.capacity import default_capacity
 from kvcached.broker.link import Welcome, enter
-from kvcached.broker.protocol import Message
+from kvcached.broker.protocol import Message, Op
 from kvcached.config import Config
 from kvcached.errors import KvcachedError, ProtocolError
 
@@ -59,6 +60,7 @@ class Session:
         self._client, self._name = client, name
         self._config, self._device = config, device
         self.capacity = capacity
+        self._backlog: deque[Message] = deque()
         self._closing = self.forked = False
         self.welcome: Welcome | None = self._enter(_JOIN_S)
         self._thread = threading.Thread(
@@ -93,6 +95,23 @@ class Session:
         if self._thread is not threading.current_thread():
             self._thread.join(timeout_s)
 
+    def is_current_thread(self) -> bool:
+        """Whether the caller runs on the session's thread, which nobody else receives for."""
+        return threading.current_thread() is self._thread
+
+    def receive_answer(self, request: int, timeout_s: float) -> None:
+        """On the session's thread: hand the GRANT of ``request`` to the client, the rest later."""
+        deadline, welcome = time.monotonic() + timeout_s, self.welcome
+        while welcome is not None and (left := deadline - time.monotonic()) > 0:
+            try:
+                message = self._receive_one(welcome, left)
+            except (OSError, ProtocolError):
+                return  # the next round notices too
+            if message.op is Op.GRANT and message.request == request:
+                self._client.on_message(message)
+                return
+            self._backlog.append(message)
+
     def step(self) -> bool:
         """One round of the thread: a message, or a tick. Returns whether to go on."""
         if self.forked:
@@ -107,20 +126,23 @@ class Session:
         try:
             self._receive(welcome)
         except (OSError, ProtocolError) as error:
-            self._drop()
-            if self._closing:  # whoever closes may hold the client's lock, and waits for us
-                return False
-            _LOG.info("%s: lost the broker: %s", self._name, error)
-            self._client.lost()
+            return self._lose(error)
         self._client.tick()
         return True
 
     def _receive(self, welcome: Welcome) -> None:
+        if self._backlog:
+            self._client.on_message(self._backlog.popleft())
+            return
         with contextlib.suppress(TimeoutError):
-            message, fds = welcome.connection.receive(_TICK_S)
-            for fd in fds:
-                os.close(fd)
-            self._client.on_message(message)
+            self._client.on_message(self._receive_one(welcome, _TICK_S))
+
+    @staticmethod
+    def _receive_one(welcome: Welcome, timeout_s: float) -> Message:
+        message, fds = welcome.connection.receive(timeout_s)
+        for fd in fds:
+            os.close(fd)
+        return message
 
     def _enter(self, patience_s: float) -> Welcome:
         deadline = time.monotonic() + patience_s
@@ -149,8 +171,17 @@ class Session:
             else:
                 return
 
+    def _lose(self, error: Exception) -> bool:
+        self._drop()
+        if self._closing:  # whoever closes may hold the client's lock, and waits for us
+            return False
+        _LOG.info("%s: lost the broker: %s", self._name, error)
+        self._client.lost()
+        return True
+
     def _drop(self) -> None:
         welcome, self.welcome = self.welcome, None
+        self._backlog.clear()
         if welcome is not None:
             welcome.connection.close()
 

@@ -1,0 +1,57 @@
+"""Claims of one tenant that wait for the broker's answer."""
+
+from __future__ import annotations
+
+from kvcached.broker.protocol import Message
+
+LOST = -1
+"""Status of a claim whose connection ended before the answer came."""
+
+
+class Answer:
+    """What became of a claim of ``nbytes``. ``done``: it is on the books already."""
+
+    __slots__ = ("done", "nbytes", "request", "status", "transient")
+
+    def __init__(self, request: int, nbytes: int, *, transient: bool) -> None:
+        self.request, self.nbytes, self.transient = request, nbytes, transient
+        self.status: int | None = None
+        self.done = False
+
+    @property
+    def outcome(self) -> int | None:
+        """``None``: the claim is met; else the broker's status, or ``LOST``."""
+        if self.done:
+            return None
+        return LOST if self.status is None else self.status
+
+
+class Waiting:
+    """All waiting claims, by request. The caller holds the owner's lock."""
+
+    def __init__(self) -> None:
+        self._answers: dict[int, Answer] = {}
+        self._next = 1
+
+    def add(self, nbytes: int, *, transient: bool) -> Answer:
+        """A new claim to wait for."""
+        answer = Answer(self._next, nbytes, transient=transient)
+        self._answers[answer.request] = answer
+        self._next += 1
+        return answer
+
+    def remove(self, answer: Answer) -> None:
+        """Nobody waits for this any more."""
+        del self._answers[answer.request]
+
+    def granted(self, message: Message) -> Answer | None:
+        """The claim that a GRANT answers; ``None`` if its owner has given up."""
+        answer = self._answers.get(message.request)
+        if answer is not None:
+            answer.status = message.status
+        return answer
+
+    def lose(self) -> None:
+        """The connection has ended: no answer will come."""
+        for answer in self._answers.values():
+            answer.status = LOST
