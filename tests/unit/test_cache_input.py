@@ -1,0 +1,146 @@
+"""Bad input to a cache: an error of our own tree that says what, how much, what to do."""
+
+import numpy as np
+import pytest
+from cache_rig import FOREVER, tiny_cache, tiny_spec
+
+from kvcached.broker.budget import LocalBudget
+from kvcached.cache import KVCache
+from kvcached.config import Config
+from kvcached.errors import InvalidInput, InvalidSize, KvcachedError, OwnershipError
+from kvcached.layout import CacheSpec
+from kvcached.testing import FakeBackend
+
+BAD_CONSTRUCTION = {
+    "spec": (dict(spec={"num_layers": 2}), "spec is"),
+    "device": (dict(device="gpu0"), "device 'gpu0'"),
+    "device type": (dict(device=0), "device is 0"),
+    "name": (dict(name="Bad Name"), "'Bad Name'"),
+    "name type": (dict(name=b"x"), "b'x'"),
+    "no tokens": (dict(max_tokens=0), "max_tokens is 0"),
+    "tokens type": (dict(max_tokens=1e6), "max_tokens is 1000000.0"),
+    "tokens bool": (dict(max_tokens=True), "max_tokens is True"),
+    "too many tokens": (dict(max_tokens=1 << 31), "int32"),
+    "limit": (dict(limit="lots"), "'lots' is not a size"),
+    "negative limit": (dict(limit=-1), "-1"),
+    "percent": (dict(limit="140%"), "140%"),
+    "limit below a block": (dict(limit=3), "3 B"),
+}
+
+
+@pytest.mark.parametrize(("options", "says"), BAD_CONSTRUCTION.values(), ids=BAD_CONSTRUCTION)
+def test_a_cache_that_cannot_be_is_refused_and_leaves_nothing(options, says):
+    options = {"spec": tiny_spec(), "name": "bad", "config": Config(broker=False)} | options
+    with pytest.raises(KvcachedError) as error:
+        KVCache(options.pop("spec"), **options)
+    assert says in str(error.value)
+
+
+def test_a_refused_construction_gives_back_the_backend_and_the_budget():
+    backend, budget = FakeBackend(32), LocalBudget(20)
+    with pytest.raises(MemoryError, match="20 B"):
+        KVCache(tiny_spec(), name="bad", backend=backend, budget=budget, config=FOREVER)
+    assert budget.claimed_bytes == 0
+    backend.shutdown()  # raises if something is left
+
+
+def test_per_layer_needs_keys_and_values_of_one_size():
+    spec = tiny_spec(layout="per_layer", head_dim_v=3)
+    backend = FakeBackend(32)
+    with pytest.raises(InvalidInput, match="one size"):
+        KVCache(spec, name="bad", backend=backend, budget=LocalBudget(1 << 20), config=FOREVER)
+    backend.shutdown()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"num_layers": 0}, {"num_kv_heads": -1}, {"head_dim": 2.0}, {"block_size": "16"},
+     {"dtype": "int4"}, {"layout": "rows"}, {"head_dim_v": -1}, {"mla_value_dim": 1}],
+    ids=str,
+)  # fmt: skip
+def test_a_spec_that_cannot_be_names_the_field(changes):
+    with pytest.raises(InvalidInput, match=next(iter(changes))):
+        CacheSpec(**({"num_layers": 2, "num_kv_heads": 1, "head_dim": 4} | changes))
+
+
+@pytest.mark.parametrize(
+    "tokens",
+    ["a prompt", b"bytes", [1.5], 2.0, True, [[1, 2], [3, 4]], [[1], [2, 3]], [None], {1, 2},
+     np.zeros(3), [1 << 70], object()],
+    ids=repr,
+)  # fmt: skip
+def test_tokens_must_be_a_count_or_a_flat_list_of_integers(tokens):
+    with tiny_cache() as cache:
+        sequence = cache.new_sequence()
+        before = cache.stats()
+        with pytest.raises(InvalidInput):
+            cache.extend(sequence, tokens)
+        with pytest.raises(InvalidInput):
+            cache.new_sequence(tokens)
+        assert cache.stats() == before
+
+
+def test_a_negative_count_is_refused():
+    with tiny_cache() as cache, pytest.raises(InvalidInput, match="-3 tokens"):
+        cache.extend(cache.new_sequence(), -3)
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.uint8, np.int64, list, tuple, range])
+def test_integers_of_every_kind_are_tokens(kind):
+    tokens = range(9) if kind is range else kind(range(9)) if kind in (list, tuple) else (
+        np.arange(9, dtype=kind)
+    )  # fmt: skip
+    with tiny_cache() as cache:
+        sequence = cache.new_sequence()
+        assert len(cache.extend(sequence, tokens)) == 9
+        assert cache.new_sequence(list(range(9))).num_cached_tokens == 8
+        assert len(cache.extend(sequence, np.int64(2))) == 2
+
+
+@pytest.mark.parametrize("stranger", [None, 3, "seq", (1, 2)])
+def test_a_stranger_is_no_sequence(stranger):
+    with tiny_cache() as cache:
+        for use in (cache.free, cache.fork, lambda s: cache.extend(s, 1),
+                    lambda s: cache.block_tables([s])):  # fmt: skip
+            with pytest.raises(InvalidInput, match="is not a Sequence"):
+                use(stranger)
+
+
+@pytest.mark.parametrize("index", [-1, 2, 1.0, "0", None, True])
+def test_a_layer_that_is_not_there_is_refused(index):
+    with tiny_cache() as cache, pytest.raises(InvalidInput, match="the cache has 2"):
+        cache.layer(index)
+
+
+@pytest.mark.parametrize("size", ["many", -5, 1.5, None, "12XB", True, "120%"])
+def test_a_limit_that_is_no_size_is_refused(size):
+    with tiny_cache() as cache:
+        before = cache.stats()
+        with pytest.raises(InvalidSize, match="not a size"):
+            cache.set_limit(size)
+        with pytest.raises(InvalidSize, match="not a size"):
+            cache.evict_prefixes(size)
+        assert cache.stats() == before
+
+
+def test_a_salt_is_a_string_and_a_fence_can_pass():
+    with tiny_cache() as cache:
+        with pytest.raises(InvalidInput, match="salt is 7"):
+            cache.new_sequence([1, 2], salt=7)
+        sequence = cache.new_sequence()
+        with pytest.raises(InvalidInput, match="passed"):
+            cache.free(sequence, fence="soon")
+        cache.free(sequence)
+        assert cache.stats().sequences == 0
+
+
+def test_block_ids_of_others_are_refused_before_they_are_cut_to_32_bits():
+    with tiny_cache() as cache:
+        pool = cache._blocks
+        assert pool.validate([1, 2]).dtype == np.int32
+        for ids in ([1 << 32], [-1], [17]):
+            with pytest.raises(OwnershipError, match="no block has this id"):
+                pool.validate(ids)
+        for ids in ("1", [[1]], [1.0], 3):
+            with pytest.raises(InvalidInput, match="list of integers"):
+                pool.validate(ids)
