@@ -30,7 +30,7 @@ SCHEMA_VERSION = 1
 _OVERHEAD_SECONDS = 30.0  # loading, the limit, the kill, the card
 _LOAD_SECONDS = 300.0
 _STEP_SECONDS = 60.0
-_BUDGET_OVER_BURST = 1.35
+_BUDGET_OVER_BURST = 1.25
 """The budget over what the largest burst holds: one engine's burst fits, but not into half."""
 _LONGEST_TEMPORARY_DIR = 36
 _MIB = 1 << 20
