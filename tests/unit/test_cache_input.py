@@ -12,19 +12,19 @@ from kvcached.layout import CacheSpec
 from kvcached.testing import FakeBackend
 
 BAD_CONSTRUCTION = {
-    "spec": (dict(spec={"num_layers": 2}), "spec is"),
-    "device": (dict(device="gpu0"), "device 'gpu0'"),
-    "device type": (dict(device=0), "device is 0"),
-    "name": (dict(name="Bad Name"), "'Bad Name'"),
-    "name type": (dict(name=b"x"), "b'x'"),
-    "no tokens": (dict(max_tokens=0), "max_tokens is 0"),
-    "tokens type": (dict(max_tokens=1e6), "max_tokens is 1000000.0"),
-    "tokens bool": (dict(max_tokens=True), "max_tokens is True"),
-    "too many tokens": (dict(max_tokens=1 << 31), "int32"),
-    "limit": (dict(limit="lots"), "'lots' is not a size"),
-    "negative limit": (dict(limit=-1), "-1"),
-    "percent": (dict(limit="140%"), "140%"),
-    "limit below a block": (dict(limit=3), "3 B"),
+    "spec": ({"spec": {"num_layers": 2}}, "spec is"),
+    "device": ({"device": "gpu0"}, "device 'gpu0'"),
+    "device type": ({"device": 0}, "device is 0"),
+    "name": ({"name": "Bad Name"}, "'Bad Name'"),
+    "name type": ({"name": b"x"}, "b'x'"),
+    "no tokens": ({"max_tokens": 0}, "max_tokens is 0"),
+    "tokens type": ({"max_tokens": 1e6}, "max_tokens is 1000000.0"),
+    "tokens bool": ({"max_tokens": True}, "max_tokens is True"),
+    "too many tokens": ({"max_tokens": 1 << 31}, "int32"),
+    "limit": ({"limit": "lots"}, "'lots' is not a size"),
+    "negative limit": ({"limit": -1}, "-1"),
+    "percent": ({"limit": "140%"}, "140%"),
+    "limit below a block": ({"limit": 3}, "3 B"),
 }
 
 
