@@ -69,13 +69,23 @@ def tiny_spec(**changes):
                          "block_size": 4} | changes))  # fmt: skip
 
 
+def stop_caretaker(cache):
+    """From now on only the test's own calls change what is backed."""
+    cache._caretaker.stop()
+    cache._caretaker.join()
+
+
 @contextmanager
-def tiny_cache(*, page_bytes=32, capacity_pages=None, limit=1 << 30, backend=None, **options):
+def tiny_cache(
+    *, page_bytes=32, capacity_pages=None, limit=1 << 30, backend=None, caretaker=False, **options
+):
     """A cache over a fake backend; everything must be back at the end."""
     backend = backend or FakeBackend(page_bytes, capacity_pages=capacity_pages)
     budget = LocalBudget(limit)
     options = {"spec": tiny_spec(), "max_tokens": 64, "name": "tiny", "config": FOREVER} | options
     cache = KVCache(options.pop("spec"), backend=backend, budget=budget, **options)
+    if not caretaker:
+        stop_caretaker(cache)
     try:
         yield cache
     finally:
@@ -91,3 +101,11 @@ def without_counters(stats):
     row = stats.to_dict()
     del row["counters"]
     return row
+
+
+def machine_settings(examples, steps):
+    """Settings of a state machine: these numbers in CI, more in the nightly profile."""
+    from hypothesis import settings
+
+    scale = max(1, settings.default.max_examples // 200)
+    return settings(max_examples=examples * scale, stateful_step_count=steps)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import pytest
-from cache_rig import FOREVER, tiny_spec, without_counters
+from cache_rig import FOREVER, stop_caretaker, tiny_spec, without_counters
 
 from kvcached.broker.budget import LocalBudget
 from kvcached.cache import KVCache
@@ -38,6 +38,7 @@ class Stage:
     def build(self):
         self.cache = KVCache(self.spec, name="stage", max_tokens=200, budget=self.budget,
                              backend=self.backend, config=FOREVER)  # fmt: skip
+        stop_caretaker(self.cache)
         self.cache._blocks.clock = lambda: 0.0
 
     def furnish(self):

@@ -5,8 +5,7 @@ import random
 
 import numpy as np
 import pytest
-from cache_rig import Clock, block_pool
-from hypothesis import settings
+from cache_rig import Clock, block_pool, machine_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -245,8 +244,7 @@ class BlockMachine(RuleBasedStateMachine):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)
 def test_a_block_pool_is_its_model():
-    run_state_machine_as_test(
-        BlockMachine, settings=settings(max_examples=300, stateful_step_count=60)
-    )
-    assert STEPS["run"] > 10_000, f"only {STEPS['run']} steps"
+    run_state_machine_as_test(BlockMachine, settings=machine_settings(400, 60))
+    assert STEPS["run"] > 18_000, f"only {STEPS['run']} steps"

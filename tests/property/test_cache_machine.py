@@ -5,8 +5,7 @@ from hashlib import blake2b
 
 import numpy as np
 import pytest
-from cache_rig import FOREVER, tiny_spec
-from hypothesis import settings
+from cache_rig import FOREVER, machine_settings, stop_caretaker, tiny_spec
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -48,6 +47,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.cache = KVCache(spec, name="machine", max_tokens=tokens, budget=self.budget,
                              backend=self.backend, config=config,
                              prefix_caching=prefixes)  # fmt: skip
+        stop_caretaker(self.cache)
         self.clock = 0.0
         self.cache._blocks.clock = lambda: self.clock
         self.live, self.unique, self.fences = [], 0, []
@@ -247,9 +247,8 @@ class CacheMachine(RuleBasedStateMachine):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)
 def test_a_cache_is_its_tokens():
-    run_state_machine_as_test(
-        CacheMachine, settings=settings(max_examples=300, stateful_step_count=50)
-    )
-    assert STEPS["run"] > 10_000, f"only {STEPS['run']} steps"
+    run_state_machine_as_test(CacheMachine, settings=machine_settings(320, 50))
+    assert STEPS["run"] > 11_500, f"only {STEPS['run']} steps"
     assert STEPS["hits"] > 100 < STEPS["copies"], f"too few hits or copies: {STEPS}"

@@ -3,8 +3,7 @@
 import os
 
 import pytest
-from cache_rig import page_pool
-from hypothesis import settings
+from cache_rig import machine_settings, page_pool
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -201,8 +200,7 @@ class PageMachine(RuleBasedStateMachine):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)
 def test_a_page_pool_is_a_dict_of_pages():
-    run_state_machine_as_test(
-        PageMachine, settings=settings(max_examples=200, stateful_step_count=50)
-    )
-    assert STEPS["run"] > 5_000, f"only {STEPS['run']} steps"
+    run_state_machine_as_test(PageMachine, settings=machine_settings(260, 50))
+    assert STEPS["run"] > 10_500, f"only {STEPS['run']} steps"

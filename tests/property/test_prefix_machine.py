@@ -4,8 +4,7 @@ import random
 
 import numpy as np
 import pytest
-from cache_rig import block_pool
-from hypothesis import settings
+from cache_rig import block_pool, machine_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -133,8 +132,7 @@ class PrefixMachine(RuleBasedStateMachine):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)
 def test_a_prefix_index_is_a_dictionary():
-    run_state_machine_as_test(
-        PrefixMachine, settings=settings(max_examples=250, stateful_step_count=50)
-    )
-    assert STEPS["run"] > 8_000 and STEPS["hits"] > 200, STEPS
+    run_state_machine_as_test(PrefixMachine, settings=machine_settings(300, 50))
+    assert STEPS["run"] > 11_000 and STEPS["hits"] > 200, STEPS

@@ -280,7 +280,7 @@ def test_trim_ends_at_the_packed_floor_with_ids_and_contents_unchanged(name):
 
 
 def test_spares_are_gone_about_a_second_after_the_last_growth():
-    with tiny_cache(config=Config(broker=False)) as cache:
+    with tiny_cache(config=Config(broker=False), caretaker=True) as cache:
         sequence = cache.new_sequence()
         cache.extend(sequence, 60)
         cache.free(sequence)
