@@ -192,6 +192,7 @@ class CacheMachine(RuleBasedStateMachine):
         for fence in self.fences:
             fence.done = True
         self.fences = []
+        self.cache._blocks.poll_fences()
 
     @rule(what=st.sampled_from(["trim", "evict", "care"]), nbytes=st.integers(0, 200))
     def give_back(self, what, nbytes):
