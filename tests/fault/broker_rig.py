@@ -40,6 +40,7 @@ class Rig:
         self.truth = memoryview(self._map).cast("q")
         self.engines = [None] * slots
         self.started = 0
+        self.unready = set()
 
     def start(self, slot, mode="random", *, wait=True):
         self.truth[slot] = 0
@@ -51,6 +52,7 @@ class Rig:
             [sys.executable, "-I", "-S", SCRIPT, *arguments],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environ,
         )  # fmt: skip
+        self.unready.add(slot)
         if wait:
             self.expect(slot, "ready")
         return process
@@ -58,6 +60,7 @@ class Rig:
     def expect(self, slot, word):
         line = self.engines[slot].stdout.readline().strip()
         assert line == word, (line, self.engines[slot].stderr.read())
+        self.unready.discard(slot)
 
     def kill(self, slot):
         process, self.engines[slot] = self.engines[slot], None
@@ -69,10 +72,12 @@ class Rig:
 
     def end(self, slot):
         """Ask an engine to close in order; returns what it wrote to stderr."""
+        if slot in self.unready:  # before that, SIGTERM would just end it
+            self.expect(slot, "ready")
         process, self.engines[slot] = self.engines[slot], None
         process.terminate()
         _, errors = process.communicate(timeout=20)
-        assert process.returncode == 0, errors
+        assert process.returncode == 0, (process.returncode, errors)
         return errors
 
     def device(self):

@@ -41,6 +41,7 @@ _IDLE_S = 0.5
 _CLAIM_S = 2.5
 """How long a claim waits: more than the broker makes it wait, so that normally it is answered."""
 _GOODBYE_S = 1.0
+_GOODBYE = 1  # the request number of BYE; changes of one's own limit have 0
 _MAX_BATCH = 64 << 20
 _LIVE: weakref.WeakSet[BrokerBudget] = weakref.WeakSet()
 
@@ -189,9 +190,9 @@ class BrokerBudget:
             assert self._claimed == 0, "I4: budget closed while memory is still claimed"
             self._closed = True
             self._lease = 0
-            self._session.send(Message(Op.BYE))
+            said = self._session.send(Message(Op.BYE, _GOODBYE))
             self._changed.notify_all()
-            self._changed.wait_for(lambda: self._said_goodbye, _GOODBYE_S)
+            self._changed.wait_for(lambda: self._said_goodbye or not said, _GOODBYE_S)
         _LIVE.discard(self)
         self._session.stop()
         self._session.join(_GOODBYE_S)
@@ -293,19 +294,19 @@ class BrokerBudget:
         """See ``Client.on_message``."""
         op = message.op
         with self._changed:
-            if op is Op.GRANT:
+            if self._closed:  # all is given back: there is nothing left to ask of us
+                self._said_goodbye |= op is Op.DONE and message.request == _GOODBYE
+                self._changed.notify_all()
+            elif op is Op.GRANT:
                 self._on_grant(message)
             elif op is Op.RECLAIM:
                 given = self._reclaim(message.values[0])
                 self._session.send(Message(Op.ANSWER, message.request, values=(given,)))
             elif op is Op.LIMIT:
                 self._on_limit(message)
-            elif op is Op.DONE and self._closed:
-                self._said_goodbye = True
-                self._changed.notify_all()
             elif op is Op.DONE:
                 self._revision = max(self._revision, p.field(message.body, "revision", 0))
-            elif op is Op.ERROR and not self._closed:
+            elif op is Op.ERROR:
                 _LOG.warning("%s: the broker says: %s", self._name, message.body.get("error"))
 
     def _on_grant(self, message: Message) -> None:
