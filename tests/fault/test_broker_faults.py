@@ -1,4 +1,4 @@
-"""What reliability.md 7 expects of a broker whose peers are broken, hostile, stopped or forked."""
+"""A broker whose peers are broken, hostile, stopped or forked, and whose directory is full."""
 
 from __future__ import annotations
 

@@ -273,7 +273,8 @@ class BrokerBudget:
 
         What is not claimed stays until the owner is done: a split needs room for a moment.
         """
-        missing = nbytes - (self._lease - self._claimed)
+        aim = self._lease - nbytes  # a split may lease more first: that goes back as well
+        missing = self._claimed - aim
         if missing > 0 and self._tenant is not None:
             self._reclaiming = True
             try:
@@ -282,7 +283,8 @@ class BrokerBudget:
                 _LOG.exception("%s: reclaiming %d bytes failed", self._name, missing)
             finally:
                 self._reclaiming = False
-        return self._return_slack(nbytes)
+        self._return_slack(max(0, self._lease - aim))
+        return max(0, aim + nbytes - self._lease)
 
     def _apply_limit(self) -> None:
         if self._lease > self._limit:
