@@ -44,7 +44,7 @@ class RuntimeDir:
 
     def replace(self, name: str, data: bytes) -> None:
         """Write ``name`` whole: a reader sees the old contents or the new, never a part."""
-        temporary = f"{name}.{os.getpid()}"
+        temporary = f"{name}.new"  # one writer, who holds the lock; a killed one's is replaced
         self.remove(temporary)
         fd = self.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         try:

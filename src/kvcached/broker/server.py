@@ -244,7 +244,7 @@ class Server:
     def _listen(self) -> socket.socket:
         """Bind to a temporary name, close it to others, then put it in place in one step."""
         directory = self._directory
-        temporary = f".{os.getpid()}"  # shorter than the final name, whose length was checked
+        temporary = directory.socket.replace(".sock", ".new")  # a killed broker's is replaced
         directory.remove(temporary)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         old = os.umask(0o177)
