@@ -80,6 +80,14 @@ def test_the_first_starts_the_broker_and_the_last_ends_it(runtime_dir, tenant):
     assert until(lambda: not os.path.exists(f"/proc/{pid}/cmdline"))
 
 
+def test_what_a_broker_killed_while_it_wrote_has_left_is_cleared_away(runtime_dir, tenant):
+    left = ("cpu.new", "cpu.roster.json.new", "cpu.sock", "cpu.lock")
+    for name in left:
+        (runtime_dir / name).write_text("")
+    tenant("a").close()
+    assert until(lambda: not set(left) & set(os.listdir(runtime_dir)))
+
+
 def test_claims_are_leased_in_batches_and_the_rest_goes_back_when_idle(tenant):
     a = tenant("a")
     a.use(MIB)
