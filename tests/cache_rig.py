@@ -12,7 +12,7 @@ from kvcached.spares import SparePolicy
 from kvcached.testing import FakeBackend
 
 NO_ENV = Config(broker=False)
-FOREVER = Config(broker=False, spare_seconds=1e5)
+FOREVER = Config(broker=False, spare_seconds=1e5, ahead="0")
 
 
 class Clock:
@@ -49,18 +49,23 @@ class HollowBackend(FakeBackend):
     def copy(self, dst, src, nbytes):
         pass
 
+    def copy_many(self, copies):
+        pass
+
     def check(self):
         self._books.check()
 
 
-def page_pool(backend, *, block_bytes=64, planes=1, num_blocks=16, limit=1 << 40, longest=4):
+def page_pool(
+    backend, *, block_bytes=64, planes=1, num_blocks=16, limit=1 << 40, longest=4, bounce=0
+):
     geometry = Geometry(block_bytes, planes, num_blocks, backend.page_bytes)
-    return PagePool(backend, geometry, LocalBudget(limit), longest)
+    return PagePool(backend, geometry, LocalBudget(limit), longest, bounce)
 
 
-def block_pool(backend, *, clock=None, decay=1.0, **geometry):
+def block_pool(backend, *, clock=None, decay=1.0, ahead=0, **geometry):
     pages = page_pool(backend, **geometry)
-    return BlockPool(pages, clock=clock or Clock(), spares=SparePolicy(decay))
+    return BlockPool(pages, clock=clock or Clock(), spares=SparePolicy(decay), most_ahead=ahead)
 
 
 def tiny_spec(**changes):

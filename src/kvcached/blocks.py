@@ -11,6 +11,7 @@ Callers hold ``lock`` (an RLock) around every call; ``alloc`` may release it whi
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
@@ -18,11 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kvcached import planning
-from kvcached.errors import BudgetExceeded, InvalidInput, OutOfPages, OwnershipError
+from kvcached.errors import InvalidInput, OutOfPages, OwnershipError
+from kvcached.growth import Grower, back_ahead
 from kvcached.memory.base import Fence
-from kvcached.pages import Extent, PagePool
-from kvcached.reclaim import Reclaimer
+from kvcached.pages import PagePool
+from kvcached.reclaim import Reclaimer, release_excess
+from kvcached.runs import Extent
 from kvcached.spares import SparePolicy
 from kvcached.stats import Timer
 
@@ -31,13 +33,11 @@ if TYPE_CHECKING:
 
     Ids = NDArray[np.int32]
 
-_GROW_ROUNDS = 8
 _MOST_FENCES = (1 << 31) - 1  # their numbers are int32, and start again
-_REFUSAL_SECONDS = 0.05  # after a refused claim, how long eviction comes before asking again
 
 
-def _never(_: Any) -> None:
-    """Stand-in for an eviction listener."""
+def _never(*_: Any) -> None:
+    """Stand-in for a listener."""
 
 
 class BlockPool:
@@ -51,8 +51,13 @@ class BlockPool:
         Seconds, monotonic.
     spares:
         How much stays mapped though empty.
-    on_evict:
-        Called with the ids of cached blocks before they become free.
+    lock:
+        Guards the pool; the owner's.
+    most_ahead:
+        Most bytes to back ahead of demand; 0: only what is asked for.
+
+    ``on_evict`` is called with the ids of cached blocks before they become free, ``on_low`` when
+    ``tend`` should be called soon.
     """
 
     def __init__(
@@ -61,20 +66,25 @@ class BlockPool:
         *,
         clock: Callable[[], float] = time.monotonic,
         spares: SparePolicy | None = None,
+        lock: threading.RLock | None = None,
+        most_ahead: int = 0,
     ) -> None:
         from kvcached import _hot, _scan  # here, at the first hot call: numba takes 0.3 s to import
 
         self.hot: Any = _hot
+        self._m_free = _hot.M_FREE
         self._oldest: Any = _scan.oldest
         self.pages, self.geometry = pages, pages.geometry
         self.clock, self._epoch0 = clock, clock()
         self.spares = spares if spares is not None else SparePolicy()
+        self.lock = lock if lock is not None else threading.RLock()
         self.on_evict: Callable[[Ids], None] = _never
+        self.on_low: Callable[[], None] = _never
         self.evicted = 0
-        self._reclaimer = Reclaimer(self)
+        self._low_water = 0
+        self.grower, self.reclaimer = Grower(self, most_ahead), Reclaimer(self)
         self._fences: deque[tuple[int, Fence, Ids]] = deque()
         self._next_fence = 1
-        self._refused_until = -1.0
         g = self.geometry
         self.blk = np.zeros((_hot.BLK_ROWS, g.num_blocks), np.int32)
         self.page = np.zeros(g.num_pages, np.int32)
@@ -86,7 +96,7 @@ class BlockPool:
     def _back_null_block(self) -> None:
         """Block 0 is mapped for the life of the pool: engines point padding at it."""
         self.blk[self.hot.STATE, 0], self.blk[self.hot.REFS, 0] = self.hot.USED, 1
-        self._grow_runs([(0, len(self.geometry.pages_of(0)))])
+        self.grower.grow_runs([(0, len(self.geometry.pages_of(0)))])
 
     # --- counts ------------------------------------------------------------------------------
 
@@ -113,7 +123,7 @@ class BlockPool:
     @property
     def reclaimed(self) -> Timer:
         """Reclaims that gave something back, and their time."""
-        return self._reclaimer.timer
+        return self.reclaimer.timer
 
     @property
     def num_spare_extents(self) -> int:
@@ -167,9 +177,11 @@ class BlockPool:
             )
         out = np.empty(count, np.int32)
         if self.hot.alloc(out, self.blk, self.page, self.ext, self.meta):
-            self._make_room(count)
+            self.grower.make_room(count)
             code = self.hot.alloc(out, self.blk, self.page, self.ext, self.meta)
             assert code == 0, "BlockPool: made room, but not enough"
+        elif self.meta[self._m_free] < self._low_water:
+            self.on_low()
         return out
 
     def share(self, ids: Ids) -> None:
@@ -228,77 +240,20 @@ class BlockPool:
             what = "it is not in use (freed before, or never handed out)"
         return OwnershipError(f"block {block} cannot be {done}: {what}")
 
-    # --- making room ---------------------------------------------------------------------------
-
-    def _make_room(self, count: int) -> None:
-        """Have ``count`` free blocks: wait for nothing, then grow, then evict cached prefixes.
-
-        Nothing is evicted unless that, with what can be grown, is enough (I6).
-        """
-        self.poll_fences()
-        for _ in range(_GROW_ROUNDS):
-            short = count - self.num_free
-            if short <= 0:
-                return
-            if self.clock() < self._refused_until and short <= self.num_cached:
-                self.evict_oldest(short)
-                return
-            self._grow_or_evict(count)
-        raise BudgetExceeded(f"{count} blocks could not be kept free: other threads took them")
-
-    def _grow_or_evict(self, count: int) -> None:
-        try:
-            self._grow(count - self.num_free)
-            return
-        except MemoryError:  # ours: refused by the budget, the device or the address space
-            short = count - self.num_free
-            if short > self.num_cached:
-                if self.num_cached == 0:
-                    raise
-                self._grow(short - self.num_cached)
-        self._refused_until = self.clock() + _REFUSAL_SECONDS
-        short = count - self.num_free
-        if 0 < short <= self.num_cached:
-            self.evict_oldest(short)
-
-    def _grow(self, wanted: int) -> None:
-        """Back runs that make ``wanted`` more blocks usable, all or nothing.
-
-        The claim may release the lock; if what is backed changed meanwhile, the claim is returned
-        and the caller looks again.
-        """
-        if wanted <= 0:
-            return
-        runs = planning.plan(self.geometry, self.page, self.pages.runs, wanted)
-        epoch, nbytes = self.pages.epoch, self.pages.bytes_of(runs)
-        self.pages.budget.claim(nbytes)
-        if epoch != self.pages.epoch:
-            self.pages.refund(nbytes)
-            return
-        self._grow_claimed(runs, nbytes)
-
-    def _grow_runs(self, runs: list[tuple[int, int]]) -> None:
-        nbytes = self.pages.bytes_of(runs)
-        self.pages.budget.claim(nbytes)
-        self._grow_claimed(runs, nbytes)
-
-    def _grow_claimed(self, runs: list[tuple[int, int]], nbytes: int) -> None:
-        try:
-            extents = self.pages.grow(runs)
-        except BaseException:  # the claim goes back, whatever it was
-            self.pages.refund(nbytes)
-            raise
-        self.spares.grew(nbytes, self.clock())
-        self.attach(extents)
+    # --- what is backed -------------------------------------------------------------------------
 
     def attach(self, extents: Sequence[Extent]) -> None:
-        """Count the blocks of newly backed extents in. For the reclaimer; not for callers."""
+        """Count the blocks of newly backed extents in. Not for callers; nor is ``detach``."""
         for extent in extents:
             while extent.id >= self.ext.shape[1]:
                 self.ext = np.concatenate([self.ext, np.zeros_like(self.ext)], axis=1)
             self.hot.attach(
                 extent.id, extent.first, extent.pages, self.blk, self.page, self.ext, self.meta
             )
+
+    def detach(self, extent: Extent) -> None:
+        """Count the free blocks of an extent out; those with a claim keep their state."""
+        self.hot.detach(extent.id, self.blk, self.page, self.ext, self.meta)
 
     # --- giving memory back --------------------------------------------------------------------
 
@@ -327,22 +282,34 @@ class BlockPool:
         With ``may_split`` then also what lies unused in extents that hold blocks in use: only if
         no kernel can be reading or writing them. Returns the bytes given back.
         """
-        return self._reclaimer.reclaim(nbytes, may_split=may_split)
+        return self.reclaimer.reclaim(nbytes, may_split=may_split)
 
     def trim(self, *, may_split: bool = True) -> int:
         """Give back all that holds nothing in use, cached prefixes included. Returns the bytes.
 
         A sequence of steps, each all or nothing: what was given back before a failure stays so.
         """
-        return self._reclaimer.trim(may_split=may_split)
+        return self.reclaimer.trim(may_split=may_split)
 
     def drop_spares(self, keep: Collection[int] = ()) -> int:
         """Give back the extents that hold nothing, but those with an id in ``keep``: the bytes."""
-        return self._reclaimer.drop_spares(keep)
+        return self.reclaimer.drop_spares(keep)
 
-    def decay_spares(self) -> int:
-        """Give back what the spare policy no longer wants. Returns the bytes still spare."""
-        return self._reclaimer.decay_spares()
+    # --- in the background ------------------------------------------------------------------------
+
+    def tend(self) -> bool:
+        """Retire fences, let spares decay, grow ahead. Call it *without* the lock.
+
+        Returns whether there will be more to do soon.
+        """
+        with self.lock:
+            self.poll_fences()
+            self.grower.measure()
+        release_excess(self)
+        back_ahead(self)
+        with self.lock:
+            self._low_water = self.grower.low_water()
+            return self.num_spare_extents > 0 or self.num_quarantined > 0
 
     # --- invariants ----------------------------------------------------------------------------
 

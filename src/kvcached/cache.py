@@ -24,6 +24,7 @@ from kvcached.config import Config, check_name, parse_size
 from kvcached.errors import ClosedError, ForkedProcessError, InvalidInput, KvcachedError
 from kvcached.layout import CacheSpec, Geometry, cdiv
 from kvcached.memory.base import Fence, MemoryBackend
+from kvcached.memory.fences import PassedFence, fence_on, wait_for
 from kvcached.pages import PagePool
 from kvcached.prefix import PrefixIndex
 from kvcached.resources import make_backend, make_budget
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
 
 __all__ = ["CacheSpec", "KVCache", "Sequence"]
 _log = logging.getLogger(__name__)
+_BOUNCE_BYTES = 64 << 20
+"""Buffer of a split on a GPU (``splits.py``); memory of the host is remapped cheaply."""
 _LEAVE_SECONDS = 5.0
 """How long ``close`` waits for the calls of other threads."""
 
@@ -96,7 +99,8 @@ class KVCache:
         self.spec, self.name = spec, check_name(name if name is not None else f"pid-{os.getpid()}")
         self.prefix_caching = prefix_caching
         self._lock, self._pid = threading.RLock(), os.getpid()
-        self._closed = self._idle = False
+        self._idle: Fence | None = None
+        self._closed = False
         self._inside, self._left = 0, threading.Condition(self._lock)
         self._closing = threading.Lock()
         self._owns_backend = backend is None
@@ -112,6 +116,7 @@ class KVCache:
         parts = self._pid, self._blocks, self._budget, own
         self._finalizer = weakref.finalize(self, _release, *parts)
         self._caretaker = Caretaker(self)
+        self._blocks.on_low = self._caretaker.hurry
 
     def _build(self, max_tokens: int, budget: Budget | None, **terms: Any) -> None:
         num_blocks = cdiv(max_tokens, self.spec.block_size) + 1  # and the null block
@@ -125,14 +130,20 @@ class KVCache:
             if budget is not None and terms["limit"] is not None:
                 self._budget.set_limit(parse_size(terms["limit"], total=budget.limit_bytes))
             longest = max(1, parse_size(self.config.max_handle) // page_bytes)
-            self._make_blocks(PagePool(self.backend, self.geometry, self._budget, longest))
+            bounce = 0 if self.backend.device == "cpu" else _BOUNCE_BYTES // page_bytes
+            pages = PagePool(self.backend, self.geometry, self._budget, longest, bounce)
+            self._make_blocks(pages)
         except BaseException:  # as in __init__
             self._budget.close()
             raise
 
     def _make_blocks(self, pages: PagePool) -> None:
+        ahead = parse_size(self.config.ahead, total=self._budget.limit_bytes)
         try:
-            self._blocks = BlockPool(pages, spares=SparePolicy(self.config.spare_seconds))
+            self._blocks = BlockPool(
+                pages, spares=SparePolicy(self.config.spare_seconds), lock=self._lock,
+                most_ahead=ahead,
+            )  # fmt: skip
             self._prefixes = PrefixIndex(self._blocks, self.spec.block_size)
             named = self._prefixes if self.prefix_caching else None
             self._store = SequenceStore(self._blocks, named, self.spec.block_size)
@@ -228,12 +239,14 @@ class KVCache:
 
     # --- memory ---------------------------------------------------------------------------------
 
-    def trim(self) -> int:
+    def trim(self, *, fence: Fence | None = None) -> int:
         """Give back all memory that holds no block in use, cached prefixes too. Returns the bytes.
 
-        Extents that are only partly in use are split: contents, addresses and block ids stay. Call
-        it between steps: no kernel may be running on this cache.
+        Extents that are only partly in use are split: contents, addresses and block ids stay. No
+        kernel may touch this cache meanwhile: call it between steps, and with a ``fence`` if work
+        may still be queued; it is waited for first (see ``fence``).
         """
+        wait_for(fence)
         with self._entered():
             return self._blocks.trim()
 
@@ -252,11 +265,22 @@ class KVCache:
         with self._entered():
             return self._budget.set_limit(size)
 
+    def fence(self, stream: int | None = None) -> Fence:
+        """A point behind the work that is queued now on ``stream`` (default: torch's current one).
+
+        On the CPU it has passed already: work is done when a call returns.
+        """
+        self._require_open()
+        return fence_on(self.backend, stream)
+
     @contextmanager
-    def idle(self) -> Iterator[None]:
-        """Inside, no kernel reads or writes this cache, so reclaim may also split extents."""
+    def idle(self, *, fence: Fence | None = None) -> Iterator[None]:
+        """Inside, no kernel reads or writes this cache, so reclaim may also split extents.
+
+        With a ``fence`` that is so once it has passed; until then nothing is split.
+        """
         with self._lock:
-            before, self._idle = self._idle, True
+            before, self._idle = self._idle, fence if fence is not None else PassedFence()
         try:
             yield
         finally:
@@ -269,17 +293,19 @@ class KVCache:
             if self._closed:
                 return 0
             try:
-                return self._blocks.reclaim(nbytes, may_split=self._idle)
+                self._blocks.spares.forget()  # or growth ahead would take it again
+                may_split = self._idle is not None and self._idle.passed()
+                return self._blocks.reclaim(nbytes, may_split=may_split)
             except KvcachedError:  # the peer that asks can do nothing about it; the owner will see
                 _log.exception("%s: reclaim of %d bytes failed", self.name, nbytes)
                 return 0
 
     def take_care(self) -> bool:
-        """For the caretaker: let spares decay; whether there will be more to do."""
+        """For the caretaker, without the lock: see ``BlockPool.tend``."""
         with self._lock:
             if self._closed or os.getpid() != self._pid:
                 return False
-            return self._blocks.decay_spares() > 0 or self._blocks.num_quarantined > 0
+        return self._blocks.tend()
 
     def report(self) -> TenantReport:
         """For the budget (``Tenant.report``): what is held."""

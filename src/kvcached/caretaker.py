@@ -1,7 +1,8 @@
-"""The thread that lets spares decay and retires fences while the engine is busy elsewhere.
+"""The thread that lets spares decay, retires fences and grows ahead, beside the engine's steps.
 
-It sleeps until something is freed, then looks every 50 ms until nothing is spare or quarantined.
-It holds the cache only weakly, so a forgotten cache can be collected.
+It sleeps until something is freed, then looks every 50 ms until nothing is spare or quarantined;
+and at once when the ready blocks run low. It holds the cache only weakly, so a forgotten cache can
+be collected.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Caretaker:
 
     def __init__(self, cache: KVCache) -> None:
         self._cache = weakref.ref(cache, lambda _: self.stop())
-        self._wake, self._stopping = threading.Event(), False
+        self._work, self._now, self._stopping = threading.Event(), threading.Event(), False
         self._thread = threading.Thread(
             target=self._run, name=f"kvcached-{cache.name}", daemon=True
         )
@@ -51,13 +52,20 @@ class Caretaker:
 
     def wake(self) -> None:
         """There may be something to do. Cheap; called at every ``free``."""
-        if not self._wake.is_set():
-            self._wake.set()
+        if not self._work.is_set():
+            self._work.set()
+
+    def hurry(self) -> None:
+        """There is something to do now."""
+        if not self._now.is_set():
+            self._now.set()
+            self._work.set()
 
     def stop(self) -> None:
         """End the thread."""
         self._stopping = True
-        self._wake.set()
+        self._now.set()
+        self._work.set()
 
     def join(self) -> None:
         """Wait for the thread's end."""
@@ -65,13 +73,10 @@ class Caretaker:
             self._thread.join()
 
     def _run(self) -> None:
-        pause = threading.Event()  # never set: an interruptible sleep is not needed for 50 ms
         while True:
-            self._wake.wait()
-            if self._stopping:
-                return
-            pause.wait(_PERIOD)
-            if not self._stopping and not self._look():
+            self._work.wait()
+            self._now.wait(_PERIOD)
+            if self._stopping or not self._look():
                 return
 
     def _look(self) -> bool:
@@ -79,10 +84,13 @@ class Caretaker:
         cache = self._cache()
         if cache is None:
             return False
+        self._work.clear()
+        self._now.clear()
+        if self._stopping:  # it was told between the two
+            return False
         try:
-            self._wake.clear()
             if cache.take_care():
-                self._wake.set()
+                self._work.set()
         except KvcachedError:  # the engine's next call meets the same trouble and reports it
-            _log.exception("%s: giving back spare memory failed", cache.name)
+            _log.exception("%s: looking after spare memory failed", cache.name)
         return True

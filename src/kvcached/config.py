@@ -109,8 +109,10 @@ class Config:
     """Largest single physical allocation."""
     spare_seconds: float = 1.0
     """How long freed extents may stay mapped as spares when nothing grows."""
+    ahead: str = "1GiB"
+    """Most memory to back ahead of demand, and at most a sixteenth of the limit; ``0``: none."""
     zero: str = "on-tenant-change"
-    """When pages are cleared: ``never``, ``on-tenant-change`` or ``always``."""
+    """When device pages are cleared: ``never``, ``on-tenant-change`` or ``always``."""
     log_level: str = ""
     """Level for the ``kvcached`` logger in processes that we start (broker, demo)."""
 
@@ -134,6 +136,7 @@ _READERS: dict[str, Callable[[str], Any]] = {
     "check": _flag,
     "spare_seconds": float,
     "headroom": lambda text: (parse_size(text, total=1), text)[1],
+    "ahead": lambda text: (parse_size(text, total=1), text)[1],
     "budget": lambda text: (parse_size(text, total=1), text)[1] if text else text,
     "host_page": lambda text: (parse_size(text), text)[1] if text else text,
     "max_handle": lambda text: (parse_size(text), text)[1],

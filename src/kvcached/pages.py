@@ -6,6 +6,10 @@ reverse order. If even that fails the pool is *broken*: it refuses further work,
 still gives back everything, because ``Ledger`` records each handle and mapping as it happens.
 
 The pool knows nothing of blocks; ``BlockPool`` decides which pages, the pool makes it so.
+
+Callers hold the owner's lock around every call but ``back`` and ``unback``, which do nothing but
+driver calls: a thread that grows ahead of demand, or lets spares decay, makes those without the
+lock, so that no step of the engine waits for the driver. Extents in between are ``in_transit``.
 """
 
 from __future__ import annotations
@@ -13,30 +17,18 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
 
 from kvcached.broker.budget import Budget
 from kvcached.errors import ClosedError, KvcachedError, PoolBroken
 from kvcached.layout import Geometry
-from kvcached.memory.base import Handle, MemoryBackend, Reservation
+from kvcached.memory.base import Handle, MemoryBackend
 from kvcached.memory.ledger import Ledger, Undo
-from kvcached.runs import FreeRuns
+from kvcached.runs import Extent, FreeRuns, Run
+from kvcached.splits import Job, Splitter
 from kvcached.stats import Timer
 
-Run = tuple[int, int]
-"""``(first page, number of pages)``."""
+__all__ = ["Extent", "PagePool", "Run"]
 _log = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class Extent:
-    """A run of pages and its handles, one a plane. ``id`` starts at 1 and is reused."""
-
-    id: int
-    first: int
-    pages: int
-    handles: tuple[Handle, ...]
 
 
 class PagePool:
@@ -52,14 +44,22 @@ class PagePool:
         Asked before anything is backed, told after anything was given back.
     max_extent_pages:
         Longest run in one handle.
+    bounce_pages:
+        Largest buffer of a split that goes by way of one; 0 for none.
     """
 
     def __init__(
-        self, backend: MemoryBackend, geometry: Geometry, budget: Budget, max_extent_pages: int
+        self,
+        backend: MemoryBackend,
+        geometry: Geometry,
+        budget: Budget,
+        max_extent_pages: int,
+        bounce_pages: int = 0,
     ) -> None:
         self.backend, self.geometry, self.budget = backend, geometry, budget
-        self.max_extent_pages = max(1, max_extent_pages)
+        self.max_extent_pages, self.bounce_pages = max(1, max_extent_pages), bounce_pages
         self.extents: dict[int, Extent] = {}
+        self.in_transit: dict[int, Extent] = {}  # addresses taken, but not (any more) in use
         self.runs = FreeRuns(geometry.num_pages)
         self.backed_pages = 0
         self.epoch = 0  # changes whenever what is backed changes
@@ -68,19 +68,21 @@ class PagePool:
         self._next_id = 1
         self._limbo: list[Handle] = []  # unmapped, but the driver refused to release them
         self._kept = 0  # claims that a broken pool cannot return before it is closed
-        self._scratch: Reservation | None = None
         self._broken: str = ""
         self._closed = False
         self._ledger = Ledger(backend)
         self.reservation = self._ledger.reserve(geometry.reserved_bytes)
+        self._splitter = Splitter(self, self._ledger, bounce_pages)
 
     @property
     def backed_bytes(self) -> int:
-        """Physical bytes held for the reservation."""
-        limbo = (
-            sum(h.num_pages for h in self._limbo) * self.geometry.page_bytes if self._limbo else 0
-        )
-        return self.backed_pages * self.geometry.page_group_bytes + limbo
+        """Physical bytes held for the reservation; those of extents on their way out too."""
+        nbytes = self.backed_pages * self.geometry.page_group_bytes
+        if self._limbo or self.in_transit:
+            extents = [e.handles for e in self.in_transit.values()]
+            handles = [handle for group in [*extents, self._limbo] for handle in group]
+            nbytes += sum(handle.num_pages for handle in handles) * self.geometry.page_bytes
+        return nbytes
 
     @property
     def usable(self) -> bool:
@@ -118,26 +120,64 @@ class PagePool:
             yield first, stop - first
             first = stop
 
+    # --- growing -------------------------------------------------------------------------------
+
     def grow(self, runs: Sequence[Run]) -> list[Extent]:
         """Back free runs, all or nothing. The bytes are already claimed from the budget.
 
         Raises ``OutOfPages`` or ``DriverError``; the claim then is still the caller's.
         """
-        self.require_usable()
         started = time.perf_counter_ns()
-        extents: list[Extent] = []
+        extents = self.stage(runs)
         try:
-            with self._undo() as undo:
-                for run in runs:
-                    for first, count in self.chop(run):
-                        extents.append(self._back(first, count, undo))
-        except BaseException:  # the ids too go back, whatever it was
-            self._free_ids.extend(extent.id for extent in reversed(extents))
+            self.back(extents)
+        except BaseException:  # addresses and ids go back, whatever it was
+            self.unstage(extents)
             raise
-        for extent in extents:
-            self._admit(extent)
+        self.admit(extents)
         self.grown.add(started, len(extents))
         return extents
+
+    def stage(self, runs: Sequence[Run]) -> list[Extent]:
+        """Set free runs aside for extents to be: in transit, nobody else plans with them."""
+        self.require_usable()
+        extents = []
+        for run in runs:
+            for first, count in self.chop(run) if run[1] > self.max_extent_pages else (run,):
+                self.runs.take(first, count)
+                extent = Extent(self._new_id(), first, count)
+                self.in_transit[extent.id] = extent
+                extents.append(extent)
+        return extents
+
+    def back(self, extents: Sequence[Extent]) -> None:
+        """Create and map the handles of staged extents, all or nothing. Needs no lock."""
+        undo = Undo()
+        try:
+            for extent in extents:
+                self.back_one(extent, undo)
+        except BaseException as cause:  # KeyboardInterrupt too must leave a whole pool
+            for extent in extents:
+                extent.handles = ()
+            self._unwind(undo, cause)
+            raise
+
+    def admit(self, extents: Sequence[Extent]) -> None:
+        """Count extents whose pages have been backed in."""
+        for extent in extents:
+            del self.in_transit[extent.id]
+            self.extents[extent.id] = extent
+            self.backed_pages += extent.pages
+        self.epoch += 1
+
+    def unstage(self, extents: Sequence[Extent]) -> None:
+        """Give the addresses of staged extents, which are not backed, back."""
+        for extent in reversed(extents):
+            del self.in_transit[extent.id]
+            self.runs.give(extent.first, extent.pages)
+            self._free_ids.append(extent.id)
+
+    # --- shrinking -----------------------------------------------------------------------------
 
     def shrink(self, extents: Sequence[Extent]) -> int:
         """Unmap and release extents, each all or nothing; gives the bytes back to the budget.
@@ -151,13 +191,47 @@ class PagePool:
         freed, done = self._release_late(waiting), 0
         try:
             for extent in extents:
-                freed += self._unback(extent)
+                self.withdraw(extent)
+                try:
+                    freed += self.unback(extent)
+                except BaseException:  # whatever it was, the extent is as before
+                    self.admit([extent])
+                    raise
+                self.retire(extent)
                 done += 1
         finally:
             if freed:
                 self.budget.give_back(freed)
                 self.shrunk.add(started, done)
         return freed
+
+    def withdraw(self, extent: Extent) -> None:
+        """Take an extent out of what is backed; its bytes count until it is retired."""
+        del self.extents[extent.id]
+        self.in_transit[extent.id] = extent
+        self.backed_pages -= extent.pages
+        self.epoch += 1
+
+    def unback(self, extent: Extent) -> int:
+        """Unmap and release a withdrawn extent, all or nothing, contents too. Needs no lock.
+
+        Returns the bytes that are back. What the backend refuses to release after the point of no
+        return is parked, to be tried again.
+        """
+        undo = Undo()
+        try:
+            for plane, handle in enumerate(extent.handles):
+                self.unmap(extent.first, plane, handle, undo)
+            self._ledger.release(extent.handles[0])  # the last step that can be undone
+        except BaseException as cause:  # KeyboardInterrupt too must leave a whole pool
+            self._unwind(undo, cause)
+            raise
+        late, extent.handles = extent.handles[1:], ()
+        return extent.pages * self.geometry.page_bytes + self._release_late(late)
+
+    def retire(self, extent: Extent) -> None:
+        """Give the addresses of an extent that is backed no more back."""
+        self.unstage([extent])
 
     def refund(self, nbytes: int) -> None:
         """Return an unused claim. A broken pool keeps it: the memory may not be back (I8)."""
@@ -166,51 +240,58 @@ class PagePool:
         else:
             self.budget.give_back(nbytes)
 
-    def split(self, extent: Extent, keep: Sequence[Run]) -> list[Extent]:
-        """Replace an extent by small ones under ``keep``; contents and addresses stay (I3).
+    def split(self, jobs: Sequence[Job], *, bounce: bool = False) -> list[Extent]:
+        """Replace extents by small ones under the runs to keep; contents and addresses stay (I3).
 
-        The small handles are staged at a scratch address, the live pages copied there, then the
-        large handle is swapped for them. The claim for ``keep`` is the caller's; the old extent's
-        bytes are given back. No kernel may touch the extent meanwhile.
+        All or nothing; see ``splits`` for ``bounce``. The claim for what is kept, and for as much
+        again if ``bounce``, is the caller's; the old extents' bytes and the buffer's are given
+        back. No kernel may touch the extents meanwhile.
         """
         self.require_usable()
         started = time.perf_counter_ns()
-        pieces = [piece for run in keep for piece in self.chop(run)]
-        scratch = self._get_scratch()
-        with self._undo() as undo:
-            new = [self._stage(first, count, scratch, undo) for first, count in pieces]
-            for plane, handle in enumerate(extent.handles):
-                self._unmap(extent.first, plane, handle, undo)
-            for piece in new:
-                for plane, handle in enumerate(piece.handles):
-                    self._map(piece.first, plane, handle, undo)
-            self._ledger.release(extent.handles[0])  # the last step that can be undone
-        self._forget(extent)
-        freed = extent.pages * self.geometry.page_bytes + self._release_late(extent.handles[1:])
+        undo, handles = Undo(), [h for extent, _ in jobs for h in extent.handles]
+        try:
+            if bounce:
+                new, buffer = self._splitter.bounced(jobs, undo)
+                handles.append(buffer)
+            else:
+                new = self._splitter.staged(jobs, undo)
+            self._ledger.release(handles[0])  # the last step that can be undone
+        except BaseException as cause:  # KeyboardInterrupt too must leave a whole pool
+            self._unwind(undo, cause)
+            raise
+        freed = handles[0].num_pages * self.geometry.page_bytes + self._release_late(handles[1:])
+        for extent, _ in jobs:
+            extent.handles = ()
+            self.withdraw(extent)
+            self.unstage([extent])
         for piece in new:
+            self.runs.take(piece.first, piece.pages)
             piece.id = self._new_id()
-            self._admit(piece)
+            self.in_transit[piece.id] = piece
+        self.admit(new)
         self.budget.give_back(freed)
-        self.splits.add(started)
+        self.splits.add(started, len(jobs))
         return new
 
     def check(self) -> None:
         """Extents, runs and the record of handles agree (I1, I4)."""
         self.runs.check()
-        backed = sorted((e.first, e.pages) for e in self.extents.values())
-        spans = sorted(backed + list(self.runs))
+        backed = [(e.first, e.pages) for e in self.extents.values()]
+        transit = [(e.first, e.pages) for e in self.in_transit.values()]
+        spans = sorted([*backed, *transit, *self.runs])
         end = 0
         for first, count in spans:
             assert first == end, "I1: a page is both free and backed, or neither"
             end = first + count
         assert end == self.geometry.num_pages, "I1: pages lost"
         assert self.backed_pages == sum(count for _, count in backed), "I1: backed pages miscounted"
-        if not self._broken:
+        if not (self._broken or transit):
             assert self._ledger.nbytes == self.backed_bytes, "I4: handles and extents disagree"
         assert self.backed_bytes <= self.budget.claimed_bytes, "I1: backed more than claimed"
         assert self._ledger.nbytes <= self.budget.claimed_bytes, "I8: credited before it is back"
-        ids = set(self.extents) | set(self._free_ids)
-        assert len(ids) == len(self.extents) + len(self._free_ids), "PagePool: extent id used twice"
+        ids = [*self.extents, *self.in_transit, *self._free_ids]
+        assert len(ids) == len(set(ids)), "PagePool: extent id used twice"
         assert len(ids) == self._next_id - 1, "PagePool: extent id lost"
 
     def close(self) -> None:
@@ -221,6 +302,7 @@ class PagePool:
         self._ledger.close_all()
         freed, self._kept = self.backed_bytes + self._kept, 0
         self.extents.clear()
+        self.in_transit.clear()
         self.epoch += 1
         self._limbo.clear()
         self._free_ids = list(range(1, self._next_id))
@@ -230,71 +312,39 @@ class PagePool:
 
     # --- steps -----------------------------------------------------------------------------
 
-    @contextmanager
-    def _undo(self) -> Iterator[Undo]:
-        """Run the registered inverses if the body fails; break the pool if they fail too."""
-        undo = Undo()
+    def _unwind(self, undo: Undo, cause: BaseException) -> None:
+        """Run the registered inverses; break the pool if they fail too."""
         try:
-            yield undo
-        except BaseException as cause:  # KeyboardInterrupt too must leave a whole pool
-            try:
-                undo.run()
-            except BaseException as error:  # noqa: BLE001 - whatever it was, the state is unknown
-                self._broken = f"{cause!r}, and undoing it failed: {error!r}"
-                raise PoolBroken(
-                    f"the page pool is broken: {self._broken}", hint="Close the cache."
-                ) from cause
-            raise
+            undo.run()
+        except BaseException as error:  # noqa: BLE001 - whatever it was, the state is unknown
+            self._broken = f"{cause!r}, and undoing it failed: {error!r}"
+            raise PoolBroken(
+                f"the page pool is broken: {self._broken}", hint="Close the cache."
+            ) from cause
 
-    def _back(self, first: int, count: int, undo: Undo) -> Extent:
-        handles = []
-        for plane in range(self.geometry.num_planes):
-            handle = self._ledger.create(count)
-            undo.push(self._ledger.release, handle)
-            self._map(first, plane, handle, undo)
+    def back_one(self, extent: Extent, undo: Undo) -> None:
+        """Create and map an extent's handles."""
+        handles, ledger, page = [], self._ledger, extent.first
+        for _ in range(self.geometry.num_planes):
+            handle = ledger.create(extent.pages)
+            undo.push(ledger.release, handle)
+            ledger.map(self.reservation, page, handle)
+            undo.push(ledger.unmap, self.reservation, page, handle)
             handles.append(handle)
-        return Extent(self._new_id(), first, count, tuple(handles))
+            page += self.geometry.num_pages
+        extent.handles = tuple(handles)
 
-    def _unback(self, extent: Extent) -> int:
-        """Unmap and release one extent, all or nothing (contents too). Returns the bytes back."""
-        with self._undo() as undo:
-            for plane, handle in enumerate(extent.handles):
-                self._unmap(extent.first, plane, handle, undo)
-            self._ledger.release(extent.handles[0])  # the last step that can be undone
-        self._forget(extent)
-        return extent.pages * self.geometry.page_bytes + self._release_late(extent.handles[1:])
-
-    def _map(self, first: int, plane: int, handle: Handle, undo: Undo) -> None:
+    def map(self, first: int, plane: int, handle: Handle, undo: Undo) -> None:
+        """Map a handle at its place in a plane."""
         page = plane * self.geometry.num_pages + first
         self._ledger.map(self.reservation, page, handle)
         undo.push(self._ledger.unmap, self.reservation, page, handle)
 
-    def _unmap(self, first: int, plane: int, handle: Handle, undo: Undo) -> None:
+    def unmap(self, first: int, plane: int, handle: Handle, undo: Undo) -> None:
+        """Undo a ``map``."""
         page = plane * self.geometry.num_pages + first
         self._ledger.unmap(self.reservation, page, handle)
         undo.push(self._ledger.map, self.reservation, page, handle)
-
-    def _stage(self, first: int, count: int, scratch: Reservation, undo: Undo) -> Extent:
-        """New handles with the contents of a run, mapped nowhere yet. The extent has no id yet."""
-        handles = []
-        for plane in range(self.geometry.num_planes):
-            handle = self._ledger.create(count)
-            undo.push(self._ledger.release, handle)
-            self._ledger.map(scratch, 0, handle)
-            undo.push(self._ledger.unmap, scratch, 0, handle)
-            nbytes = count * self.geometry.page_bytes
-            self.backend.copy(scratch.address, self.address_of(first, plane), nbytes)
-            self._ledger.unmap(scratch, 0, handle)
-            undo.pop()
-            handles.append(handle)
-        return Extent(0, first, count, tuple(handles))
-
-    def _get_scratch(self) -> Reservation:
-        """Addresses where handles are filled; reserved at the first split, kept until close."""
-        if self._scratch is None:
-            nbytes = self.max_extent_pages * self.geometry.page_bytes
-            self._scratch = self._ledger.reserve(nbytes)
-        return self._scratch
 
     def _release_late(self, handles: Sequence[Handle]) -> int:
         """Release handles at a point of no return. Returns the bytes that are back.
@@ -311,19 +361,6 @@ class PagePool:
             else:
                 freed += handle.num_pages * self.geometry.page_bytes
         return freed
-
-    def _admit(self, extent: Extent) -> None:
-        self.runs.take(extent.first, extent.pages)
-        self.extents[extent.id] = extent
-        self.backed_pages += extent.pages
-        self.epoch += 1
-
-    def _forget(self, extent: Extent) -> None:
-        del self.extents[extent.id]
-        self._free_ids.append(extent.id)
-        self.runs.give(extent.first, extent.pages)
-        self.backed_pages -= extent.pages
-        self.epoch += 1
 
     def _new_id(self) -> int:
         if self._free_ids:

@@ -29,21 +29,18 @@ def fit(g: Geometry, page: Any, run: tuple[int, int], wanted: int) -> Fit | None
 
     ``page`` is the page table: 0 where nothing is backed.
     """
-    first, end = run[0], run[0] + run[1]
-    start = first * g.page_bytes // g.block_bytes
-    if start * g.block_bytes < first * g.page_bytes and not _backed(
-        page, g.pages_of(start).start, first
-    ):
+    first, end, page_bytes, block_bytes = run[0], run[0] + run[1], g.page_bytes, g.block_bytes
+    start, over = divmod(first * page_bytes, block_bytes)
+    if over and not _backed(page, start * block_bytes // page_bytes, first):
         start += 1
-    stop = end * g.page_bytes // g.block_bytes
-    straddles = stop * g.block_bytes < end * g.page_bytes and stop < g.num_blocks
-    if straddles and _backed(page, end, g.pages_of(stop).stop):
+    stop, over = divmod(end * page_bytes, block_bytes)
+    if over and stop < g.num_blocks and _backed(page, end, g.pages_of(stop).stop):
         stop += 1
     stop = min(stop, g.num_blocks, start + wanted)
     if stop <= start:
         return None
-    low = max(first, g.pages_of(start).start)
-    high = min(end, g.pages_of(stop - 1).stop)
+    low = max(first, start * block_bytes // page_bytes)
+    high = min(end, -(-stop * block_bytes // page_bytes))
     return Fit(low, high - low, stop - start) if high > low else None
 
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kvcached.pages import Extent
+from kvcached.runs import Extent, Run
+from kvcached.splits import Job
 from kvcached.stats import Timer
 
 if TYPE_CHECKING:
@@ -51,20 +52,19 @@ class Reclaimer:
     def trim(self, *, may_split: bool) -> int:
         """See ``BlockPool.trim``."""
         everything = self._blocks.pages.backed_bytes
+        self._blocks.spares.forget()
         freed = self.reclaim(everything, may_split=False)
         self._blocks.evict_oldest(self._blocks.num_cached)
         return freed + self.reclaim(everything, may_split=may_split)
 
-    def decay_spares(self) -> int:
-        """See ``BlockPool.decay_spares``."""
+    def excess_spare(self) -> Extent | None:
+        """The largest spare extent that the spare policy has no use for any more."""
         pool = self._blocks
-        pool.poll_fences()
-        if pool.num_spare_extents == 0:
-            return 0
         spare = self._spare_extents()
-        total = sum(e.pages for e in spare) * pool.geometry.page_group_bytes
-        excess = total - pool.spares.target(pool.clock())
-        return total - (self._drop(spare, excess, strict=True) if excess > 0 else 0)
+        group = pool.geometry.page_group_bytes
+        excess = sum(e.pages for e in spare) * group
+        excess -= pool.spares.target(pool.clock()) if spare else 0
+        return next((e for e in spare if e.pages * group <= excess), None)
 
     def drop_spares(self, keep: Collection[int]) -> int:
         """See ``BlockPool.drop_spares``."""
@@ -81,13 +81,11 @@ class Reclaimer:
         spare = [pool.pages.extents[int(i)] for i in ids]
         return sorted(spare, key=lambda e: -e.pages)
 
-    def _drop(self, extents: Sequence[Extent], nbytes: int, *, strict: bool = False) -> int:
-        """Unmap extents until ``nbytes`` are back; ``strict``: never more than that."""
-        group = self._blocks.geometry.page_group_bytes
+    def _drop(self, extents: Sequence[Extent], nbytes: int) -> int:
+        """Unmap extents until ``nbytes`` are back."""
         freed = 0
         for extent in extents:
-            size = extent.pages * group
-            if freed < nbytes and not (strict and freed + size > nbytes):
+            if freed < nbytes:
                 freed += self._drop_one(extent)
         return freed
 
@@ -111,7 +109,7 @@ class Reclaimer:
         cached = self._cached_in(extent)
         freed = pool.pages.shrink([extent])
         pool.evict(cached)
-        self._hot.detach(extent.id, pool.blk, pool.page, pool.ext, pool.meta)
+        pool.detach(extent)
         return freed
 
     def _cached_in(self, extent: Extent) -> Ids:
@@ -124,19 +122,44 @@ class Reclaimer:
 
     def _split_some(self, nbytes: int) -> int:
         """Split extents until ``nbytes`` are back, or there is no room for the copies."""
-        extents = list(self._blocks.pages.extents.values())
-        sized = [(sum(count for _, count in self._live_runs(e)), e) for e in extents]
-        worth = [(kept, e) for kept, e in sized if 0 < kept < e.pages]
+        pages = self._blocks.pages
+        sized = [(e, self._live_runs(e)) for e in list(pages.extents.values())]
+        jobs = [(e, keep) for e, keep in sized if 0 < _length(keep) < e.pages]
+        jobs.sort(key=lambda job: (_length(job[1]), job[0].first))
         freed = 0
         try:
-            for _, extent in sorted(worth, key=lambda entry: (entry[0], entry[1].first)):
+            for batch in self._batches(jobs):
                 if freed < nbytes:
-                    freed += self._split(extent)
+                    freed += self._split_batch(batch)
         except MemoryError:  # ours: not even for a moment can there be room to copy into
             _log.info("no room to split more extents")
         return freed
 
-    def _live_runs(self, extent: Extent) -> list[tuple[int, int]]:
+    def _batches(self, jobs: Sequence[Job]) -> Iterator[list[Job]]:
+        """As many jobs at once as go through the bounce buffer; else one at a time."""
+        most, planes = self._blocks.pages.bounce_pages, self._blocks.geometry.num_planes
+        batch, pages = list[Job](), 0
+        for job in jobs:
+            size = _length(job[1]) * planes
+            if batch and pages + size > most:
+                yield batch
+                batch, pages = [], 0
+            batch.append(job)
+            pages += size
+        if batch:
+            yield batch
+
+    def _split_batch(self, batch: list[Job]) -> int:
+        """Split extents together if there is room for the bounce, else one by one."""
+        planes, most = self._blocks.geometry.num_planes, self._blocks.pages.bounce_pages
+        if sum(_length(keep) for _, keep in batch) * planes <= most:
+            try:
+                return self._split(batch, bounce=True)
+            except MemoryError:  # ours: but maybe there is for what is kept alone
+                _log.debug("no room for a bounce buffer")
+        return sum(self._split([job], bounce=False) for job in batch)
+
+    def _live_runs(self, extent: Extent) -> list[Run]:
         """What a split keeps; nothing if the extent is gone."""
         pool = self._blocks
         if pool.pages.extents.get(extent.id) is not extent:
@@ -145,21 +168,52 @@ class Reclaimer:
         n = self._scan.live_runs(extent.id, out, pool.blk, pool.ext, pool.meta)
         return [(int(out[2 * i]), int(out[2 * i + 1])) for i in range(n)]
 
-    def _split(self, extent: Extent) -> int:
-        """Split one extent; returns the bytes given back. The claim may let others in."""
-        pool, keep = self._blocks, self._live_runs(extent)
-        nbytes = pool.pages.bytes_of(keep)
-        if not 0 < nbytes < extent.pages * pool.geometry.page_group_bytes:
-            return 0
-        pool.pages.budget.claim(nbytes, transient=True)
-        if self._live_runs(extent) != keep:  # what was planned is not what is there now
-            pool.pages.refund(nbytes)
+    def _split(self, jobs: list[Job], *, bounce: bool) -> int:
+        """Split extents; returns the bytes given back. The claim may let others in."""
+        pool, pages = self._blocks, self._blocks.pages
+        kept = pages.bytes_of([run for _, keep in jobs for run in keep])
+        before = sum(extent.pages for extent, _ in jobs) * pool.geometry.page_group_bytes
+        claim = 2 * kept if bounce else kept
+        pages.budget.claim(claim, transient=True)
+        if any(self._live_runs(extent) != keep for extent, keep in jobs):
+            pages.refund(claim)  # what was planned is not what is there now
             return 0
         try:
-            pieces = pool.pages.split(extent, keep)
+            pieces = pages.split(jobs, bounce=bounce)
         except BaseException:  # the claim goes back, whatever it was
-            pool.pages.refund(nbytes)
+            pages.refund(claim)
             raise
-        self._hot.detach(extent.id, pool.blk, pool.page, pool.ext, pool.meta)
+        for extent, _ in jobs:
+            pool.detach(extent)
         pool.attach(pieces)
-        return extent.pages * pool.geometry.page_group_bytes - nbytes
+        return before - kept
+
+
+def _length(runs: Sequence[Run]) -> int:
+    return sum(count for _, count in runs)
+
+
+def release_excess(blocks: BlockPool) -> None:
+    """Let spares decay. For a thread that does not hold the pool's lock: the driver works without.
+
+    If the backend refuses, the extent is as it was.
+    """
+    while True:
+        started = time.perf_counter_ns()
+        with blocks.lock:
+            extent = blocks.reclaimer.excess_spare() if blocks.pages.usable else None
+            if extent is None:
+                return
+            blocks.detach(extent)
+            blocks.pages.withdraw(extent)
+        try:
+            freed = blocks.pages.unback(extent)
+        except BaseException:  # whatever it was
+            with blocks.lock:
+                blocks.pages.admit([extent])
+                blocks.attach([extent])
+            raise
+        with blocks.lock:
+            blocks.pages.retire(extent)
+            blocks.pages.shrunk.add(started)
+            blocks.pages.budget.give_back(freed)

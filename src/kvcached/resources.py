@@ -23,7 +23,7 @@ def make_backend(device: str, spec: CacheSpec, config: Config) -> MemoryBackend:
     if device == "cuda" or device.startswith("cuda:"):
         from kvcached.memory.cuda import CudaBackend
 
-        return CudaBackend("cuda:0" if device == "cuda" else device)
+        return CudaBackend("cuda:0" if device == "cuda" else device, zero=config.zero)
     raise InvalidInput(f"device {device!r} is not known", hint="Use 'cpu', 'cuda' or 'cuda:1'.")
 
 

@@ -1,4 +1,4 @@
-"""``FreeRuns``: the free runs of page indices, coalesced, found by size.
+"""``Extent``: a run of pages that is backed; ``FreeRuns``: those that are free, found by size.
 
 Boundary tags (Knuth, TAOCP 1, 2.5) over dictionaries give O(1) coalescing; size classes by power
 of two with lazily cleaned heaps give the lowest address among the runs of a class. A buddy system
@@ -10,6 +10,24 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kvcached.memory.base import Handle
+
+Run = tuple[int, int]
+"""``(first page, number of pages)``."""
+
+
+@dataclass(slots=True)
+class Extent:
+    """A run of pages and its handles, one a plane. ``id`` starts at 1 and is reused."""
+
+    id: int
+    first: int
+    pages: int
+    handles: tuple[Handle, ...] = ()
 
 
 class FreeRuns:
@@ -37,10 +55,10 @@ class FreeRuns:
         The caller must not change the runs while it iterates.
         """
         start = count.bit_length()  # every run of class > start-1 ... fits; class start may
-        for cls in range(start, len(self._classes)):
-            yield from self._in_class(cls)
-        for cls in range(min(start, len(self._classes)) - 1, 0, -1):
-            yield from self._in_class(cls)
+        most = len(self._classes)
+        for cls in (*range(start, most), *range(min(start, most) - 1, 0, -1)):
+            if self._classes[cls]:  # most are empty, and this runs at every growth
+                yield from self._in_class(cls)
 
     def take(self, first: int, count: int) -> None:
         """Remove ``[first, first + count)``, which lies in the run that starts at or before it."""

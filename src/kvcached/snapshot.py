@@ -35,6 +35,7 @@ def take_counters(blocks: BlockPool) -> PoolCounters:
         shrink_ns=pages.shrunk.ns, split=pages.splits.count, split_ns=pages.splits.ns,
         reclaim=blocks.reclaimed.count, reclaim_ns=blocks.reclaimed.ns,
         evicted_blocks=blocks.evicted,
+        ahead=blocks.grower.ahead.count, ahead_ns=blocks.grower.ahead.ns,
     )  # fmt: skip
 
 
@@ -49,6 +50,7 @@ def take_stats(name: str, spec: CacheSpec, blocks: BlockPool, sequences: int) ->
         cached_bytes=report.cached_bytes, spare_bytes=report.spare_bytes,
         quarantined_bytes=report.quarantined_bytes, lease_bytes=pages.budget.lease_bytes,
         limit_bytes=pages.budget.limit_bytes, packed_floor_bytes=report.packed_floor_bytes,
+        spare_target_bytes=blocks.spares.target(blocks.clock()),
         blocks_total=g.num_blocks - 1, blocks_usable=usable, blocks_in_use=blocks.num_used,
         blocks_cached=blocks.num_cached, blocks_quarantined=blocks.num_quarantined,
         blocks_free=blocks.num_free, extents=len(pages.extents), sequences=sequences,

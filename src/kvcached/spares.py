@@ -36,6 +36,10 @@ class SparePolicy:
         self._rate += nbytes / self._time_constant
         self._last_growth = now
 
+    def forget(self) -> None:
+        """What was measured holds no more: the memory is wanted elsewhere."""
+        self._rate, self._last_growth = 0.0, -math.inf
+
     def target(self, now: float) -> int:
         """Bytes that may stay spare at time ``now``."""
         if now - self._last_growth >= self.decay:

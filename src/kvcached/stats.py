@@ -35,6 +35,9 @@ class PoolCounters:
     reclaim: int = 0
     reclaim_ns: int = 0
     evicted_blocks: int = 0
+    ahead: int = 0
+    """Extents that the background thread backed before anybody asked; not in ``grow``."""
+    ahead_ns: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +67,8 @@ class CacheStats:
     limit_bytes: int
     packed_floor_bytes: int
     """The fewest whole pages that could hold the blocks in use."""
+    spare_target_bytes: int
+    """What may stay spare now: it follows the growth of the last second, and decays to zero."""
     blocks_total: int
     """Block ids that exist (address space)."""
     blocks_usable: int

@@ -34,13 +34,15 @@ class BlockMachine(RuleBasedStateMachine):
     @initialize(
         blocks=st.integers(2, 20), planes=st.integers(1, 2), longest=st.integers(1, 6),
         block=st.integers(1, 30), limit=st.sampled_from([12, 40, 400]),
+        bounce=st.sampled_from([0, 3, 12]), ahead=st.sampled_from([0, 5, 50]),
     )  # fmt: skip
-    def start(self, blocks, planes, longest, block, limit):
+    def start(self, blocks, planes, longest, block, limit, bounce, ahead):
         self.backend, self.clock = FakeBackend(PAGE), Clock()
         least = planes * (block // PAGE + 2)  # the null block must fit
         self.pool = block_pool(
             self.backend, clock=self.clock, block_bytes=block, planes=planes,
             longest=longest, num_blocks=blocks, limit=max(limit, least) * PAGE,
+            bounce=bounce, ahead=ahead * PAGE,
         )  # fmt: skip
         self.pool.on_evict = self.on_evict
         self.total, self.block, self.planes = blocks - 1, block, planes
@@ -202,9 +204,21 @@ class BlockMachine(RuleBasedStateMachine):
     @rule(seconds=st.floats(0, 2))
     def time_passes(self, seconds):
         self.clock.now += seconds
-        spare = self.pool.decay_spares()
-        if seconds > 1.001:  # the clock rounds
-            assert spare == 0 == self.pool.num_spare_extents
+        in_use = self.pool.num_used
+        self.pool.tend()
+        self.poll()
+        assert self.pool.num_used == in_use
+        budget = self.pool.pages.budget
+        assert budget.claimed_bytes == self.pool.pages.backed_bytes
+
+    @rule()
+    def a_quiet_while_passes(self):
+        for _ in range(2):  # the first measures what was taken since the last look
+            self.clock.now += 1.001  # the clock rounds
+            more = self.pool.tend()
+            self.poll()
+        assert self.pool.num_spare_extents == 0
+        assert more == (self.pool.num_quarantined > 0)
 
     @rule(limit=st.integers(0, 60))
     def move_the_limit(self, limit):

@@ -26,14 +26,15 @@ class PageMachine(RuleBasedStateMachine):
     @initialize(
         pages=st.integers(1, 24), planes=st.integers(1, 3), longest=st.integers(1, 8),
         block=st.integers(1, 30), capacity=st.integers(8, 80), limit=st.integers(4, 80),
+        bounce=st.integers(0, 12),
     )  # fmt: skip
-    def start(self, pages, planes, longest, block, capacity, limit):
+    def start(self, pages, planes, longest, block, capacity, limit, bounce):
         self.inner = FakeBackend(PAGE, capacity_pages=capacity)
         self.backend = FailingBackend(self.inner)
         self.capacity, self.planes = capacity, planes
         self.pool = page_pool(
             self.backend, block_bytes=block, planes=planes, longest=longest,
-            num_blocks=max(1, pages * PAGE // block), limit=limit * PAGE,
+            num_blocks=max(1, pages * PAGE // block), limit=limit * PAGE, bounce=bounce,
         )  # fmt: skip
         self.total = self.pool.geometry.num_pages
         self.bytes = {}  # (plane, page) -> contents
@@ -110,20 +111,25 @@ class PageMachine(RuleBasedStateMachine):
     def split(self, data):
         if not self.pool.extents:
             return
-        (extent,) = self.draw_extents(data, 1)
-        kept = data.draw(st.sets(st.integers(extent.first, extent.first + extent.pages - 1)))
-        keep = [(page, 1) for page in sorted(kept)]
-        self.pool.budget.claim(self.pool.bytes_of(keep), transient=True)
+        extents = self.draw_extents(data, 3)
+        kept = [data.draw(st.sets(st.integers(e.first, e.first + e.pages - 1))) for e in extents]
+        jobs = [(e, [(page, 1) for page in sorted(k)]) for e, k in zip(extents, kept, strict=True)]
+        keep = sorted(run for _, runs in jobs for run in runs)
+        copied = len(keep) * self.planes
+        bounce = 0 < copied <= self.pool.bounce_pages and data.draw(st.booleans())
+        claim = self.pool.bytes_of(keep) * (1 + bounce)
+        self.pool.budget.claim(claim, transient=True)
         try:
-            pieces = self.pool.split(extent, keep)
+            pieces = self.pool.split(jobs, bounce=bounce)
         except OutOfPages:
-            assert len(self.bytes) + len(keep) * self.planes > self.capacity
-            self.pool.refund(self.pool.bytes_of(keep))
+            assert len(self.bytes) + copied * (1 + bounce) > self.capacity
+            self.pool.refund(claim)
             return
         assert [(e.first, e.pages) for e in sorted(pieces, key=lambda e: e.first)] == keep
-        for page in set(range(extent.first, extent.first + extent.pages)) - kept:
-            for plane in range(self.planes):
-                del self.bytes[plane, page]
+        for extent, stays in zip(extents, kept, strict=True):
+            for page in set(range(extent.first, extent.first + extent.pages)) - stays:
+                for plane in range(self.planes):
+                    del self.bytes[plane, page]
 
     @rule(data=st.data(), at=st.integers(1, 12), what=st.sampled_from(["grow", "shrink", "split"]))
     def a_failure_changes_nothing(self, data, at, what):
@@ -132,7 +138,7 @@ class PageMachine(RuleBasedStateMachine):
             return  # a second failure, while the first is undone, would break the pool
         before = self.shape()
         self.backend.seen, self.backend.fail_at = 0, at
-        self.backend.only = frozenset({"create", "map", "unmap", "copy", "reserve"})
+        self.backend.only = frozenset({"create", "map", "unmap", "copy", "copy_many", "reserve"})
         try:
             done = self.attempt(data, what)
         finally:
@@ -158,11 +164,13 @@ class PageMachine(RuleBasedStateMachine):
                 self.drop(extents[0])
             elif what == "split" and extents:
                 keep = [(extents[0].first, 1)]
-                self.pool.budget.claim(self.pool.bytes_of(keep), transient=True)
+                bounce = self.planes <= self.pool.bounce_pages and data.draw(st.booleans())
+                claim = self.pool.bytes_of(keep) * (1 + bounce)
+                self.pool.budget.claim(claim, transient=True)
                 try:
-                    self.pool.split(extents[0], keep)
+                    self.pool.split([(extents[0], keep)], bounce=bounce)
                 except BaseException:
-                    self.pool.refund(self.pool.bytes_of(keep))
+                    self.pool.refund(claim)
                     raise
                 for page in range(extents[0].first + 1, extents[0].first + extents[0].pages):
                     for plane in range(self.planes):
@@ -202,5 +210,5 @@ class PageMachine(RuleBasedStateMachine):
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_page_pool_is_a_dict_of_pages():
-    run_state_machine_as_test(PageMachine, settings=machine_settings(260, 50))
+    run_state_machine_as_test(PageMachine, settings=machine_settings(270, 50))
     assert STEPS["run"] > 10_500, f"only {STEPS['run']} steps"

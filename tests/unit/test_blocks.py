@@ -4,8 +4,14 @@ import numpy as np
 import pytest
 from cache_rig import Clock, block_pool
 
-from kvcached.errors import BudgetExceeded, ClosedError, OutOfPages, OwnershipError
-from kvcached.testing import FakeBackend, ManualFence
+from kvcached.errors import (
+    BudgetExceeded,
+    ClosedError,
+    DriverError,
+    OutOfPages,
+    OwnershipError,
+)
+from kvcached.testing import FailingBackend, FakeBackend, ManualFence
 
 PAGE = 16
 
@@ -191,11 +197,107 @@ def test_spares_follow_growth_and_decay(backend):
     clock = Clock()
     pool = block_pool(backend, clock=clock, block_bytes=PAGE, num_blocks=64, longest=4)
     pool.free(pool.alloc(16))
-    assert pool.decay_spares() > 0
+    assert pool.tend()
+    assert pool.num_spare_extents > 0
     clock.now = 1.1
-    assert pool.decay_spares() == 0
+    assert not pool.tend()
+    assert pool.num_spare_extents == 0
     pool.check()
     pool.close()
+
+
+def growing(backend, clock, **options):
+    """A pool from which 4 blocks a tenth of a second have been taken for half a second."""
+    pool = block_pool(backend, clock=clock, block_bytes=PAGE, num_blocks=400, **options)
+    held = []
+    for _ in range(5):
+        held.append(pool.alloc(4))
+        clock.now += 0.1
+    return pool, held
+
+
+def test_growth_ahead_follows_what_is_taken(backend):
+    clock, woken = Clock(), []
+    pool, held = growing(backend, clock, ahead=40 * PAGE, longest=64)
+    pool.on_low = lambda: woken.append(clock.now)
+    assert pool.tend()
+    ready = pool.num_free
+    assert 4 <= ready <= 40
+    assert pool.grower.ahead.count or ready >= pool.grower.low_water()
+    grown = pool.pages.grown.count
+    for _ in range(20):
+        held.append(pool.alloc(4))
+        clock.now += 0.1
+        pool.tend()
+    assert pool.pages.grown.count == grown, "a step waited for the driver"
+    assert pool.grower.ahead.count
+    assert woken
+    clock.now += 2
+    assert not pool.tend()
+    assert pool.num_free < 4, "what nobody wants any more is given back"
+    pool.check()
+    pool.close()
+
+
+def test_a_pool_that_has_been_growing_takes_more_at_once(backend):
+    clock = Clock()
+    pool, _ = growing(backend, clock, ahead=40 * PAGE, longest=64)
+    assert len(pool.pages.extents) < 6
+    exact, _ = growing(FakeBackend(PAGE), Clock(), longest=64)
+    assert len(exact.pages.extents) == 6, "and one that must not, does not"
+    assert exact.num_free == 0
+    pool.close()
+    exact.close()
+
+
+def test_growth_ahead_takes_only_what_is_free(backend):
+    clock = Clock()
+    pool, _ = growing(backend, clock, ahead=40 * PAGE, longest=64, limit=24 * PAGE)
+    pool.tend()
+    assert pool.pages.backed_bytes <= 24 * PAGE
+    assert pool.pages.budget.claimed_bytes == pool.pages.backed_bytes
+    pool.close()
+    full = FakeBackend(PAGE, capacity_pages=22)
+    pool, _ = growing(full, clock, ahead=4 * PAGE, longest=64)
+    for _ in range(4):
+        pool.tend()
+        clock.now += 0.01
+    pool.check()
+    assert pool.pages.budget.claimed_bytes == pool.pages.backed_bytes == full.resident_bytes()
+
+
+@pytest.mark.parametrize("call", ["create", "map"])
+def test_growth_ahead_that_fails_leaves_all_as_it_was(call):
+    inner, clock = FakeBackend(PAGE), Clock()
+    backend = FailingBackend(inner, only={call})
+    pool, _ = growing(backend, clock, ahead=40 * PAGE)
+    pool.spares.grew(80 * PAGE, clock.now)
+    before = pool.pages.backed_bytes, list(pool.pages.runs), pool.num_free
+    backend.seen, backend.fail_at = 0, 2
+    backend.error = lambda name: DriverError(f"{name} refused", status="X", call=name)
+    with pytest.raises(DriverError):
+        pool.tend()
+    assert (pool.pages.backed_bytes, list(pool.pages.runs), pool.num_free) == before
+    assert pool.pages.budget.claimed_bytes == pool.pages.backed_bytes
+    pool.check()
+
+
+@pytest.mark.parametrize("call", ["unmap", "release"])
+def test_a_spare_that_cannot_be_given_back_stays(call):
+    inner, clock = FakeBackend(PAGE), Clock()
+    backend = FailingBackend(inner, only={call})
+    pool = block_pool(backend, clock=clock, block_bytes=PAGE, num_blocks=64, longest=4)
+    pool.free(pool.alloc(16))
+    clock.now = 1.1
+    before = pool.pages.backed_bytes, pool.num_free
+    backend.seen, backend.fail_at = 0, 1
+    with pytest.raises(DriverError):
+        pool.tend()
+    assert (pool.pages.backed_bytes, pool.num_free) == before
+    pool.check()
+    pool.tend()
+    assert pool.num_spare_extents == 0
+    pool.check()
 
 
 def test_after_close_nothing_is_handed_out(backend):

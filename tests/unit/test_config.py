@@ -110,6 +110,7 @@ def test_every_field_has_a_variable():
         "KVCACHED_HOST_MEMORY": "memfd",
         "KVCACHED_MAX_HANDLE": "64MiB",
         "KVCACHED_SPARE_SECONDS": "0.25",
+        "KVCACHED_AHEAD": "64MiB",
         "KVCACHED_ZERO": "always",
         "KVCACHED_LOG_LEVEL": "DEBUG",
         "KVCACHED_SOMETHING_ELSE": "is left alone",
@@ -119,7 +120,7 @@ def test_every_field_has_a_variable():
     assert (config.budget, config.headroom) == ("40%", "2GiB")
     assert (config.broker, config.check) == (False, True)
     assert (config.host_page, config.host_memory) == ("64KiB", "memfd")
-    assert config.max_handle == "64MiB"
+    assert (config.max_handle, config.ahead) == ("64MiB", "64MiB")
     assert (config.spare_seconds, config.zero, config.log_level) == (0.25, "always", "DEBUG")
     changed = {name for name, value in dataclasses.asdict(Config()).items()
                if getattr(config, name) != value}  # fmt: skip

@@ -304,7 +304,7 @@ def test_a_pool_splits_and_shrinks_in_place(memory, planes):
             ctypes.memset(pool.address_of(page, plane), page + plane * 50, PAGE)
         keep = [(5, 2), (20, 9), (42, 1)]
         pool.budget.claim(pool.bytes_of(keep), transient=True)
-        pieces = pool.split(extent, keep)
+        pieces = pool.split([(extent, keep)])
         kept = [page for first, count in keep for page in range(first, first + count)]
         for plane, page in places:
             if page in kept:

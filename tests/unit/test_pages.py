@@ -44,24 +44,62 @@ def test_growth_is_undone_step_by_step():
     pool.check()
 
 
-def test_a_split_keeps_addresses_and_contents():
+@pytest.mark.parametrize("bounce", [False, True])
+def test_a_split_keeps_addresses_and_contents(bounce):
     backend = FakeBackend(PAGE)
-    pool = page_pool(backend, planes=2, longest=8)
-    (extent,) = grown(pool, (0, 8))
-    for page in range(8):
+    pool = page_pool(backend, planes=2, longest=8, num_blocks=8, bounce=8)
+    one, two = grown(pool, (0, 8), (16, 4))
+    pages = [*range(8), *range(16, 20)]
+    for page in pages:
         for plane in range(2):
-            backend.write(pool.address_of(page, plane), bytes([16 * plane + page]) * PAGE)
-    pool.budget.claim(pool.bytes_of([(1, 2), (6, 1)]))
-    pieces = pool.split(extent, [(1, 2), (6, 1)])
-    assert sorted((e.first, e.pages) for e in pieces) == [(1, 2), (6, 1)]
-    for page in (1, 2, 6):
+            backend.write(pool.address_of(page, plane), bytes([32 * plane + page]) * PAGE)
+    keep = [(1, 2), (6, 1), (17, 1)]
+    pool.budget.claim(pool.bytes_of(keep) * (1 + bounce))
+    pieces = pool.split([(one, keep[:2]), (two, keep[2:])], bounce=bounce)
+    assert sorted((e.first, e.pages) for e in pieces) == keep
+    for page in (1, 2, 6, 17):
         for plane in range(2):
             data = backend.read(pool.address_of(page, plane), PAGE)
-            assert data == bytes([16 * plane + page]) * PAGE
-    assert pool.budget.claimed_bytes == backend.resident_bytes() == 2 * 3 * PAGE
+            assert data == bytes([32 * plane + page]) * PAGE
+    assert pool.budget.claimed_bytes == backend.resident_bytes() == 2 * 4 * PAGE
     pool.check()
     pool.close()
     backend.shutdown()
+
+
+def test_a_bounced_split_gives_access_once_a_piece_and_waits_twice_a_batch():
+    backend = CountingBackend(FakeBackend(PAGE))
+    pool = page_pool(backend, longest=4, num_blocks=16, bounce=8)
+    extents = grown(pool, (0, 16))
+    pool.budget.claim(2 * 4 * PAGE)
+    backend.calls.clear()
+    pool.split([(e, [(e.first + 1, 1)]) for e in extents], bounce=True)
+    once = {"create": 1, "map": 1, "unmap": 1, "release": 1, "copy_many": 2, "reserve": 1}
+    assert backend.calls == {**once, "create": 5, "map": 5, "unmap": 5, "release": 5}
+    pool.close()
+
+
+def test_what_is_staged_or_withdrawn_is_in_transit_until_the_driver_has_done_its_part():
+    backend = FakeBackend(PAGE)
+    pool = page_pool(backend, num_blocks=16)
+    pool.budget.claim(6 * PAGE)
+    staged = pool.stage([(0, 6)])
+    assert pool.backed_bytes == 0
+    assert not list(pool.runs) or next(iter(pool.runs))[0] == 6, "nobody else plans with them"
+    pool.check()
+    pool.back(staged)
+    assert pool.backed_bytes == backend.resident_bytes() == 6 * PAGE
+    pool.check()
+    pool.admit(staged)
+    pool.withdraw(staged[0])
+    assert pool.backed_bytes == 6 * PAGE, "held until it is back"
+    pool.check()
+    freed = pool.unback(staged[0])
+    pool.retire(staged[0])
+    pool.budget.give_back(freed)
+    assert pool.backed_bytes == backend.resident_bytes() == pool.budget.claimed_bytes == 2 * PAGE
+    pool.check()
+    pool.close()
 
 
 def test_a_handle_that_cannot_be_released_yet_stays_on_the_books():

@@ -18,11 +18,12 @@ from kvcached.testing import (
 
 
 def life(backend):
-    """One of each operation but ``available``: 7 calls."""
+    """One of each operation but ``available``: 8 calls."""
     reservation, handle = backend.reserve(4 * backend.page_bytes), backend.create(2)
     backend.map(reservation, 1, handle)
     start = reservation.address + backend.page_bytes
     backend.copy(start + backend.page_bytes, start, backend.page_bytes)
+    backend.copy_many([(start + backend.page_bytes, start, backend.page_bytes)])
     backend.unmap(reservation, 1, handle)
     backend.release(handle)
     backend.close(reservation)
@@ -135,15 +136,15 @@ def test_counting():
 
 def test_failing_at_each_operation_once():
     """After the one failure everything works; the failed call had no effect."""
-    for fail_at in range(1, 8):
+    for fail_at in range(1, 9):
         backend = FailingBackend(FakeBackend(), fail_at)
         with pytest.raises((OutOfPages, DriverError), match="injected"):
             life(backend)
         assert (backend.seen, backend.raised) == (fail_at, 1)
         backend.inner.check()
-    backend = FailingBackend(FakeBackend(), 8)
+    backend = FailingBackend(FakeBackend(), 9)
     life(backend)
-    assert (backend.seen, backend.raised) == (7, 0)
+    assert (backend.seen, backend.raised) == (8, 0)
 
 
 def test_failing_for_good_and_only_some():

@@ -66,6 +66,20 @@ class Budget(Protocol):
         """
         ...
 
+    def claim_if_free(self, nbytes: int, *, ask: bool) -> bool:
+        """Claim ``nbytes`` if the lease covers them already; whether it did.
+
+        With ``ask`` the lease may grow by what is free, but nobody is asked to give back.
+        """
+        ...
+
+    def report_out_of_memory(self, nbytes: int) -> bool:
+        """The device refused ``nbytes`` that were claimed; the caller has given the claim back.
+
+        Returns whether a new claim may help, since others are then asked for what they hold.
+        """
+        ...
+
     def give_back(self, nbytes: int) -> None:
         """Return ``nbytes`` whose physical memory is already back with the device."""
         ...
@@ -129,6 +143,17 @@ class LocalBudget:
                     hint="Free sequences, or raise the limit with set_limit().",
                 )
             self._claimed += nbytes
+
+    def claim_if_free(self, nbytes: int, *, ask: bool) -> bool:  # noqa: ARG002 (the protocol's)
+        """See ``Budget.claim_if_free``."""
+        with self._lock:
+            free = not self._closed and self._claimed + nbytes <= self._limit
+            self._claimed += nbytes if free else 0
+            return free
+
+    def report_out_of_memory(self, nbytes: int) -> bool:  # noqa: ARG002 (the protocol's)
+        """See ``Budget.report_out_of_memory``: there are no others."""
+        return False
 
     def give_back(self, nbytes: int) -> None:
         """See ``Budget.give_back``."""

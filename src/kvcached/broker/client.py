@@ -141,6 +141,18 @@ class BrokerBudget:
             elif self._ask(nbytes, time.monotonic() + _GOODBYE_S, transient=True) is not None:
                 raise self._refused(nbytes, "nothing is free, not even for a moment")
 
+    def claim_if_free(self, nbytes: int, *, ask: bool) -> bool:
+        """See ``Budget.claim_if_free``. Not while others wait for memory."""
+        with self._changed:
+            if self._closed or self._forked or self._claimed + nbytes > self._limit:
+                return False
+            if self._fits(nbytes):
+                self._claimed += nbytes
+                return True
+            if not ask or self._session.pressure:
+                return False
+            return self._ask(nbytes, time.monotonic() + _GOODBYE_S, transient=True) is None
+
     def give_back(self, nbytes: int) -> None:
         """See ``Budget.give_back``."""
         self._require_usable()
@@ -167,13 +179,13 @@ class BrokerBudget:
         """See ``Budget.limit_record``."""
         return LimitRecord(self._limit, self._revision, self._lease, self._floor, self._weight)
 
-    def report_out_of_memory(self, nbytes: int) -> None:
-        """The device refused ``nbytes`` that were claimed; the broker hands out less for a while.
-
-        The caller gives the claim back itself.
-        """
+    def report_out_of_memory(self, nbytes: int) -> bool:
+        """See ``Budget.report_out_of_memory``. The broker hands out less for a while."""
         self._require_usable()
-        self._session.send(Message(Op.OUT_OF_MEMORY, values=(nbytes,)))
+        with self._changed:
+            self._session.send(Message(Op.OUT_OF_MEMORY, values=(nbytes,)))
+            self._return_slack()  # or the next claim would be met from it, and nobody asked
+        return True
 
     def check(self) -> None:
         """See ``Budget.check``."""

@@ -24,8 +24,12 @@ The contract, checked for every backend by ``kvcached.testing.check_memory_backe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
+
+Copy = tuple[int, int, int]
+"""``(destination address, source address, bytes)``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +106,10 @@ class MemoryBackend(Protocol):
 
     def copy(self, dst: int, src: int, nbytes: int) -> None:
         """Copy ``nbytes`` between mapped addresses, complete (for the device) on return."""
+        ...
+
+    def copy_many(self, copies: Sequence[Copy]) -> None:
+        """As ``copy``, for several that do not overlap: all are complete on return."""
         ...
 
     def shutdown(self) -> None:

@@ -11,6 +11,7 @@ Driver calls release the GIL, and no lock is held around them.
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 from kvcached.config import format_size
@@ -23,9 +24,11 @@ from kvcached.errors import (
     PoolBroken,
 )
 from kvcached.memory import forks
-from kvcached.memory.base import Handle, Reservation
-from kvcached.memory.driver import Calls, Driver, find_device, uuid_of
+from kvcached.memory.base import Copy, Handle, Reservation
+from kvcached.memory.driver import Calls, Driver, find_device, open_context, uuid_of
+from kvcached.memory.fences import CudaFence
 from kvcached.memory.mappings import Mappings
+from kvcached.memory.scrub import must_clear
 
 
 class CudaBackend:
@@ -40,9 +43,12 @@ class CudaBackend:
     exportable:
         Make handles that can be shared as POSIX file descriptors, where the driver allows it (the
         ``exportable`` property then says whether it did).
+    zero:
+        When fresh memory is cleared here: ``"never"``, ``"always"``, or ``"on-tenant-change"``,
+        which leaves it to the driver where that is known to do it (``scrub.py``).
 
-    Raises ``BackendUnavailable`` without a driver, a GPU or virtual memory support, and
-    ``UnknownName`` if there is no such device.
+    Raises ``BackendUnavailable`` without a driver, a GPU or virtual memory support, or if the GPU
+    lets no process in, and ``UnknownName`` if there is no such device.
     """
 
     def __init__(
@@ -51,16 +57,18 @@ class CudaBackend:
         *,
         driver: Driver | None = None,
         exportable: bool = False,
+        zero: str = "on-tenant-change",
     ) -> None:
+        self.clears = must_clear(zero)
         self._call = Calls(load_driver() if driver is None else driver)
         self._lock = threading.Lock()
         self._driver_handles: dict[int, Any] = {}
         self._fences: set[CudaFence] = set()
+        self._fresh: set[int] = set()  # handles to be cleared when they are first mapped
         self._closed = self._forked = False
         self._call.init()
         self._ordinal, self._cu_device = find_device(self._call, device)
-        self._require_vmm()
-        (self._context,) = self._call("cuDevicePrimaryCtxRetain", self._cu_device)
+        self._context = open_context(self._call, self._cu_device, self.device)
         try:
             self._prop = self._make_prop(exportable=exportable)
             self._books = Mappings(self._granularity())
@@ -129,6 +137,8 @@ class CudaBackend:
         with self._lock:
             handle = self._books.add_handle(num_pages)
             self._driver_handles[handle.key] = driver_handle
+            if self.clears:
+                self._fresh.add(handle.key)
             return handle
 
     def map(self, reservation: Reservation, page_index: int, handle: Handle) -> None:
@@ -141,7 +151,10 @@ class CudaBackend:
         nbytes = handle.num_pages * self.page_bytes
         self._call("cuMemMap", address, nbytes, 0, driver_handle, 0)
         try:
-            self._call("cuMemSetAccess", address, nbytes, [self._access], 1)
+            self._call("cuMemSetAccess", address, nbytes, self._accesses, 1)
+            if handle.key in self._fresh:
+                self._clear(address, nbytes)
+                self._fresh.discard(handle.key)
         except KvcachedError as error:
             self._undo_map(address, nbytes, error)
             raise
@@ -167,6 +180,7 @@ class CudaBackend:
         with self._lock:
             self._books.drop_handle(state)
             del self._driver_handles[handle.key]
+            self._fresh.discard(handle.key)
 
     def close(self, reservation: Reservation) -> None:
         """See ``MemoryBackend.close``."""
@@ -190,15 +204,21 @@ class CudaBackend:
         return int(free)
 
     def copy(self, dst: int, src: int, nbytes: int) -> None:
-        """See ``MemoryBackend.copy``. Runs on a stream of its own and waits for that stream only.
+        """See ``MemoryBackend.copy``."""
+        self.copy_many([(dst, src, nbytes)])
 
-        The caller orders it after the work that wrote ``src`` (a fence).
+    def copy_many(self, copies: Sequence[Copy]) -> None:
+        """See ``MemoryBackend.copy_many``. Waits for the backend's own stream only.
+
+        The caller orders it after the work that wrote the sources (a fence).
         """
         self._require_usable()
-        if nbytes < 0:
-            raise InvalidInput(f"cannot copy {nbytes} bytes")
+        for _, _, nbytes in copies:
+            if nbytes < 0:
+                raise InvalidInput(f"cannot copy {nbytes} bytes")
         with self._call.in_context(self._context):
-            self._call("cuMemcpyDtoDAsync", dst, src, nbytes, self._stream)
+            for dst, src, nbytes in copies:
+                self._call("cuMemcpyDtoDAsync", dst, src, nbytes, self._stream)
             self._call("cuStreamSynchronize", self._stream)
 
     def shutdown(self) -> None:
@@ -227,7 +247,7 @@ class CudaBackend:
         with self._call.in_context(self._context):
             flags = self._call.driver.CUevent_flags.CU_EVENT_DISABLE_TIMING
             (event,) = self._call("cuEventCreate", int(flags))
-            fence = CudaFence(self, event)
+            fence = CudaFence(self._call, event, self._require_usable, self._fences.discard)
             self._fences.add(fence)  # from here on shutdown destroys the event if nobody else does
             try:
                 self._call("cuEventRecord", event, stream)
@@ -253,6 +273,11 @@ class CudaBackend:
         if self._closed or self._forked:
             raise forks.forked_error() if self._forked else ClosedError("the backend is shut down")
 
+    def _clear(self, address: int, nbytes: int) -> None:
+        with self._call.in_context(self._context):
+            self._call("cuMemsetD8Async", address, 0, nbytes, self._stream)
+            self._call("cuStreamSynchronize", self._stream)
+
     def _undo_map(self, address: int, nbytes: int, cause: KvcachedError) -> None:
         try:
             self._call("cuMemUnmap", address, nbytes)
@@ -274,16 +299,6 @@ class CudaBackend:
         self._prop = self._make_prop(exportable=False)
         return self._call("cuMemCreate", nbytes, self._prop, 0)[0]
 
-    def _require_vmm(self) -> None:
-        attributes = self._call.driver.CUdevice_attribute
-        attribute = attributes.CU_DEVICE_ATTRIBUTE_VIRTUAL_ADDRESS_MANAGEMENT_SUPPORTED
-        (supported,) = self._call("cuDeviceGetAttribute", attribute, self._cu_device)
-        if not supported:
-            raise BackendUnavailable(
-                f"the driver has no virtual memory management for {self.device}",
-                hint="Virtual GPUs often lack it; use the whole device, or device='cpu'.",
-            )
-
     def _make_prop(self, *, exportable: bool) -> Any:
         d = self._call.driver
         prop = d.CUmemAllocationProp()
@@ -296,48 +311,16 @@ class CudaBackend:
             if exportable
             else types.CU_MEM_HANDLE_TYPE_NONE
         )
-        self._access = d.CUmemAccessDesc()
-        self._access.location = prop.location
-        self._access.flags = d.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
+        access = d.CUmemAccessDesc()
+        access.location = prop.location
+        access.flags = d.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
+        self._accesses = [access]
         return prop
 
     def _granularity(self) -> int:
         option = self._call.driver.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM
         (granularity,) = self._call("cuMemGetAllocationGranularity", self._prop, option)
         return int(granularity)
-
-
-class CudaFence:
-    """A CUDA event on a stream; made by ``CudaBackend.fence``."""
-
-    def __init__(self, backend: CudaBackend, event: Any) -> None:
-        self._backend, self._event = backend, event
-        self._call = backend._call  # noqa: SLF001 - the fence is a part of its backend
-        self._passed = self._closed = False
-
-    def passed(self) -> bool:
-        """Whether the device got past the event. Never blocks; once true, stays true.
-
-        ``DriverError`` if the device failed before it got there.
-        """
-        if self._passed:
-            return True
-        self._backend._require_usable()  # noqa: SLF001
-        driver = self._call.driver
-        result = driver.cuEventQuery(self._event)
-        if result[0] == driver.CUresult.CUDA_ERROR_NOT_READY:
-            return False
-        self._call.check(result, "cuEventQuery")
-        self._passed = True
-        self.close()
-        return True
-
-    def close(self) -> None:
-        """Destroy the event, passed or not. Idempotent."""
-        if not self._closed:
-            self._call("cuEventDestroy", self._event)
-            self._closed = True
-            self._backend._fences.discard(self)  # noqa: SLF001
 
 
 def load_driver() -> Driver:

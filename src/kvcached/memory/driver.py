@@ -25,6 +25,15 @@ from kvcached.errors import (
 )
 
 Result = tuple[Any, ...]
+_OLDEST_DRIVER = 12_000
+_NO_DRIVER_HINT = "Install the NVIDIA driver (nvidia-smi must work), or use device='cpu'."
+_INIT_HINTS = {
+    "CUDA_ERROR_NO_DEVICE": "nvidia-smi -L lists the GPUs; CUDA_VISIBLE_DEVICES may hide them, "
+    "and with MIG on an instance must have been made.",
+    "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH": "The driver's library and kernel module differ: reboot, "
+    "or use the library that came with the module.",
+}
+_LOCKED_OUT = {"CUDA_ERROR_DEVICE_UNAVAILABLE", "CUDA_ERROR_DEVICE_NOT_LICENSED"}
 
 
 class Driver(Protocol):
@@ -45,6 +54,7 @@ class Driver(Protocol):
 
     # Device and context.
     def cuInit(self, flags: int) -> Result: ...
+    def cuDriverGetVersion(self) -> Result: ...
     def cuDeviceGetCount(self) -> Result: ...
     def cuDeviceGet(self, ordinal: int) -> Result: ...
     def cuDeviceGetUuid(self, device: Any) -> Result: ...
@@ -71,6 +81,7 @@ class Driver(Protocol):
 
     # Copies, streams, events.
     def cuMemcpyDtoDAsync(self, dst: int, src: int, nbytes: int, stream: Any) -> Result: ...
+    def cuMemsetD8Async(self, dst: int, value: int, nbytes: int, stream: Any) -> Result: ...
     def cuStreamCreate(self, flags: int) -> Result: ...
     def cuStreamSynchronize(self, stream: Any) -> Result: ...
     def cuStreamDestroy(self, stream: Any) -> Result: ...
@@ -85,10 +96,18 @@ class Calls:
 
     def __init__(self, driver: Driver) -> None:
         self.driver = driver
+        self._success = driver.CUresult.CUDA_SUCCESS
 
     def __call__(self, name: str, *args: Any) -> Result:
         """The results after the status. ``OutOfPages`` or ``DriverError`` if the call failed."""
-        return self.check(getattr(self.driver, name)(*args), name, args)
+        try:
+            result: Result = getattr(self.driver, name)(*args)
+        except RuntimeError as error:  # cuda.bindings did not find the function in the driver
+            raise BackendUnavailable(
+                f"the NVIDIA driver is older than cuda-bindings: {error}",
+                hint="Update the driver, or pip install 'cuda-bindings==12.*'.",
+            ) from error
+        return result[1:] if result[0] is self._success else self.check(result, name, args)
 
     def check(self, result: Result, call: str, args: tuple[Any, ...] = ()) -> Result:
         """Strip the status off ``result``, or raise what it stands for.
@@ -121,12 +140,17 @@ class Calls:
         """``cuInit``; ``BackendUnavailable`` without a usable driver."""
         try:
             self("cuInit", 0)
-        except (DriverError, RuntimeError) as error:
-            # cuda.bindings raises DynamicLibNotFoundError, a RuntimeError, where no driver is.
+        except (DriverError, BackendUnavailable) as error:  # the latter where no driver is
             raise BackendUnavailable(
                 f"no usable CUDA driver: {getattr(error, 'message', error)}",
-                hint="Install the NVIDIA driver (nvidia-smi must work), or use device='cpu'.",
+                hint=_INIT_HINTS.get(getattr(error, "status", ""), _NO_DRIVER_HINT),
             ) from error
+        (version,) = self("cuDriverGetVersion")
+        if version < _OLDEST_DRIVER:
+            raise BackendUnavailable(
+                f"the NVIDIA driver knows CUDA up to {version // 1000}.{version % 1000 // 10}",
+                hint="Update the driver: 525 (CUDA 12.0) or newer is needed.",
+            )
 
 
 def find_device(calls: Calls, device: str | int) -> tuple[int, Any]:
@@ -141,6 +165,27 @@ def find_device(calls: Calls, device: str | int) -> tuple[int, Any]:
         f"there is no CUDA device {device!r}: this process sees {count}",
         hint="List them with nvidia-smi -L; CUDA_VISIBLE_DEVICES hides devices.",
     )
+
+
+def open_context(calls: Calls, cu_device: Any, name: str) -> Any:
+    """Retain the device's primary context; ``BackendUnavailable`` if it cannot serve us."""
+    attribute = calls.driver.CUdevice_attribute
+    vmm = attribute.CU_DEVICE_ATTRIBUTE_VIRTUAL_ADDRESS_MANAGEMENT_SUPPORTED
+    if not calls("cuDeviceGetAttribute", vmm, cu_device)[0]:
+        raise BackendUnavailable(
+            f"the driver has no virtual memory management for {name}",
+            hint="Virtual GPUs often lack it; use the whole device, or device='cpu'.",
+        )
+    try:
+        return calls("cuDevicePrimaryCtxRetain", cu_device)[0]
+    except DriverError as error:
+        if error.status not in _LOCKED_OUT:
+            raise
+        raise BackendUnavailable(
+            f"{name} lets this process in no more: {error.message}",
+            hint="`nvidia-smi -q -d COMPUTE` shows the compute mode: 'Prohibited' lets nobody in, "
+            "'Exclusive_Process' one process at a time.",
+        ) from error
 
 
 def uuid_of(calls: Calls, cu_device: Any) -> str:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import ctypes
 import mmap as os_mmap
 import threading
+from collections.abc import Sequence
 
 from kvcached.config import HOST_MEMORY, format_size
 from kvcached.errors import ClosedError, DriverError, InvalidInput, OutOfPages
@@ -26,7 +27,7 @@ from kvcached.hostinfo import available_bytes, total_bytes
 from kvcached.memory import forks
 from kvcached.memory.addresses import Addresses, HostMemory
 from kvcached.memory.anonymous import AnonymousMemory
-from kvcached.memory.base import Handle, Reservation
+from kvcached.memory.base import Copy, Handle, Reservation
 from kvcached.memory.mappings import HandleState, Mappings
 from kvcached.memory.memfd import MemfdMemory
 from kvcached.memory.os_calls import MappingCredit, OsCalls
@@ -163,6 +164,11 @@ class HostBackend:
         if nbytes < 0:
             raise InvalidInput(f"cannot copy {nbytes} bytes")
         ctypes.memmove(dst, src, nbytes)
+
+    def copy_many(self, copies: Sequence[Copy]) -> None:
+        """See ``MemoryBackend.copy_many``."""
+        for dst, src, nbytes in copies:
+            self.copy(dst, src, nbytes)
 
     def shutdown(self) -> None:
         """See ``MemoryBackend.shutdown``."""

@@ -51,7 +51,8 @@ class Ledger:
     @property
     def nbytes(self) -> int:
         """Physical bytes held."""
-        return sum(h.num_pages for h in self.handles.values()) * self.backend.page_bytes
+        handles = list(self.handles.values())  # in one step: another thread may be growing
+        return sum(handle.num_pages for handle in handles) * self.backend.page_bytes
 
     def close_all(self) -> None:
         """Unmap, release and close whatever is left. Stops at the first failure; call again."""
@@ -65,6 +66,8 @@ class Ledger:
 
 class Undo:
     """Inverses of the steps done so far; run in reverse order unless committed."""
+
+    __slots__ = ("_steps",)
 
     def __init__(self) -> None:
         self._steps: list[tuple[Callable[..., object], tuple[object, ...]]] = []

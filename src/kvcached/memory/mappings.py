@@ -29,10 +29,11 @@ class Spans:
 
     def is_free(self, start: int, end: int) -> bool:
         """Whether no span overlaps ``[start, end)``."""
-        i = bisect_right(self._starts, start)
+        starts = self._starts
+        i = bisect_right(starts, start)
         if i and self._ends[i - 1] > start:
             return False
-        return i == len(self._starts) or self._starts[i] >= end
+        return i == len(starts) or starts[i] >= end
 
     def add(self, start: int, end: int) -> None:
         """Add ``[start, end)``, which is free."""
@@ -98,7 +99,7 @@ class Mappings:
 
     def create_plan(self, num_pages: int) -> None:
         """Check the size of a handle."""
-        if isinstance(num_pages, bool) or not isinstance(num_pages, int) or num_pages <= 0:
+        if type(num_pages) is not int or num_pages <= 0:
             raise InvalidInput(f"cannot create {num_pages!r} pages: the count must be an int > 0")
 
     def map_plan(

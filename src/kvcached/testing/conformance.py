@@ -333,6 +333,10 @@ def _copies(c: Case) -> None:
     c.backend.copy(c.address(rng, 3) - 5, c.address(rng, 0) + 1, 10)
     assert c.read(c.backend, c.address(rng, 3) - 5, 10) == data[1:11], "copies cross pages"
     c.backend.copy(c.address(rng, 2), c.address(rng, 0), 0)
+    c.backend.copy_many([(c.address(rng, 2) + 9, c.address(rng, 0), 5),
+                         (c.address(rng, 3), c.address(rng, 0) + 7, 3)])  # fmt: skip
+    assert c.read(c.backend, c.address(rng, 2) + 9, 5) == data[:5], "the first of two copies"
+    assert c.read(c.backend, c.address(rng, 3), 3) == data[7:10], "the second of two copies"
     c.mistake(lambda: c.backend.copy(c.address(rng, 2), c.address(rng, 0), -1), "copy of -1")
     c.drop(rng, {0: first, 2: second})
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from kvcached.errors import ClosedError, DriverError, InvalidInput, OutOfPages
-from kvcached.memory.base import Handle, Reservation
+from kvcached.memory.base import Copy, Handle, Reservation
 from kvcached.memory.mappings import Mappings
 
 _FIRST_ADDRESS = 1 << 40
@@ -106,6 +108,11 @@ class FakeBackend:
         if nbytes < 0:
             raise InvalidInput(f"cannot copy {nbytes} bytes")
         self.write(dst, self.read(src, nbytes))
+
+    def copy_many(self, copies: Sequence[Copy]) -> None:
+        """See ``MemoryBackend.copy_many``."""
+        for dst, src, nbytes in copies:
+            self.copy(dst, src, nbytes)
 
     def shutdown(self) -> None:
         """See ``MemoryBackend.shutdown``."""

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from kvcached.testing.fake_device import (
+    PROHIBITED,
     UNSUPPORTED,
     CUresult,
     FakeDevice,
@@ -37,6 +38,12 @@ class FakeCudaDriver(FakeDevice):
         Devices; the UUID of device ``i`` ends in ``i``.
     vmm, exportable:
         Whether the devices have virtual memory management, and allow POSIX file descriptors.
+    compute_mode:
+        0 lets all processes in, 2 none ("prohibited"), 3 one ("exclusive").
+    version:
+        What ``cuDriverGetVersion`` says: 1000 * major + 10 * minor.
+    dirt:
+        What fresh memory reads as, byte for byte: 0 as on the driver that clears.
     """
 
     CUresult = CUresult
@@ -48,7 +55,9 @@ class FakeCudaDriver(FakeDevice):
     CUmemAccess_flags = SimpleNamespace(CU_MEM_ACCESS_FLAGS_PROT_READWRITE=3)
     CUmemAllocationGranularity_flags = SimpleNamespace(CU_MEM_ALLOC_GRANULARITY_MINIMUM=0)
     CUdevice_attribute = SimpleNamespace(
-        CU_DEVICE_ATTRIBUTE_VIRTUAL_ADDRESS_MANAGEMENT_SUPPORTED=102
+        CU_DEVICE_ATTRIBUTE_COMPUTE_MODE=20,
+        CU_DEVICE_ATTRIBUTE_VIRTUAL_ADDRESS_MANAGEMENT_SUPPORTED=102,
+        CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED=103,
     )
     CUevent_flags = SimpleNamespace(CU_EVENT_DISABLE_TIMING=2)
     CUstream_flags = SimpleNamespace(CU_STREAM_NON_BLOCKING=1)
@@ -71,13 +80,17 @@ class FakeCudaDriver(FakeDevice):
         return ()
 
     @driver_call()
+    def cuDriverGetVersion(self) -> Result:
+        return (self.version,)
+
+    @driver_call()
     def cuDeviceGetCount(self) -> Result:
         return (self.num_devices,)
 
     @driver_call()
     def cuDeviceGet(self, ordinal: int) -> Result:
         if not 0 <= ordinal < self.num_devices:
-            raise Refused(CUresult.CUDA_ERRORINVALID_DEVICE)
+            raise Refused(CUresult.CUDA_ERROR_INVALID_DEVICE)
         return (ordinal,)
 
     @driver_call()
@@ -94,10 +107,12 @@ class FakeCudaDriver(FakeDevice):
 
     @driver_call()
     def cuDeviceGetAttribute(self, attribute: int, device: int) -> Result:  # noqa: ARG002
-        return (int(self.vmm),)
+        return (int({20: self.compute_mode, 102: self.vmm, 103: self.exportable}[attribute]),)
 
     @driver_call()
     def cuDevicePrimaryCtxRetain(self, device: int) -> Result:
+        if self.compute_mode == PROHIBITED:
+            raise Refused(CUresult.CUDA_ERROR_DEVICE_UNAVAILABLE)
         self.retained += 1
         return (0xC0 + device,)
 
@@ -146,7 +161,7 @@ class FakeCudaDriver(FakeDevice):
         if self.used + size > self.capacity:
             raise Refused(CUresult.CUDA_ERROR_OUT_OF_MEMORY)
         handle = self.new_id()
-        self.memories[handle] = Memory(size)
+        self.memories[handle] = Memory(size, self.dirt)
         return (handle,)
 
     @driver_call()
@@ -191,6 +206,12 @@ class FakeCudaDriver(FakeDevice):
     def cuMemcpyDtoDAsync(self, dst: int, src: int, nbytes: int, stream: int) -> Result:
         self.require_handle(stream in self.streams)
         self.store(dst, b"".join(bytes(piece) for piece in self.pieces(src, nbytes)))
+        return ()
+
+    @driver_call(context=True)
+    def cuMemsetD8Async(self, dst: int, value: int, nbytes: int, stream: int) -> Result:
+        self.require_handle(stream in self.streams)
+        self.store(dst, bytes([value]) * nbytes)
         return ()
 
     @driver_call(context=True)

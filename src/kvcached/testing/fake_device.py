@@ -11,21 +11,27 @@ from typing import Any
 Result = tuple[Any, ...]
 
 
+PROHIBITED = 2
+"""``CU_COMPUTEMODE_PROHIBITED``."""
+
+
 class CUresult(enum.IntEnum):
     """The statuses that the fake returns, with the driver's own numbers."""
 
     CUDA_SUCCESS = 0
-    CUDA_ERRORINVALID_VALUE = 1
+    CUDA_ERROR_INVALID_VALUE = 1
     CUDA_ERROR_OUT_OF_MEMORY = 2
     CUDA_ERROR_NOT_INITIALIZED = 3
+    CUDA_ERROR_DEVICE_UNAVAILABLE = 46
     CUDA_ERROR_NO_DEVICE = 100
-    CUDA_ERRORINVALID_DEVICE = 101
-    CUDA_ERRORINVALID_CONTEXT = 201
-    CUDA_ERRORINVALID_HANDLE = 400
+    CUDA_ERROR_INVALID_DEVICE = 101
+    CUDA_ERROR_INVALID_CONTEXT = 201
+    CUDA_ERROR_INVALID_HANDLE = 400
     CUDA_ERROR_NOT_READY = 600
     CUDA_ERROR_ILLEGAL_ADDRESS = 700
     CUDA_ERROR_NOT_PERMITTED = 800
     CUDA_ERROR_NOT_SUPPORTED = 801
+    CUDA_ERROR_SYSTEM_DRIVER_MISMATCH = 803
     CUDA_ERROR_UNKNOWN = 999
 
 
@@ -37,7 +43,7 @@ class Refused(Exception):  # noqa: N818 - a status on its way, not an error of o
         self.status = status
 
 
-INVALID = Refused(CUresult.CUDA_ERRORINVALID_VALUE)
+INVALID = Refused(CUresult.CUDA_ERROR_INVALID_VALUE)
 UNSUPPORTED = Refused(CUresult.CUDA_ERROR_NOT_SUPPORTED)
 
 
@@ -63,8 +69,8 @@ def driver_call(
 class Memory:
     """One physical allocation."""
 
-    def __init__(self, nbytes: int) -> None:
-        self.contents = bytearray(nbytes)
+    def __init__(self, nbytes: int, dirt: int = 0) -> None:
+        self.contents = bytearray([dirt]) * nbytes
 
 
 class Mapping:
@@ -87,9 +93,13 @@ class FakeDevice:
         num_devices: int = 1,
         vmm: bool = True,
         exportable: bool = True,
+        compute_mode: int = 0,
+        version: int = 13_000,
+        dirt: int = 0,
     ) -> None:
         self.granularity, self.capacity, self.num_devices = granularity, capacity, num_devices
         self.vmm, self.exportable = vmm, exportable
+        self.compute_mode, self.version, self.dirt = compute_mode, version, dirt
         self.calls: Counter[str] = Counter()
         self.contexts: list[int] = []
         self.retained = 0
@@ -168,7 +178,7 @@ class FakeDevice:
         if not self.initialized and name != "cuInit":
             raise Refused(CUresult.CUDA_ERROR_NOT_INITIALIZED)
         if needs_context and not self.contexts:
-            raise Refused(CUresult.CUDA_ERRORINVALID_CONTEXT)
+            raise Refused(CUresult.CUDA_ERROR_INVALID_CONTEXT)
 
     def _maybe_fail(self, key: str, name: str) -> None:
         at, status, sticky = self._failures[key]
@@ -193,7 +203,7 @@ class FakeDevice:
     def require_handle(self, condition: bool) -> None:  # noqa: FBT001
         """Refuse with INVALID_HANDLE unless ``condition`` holds."""
         if not condition:
-            raise Refused(CUresult.CUDA_ERRORINVALID_HANDLE)
+            raise Refused(CUresult.CUDA_ERROR_INVALID_HANDLE)
 
     def overlapping(self, address: int, end: int) -> list[Mapping]:
         """The mappings that share a byte with ``[address, end)``."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from kvcached.errors import DriverError, InvalidInput, KvcachedError, OutOfPages
-from kvcached.memory.base import Handle, MemoryBackend, Reservation
+from kvcached.memory.base import Copy, Handle, MemoryBackend, Reservation
 
-OPERATIONS = ("reserve", "create", "map", "unmap", "release", "close", "available", "copy")
+OPERATIONS = ("reserve", "create", "map", "unmap", "release", "close", "available", "copy",
+              "copy_many")  # fmt: skip
 """The methods that a wrapper sees; ``shutdown`` goes straight through."""
 
 
@@ -85,6 +86,11 @@ class BackendWrapper:
         """See ``MemoryBackend.copy``."""
         self.before("copy")
         self.inner.copy(dst, src, nbytes)
+
+    def copy_many(self, copies: Sequence[Copy]) -> None:
+        """See ``MemoryBackend.copy_many``."""
+        self.before("copy_many")
+        self.inner.copy_many(copies)
 
     def shutdown(self) -> None:
         """See ``MemoryBackend.shutdown``."""

@@ -1,0 +1,241 @@
+"""``Grower``: how a block pool gets physical memory: on demand, and ahead of it.
+
+On demand: grow, then evict cached prefixes. A driver's cost is per handle and not per byte, so a
+pool that has been growing takes a little more at once than it was asked for, if that is free.
+
+Ahead of demand: another thread stages address runs under the lock, backs them without it (the
+driver's part), and admits them under the lock again, so that nobody waits for the driver.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from kvcached import planning
+from kvcached.errors import BudgetExceeded, OutOfPages
+from kvcached.layout import cdiv
+from kvcached.runs import Extent, Run
+from kvcached.stats import Timer
+
+if TYPE_CHECKING:
+    from kvcached.blocks import BlockPool
+
+_ROUNDS = 8
+_REFUSAL_SECONDS = 0.05  # after a refused claim, how long eviction comes before asking again
+_LEAST_SHARE = 16  # growth ahead takes at most one part in this many of the limit
+
+
+class Grower:
+    """The part of a ``BlockPool`` that takes memory; it shares the pool's arrays and its lock.
+
+    ``most_ahead`` is the most bytes that are backed ahead of demand; 0 turns that off.
+    """
+
+    def __init__(self, blocks: BlockPool, most_ahead: int) -> None:
+        self._blocks, self._most_ahead = blocks, most_ahead
+        self._block_bytes = blocks.geometry.block_bytes * blocks.geometry.num_planes
+        self._refused_until = -1.0
+        self._used_seen = 0  # blocks in use when growth was last measured
+        self._demanded = 0  # blocks that growth on demand has told the policy of since then
+        self.ahead = Timer()
+
+    # --- on demand -----------------------------------------------------------------------------
+
+    def make_room(self, count: int) -> None:
+        """Have ``count`` free blocks: wait for nothing, then grow, then evict cached prefixes.
+
+        Nothing is evicted unless that, with what can be grown, is enough (I6).
+        """
+        pool = self._blocks
+        pool.poll_fences()
+        for _ in range(_ROUNDS):
+            short = count - pool.num_free
+            if short <= 0:
+                return
+            if self._refused_until > 0 and short <= pool.num_cached:
+                if pool.clock() < self._refused_until:
+                    pool.evict_oldest(short)
+                    return
+                self._refused_until = -1.0
+            self._grow_or_evict(count)
+        raise BudgetExceeded(f"{count} blocks could not be kept free: other threads took them")
+
+    def grow_runs(self, runs: list[Run]) -> None:
+        """Back these runs."""
+        nbytes = self._blocks.pages.bytes_of(runs)
+        self._blocks.pages.budget.claim(nbytes)
+        self._grow_claimed(runs, nbytes)
+
+    def _grow_or_evict(self, count: int) -> None:
+        pool = self._blocks
+        try:
+            self._grow(count - pool.num_free)
+            return
+        except MemoryError:  # ours: refused by the budget, the device or the address space
+            short = count - pool.num_free
+            if short > pool.num_cached:
+                if pool.num_cached == 0:
+                    raise
+                self._grow(short - pool.num_cached)
+        self._refused_until = pool.clock() + _REFUSAL_SECONDS
+        short = count - pool.num_free
+        if 0 < short <= pool.num_cached:
+            pool.evict_oldest(short)
+
+    def _grow(self, wanted: int) -> None:
+        """Back runs that make ``wanted`` more blocks usable, all or nothing.
+
+        The claim may release the lock; if what is backed changed meanwhile, the claim is returned
+        and the caller looks again.
+        """
+        if wanted <= 0 or self._grow_with_extra(wanted):
+            return
+        pool, pages = self._blocks, self._blocks.pages
+        runs = planning.plan(pool.geometry, pool.page, pages.runs, wanted)
+        epoch, nbytes = pages.epoch, pages.bytes_of(runs)
+        pages.budget.claim(nbytes)
+        if epoch != pages.epoch:
+            pages.refund(nbytes)
+            return
+        try:
+            self._grow_claimed(runs, nbytes)
+        except OutOfPages as error:
+            if not pages.budget.report_out_of_memory(nbytes):
+                raise
+            self._grow_again(runs, nbytes, error)
+        self._note_demand(wanted)
+
+    def _note_demand(self, wanted: int) -> None:
+        pool = self._blocks
+        self._demanded += wanted
+        pool.spares.grew(wanted * self._block_bytes, pool.clock())
+        if self._most_ahead:
+            pool.on_low()
+
+    def _grow_again(self, runs: list[Run], nbytes: int, error: OutOfPages) -> None:
+        """Once more after the device was out of memory: others are asked to give theirs first."""
+        pages = self._blocks.pages
+        epoch = pages.epoch
+        try:
+            pages.shrink([])  # what could not be released before
+            pages.budget.claim(nbytes)
+        except BudgetExceeded:  # nobody can give: what the device said is what matters
+            raise error from None
+        if epoch != pages.epoch:
+            pages.refund(nbytes)
+            return
+        self._grow_claimed(runs, nbytes)
+
+    def _grow_with_extra(self, wanted: int) -> bool:
+        """Grow by more than is wanted, if the pool has been growing and the lease covers it."""
+        pool, pages = self._blocks, self._blocks.pages
+        extra = self.target() // self._block_bytes
+        if not extra:
+            return False
+        try:
+            runs = planning.plan(pool.geometry, pool.page, pages.runs, wanted + extra)
+            nbytes = pages.bytes_of(runs)
+            if not pages.budget.claim_if_free(nbytes, ask=False):
+                return False
+            self._grow_claimed(runs, nbytes)
+        except OutOfPages:
+            return False  # then what is wanted alone, with all that can be done for it
+        self._note_demand(wanted)
+        return True
+
+    def _grow_claimed(self, runs: list[Run], nbytes: int) -> None:
+        pool = self._blocks
+        try:
+            extents = pool.pages.grow(runs)
+        except BaseException:  # the claim goes back, whatever it was
+            pool.pages.refund(nbytes)
+            raise
+        pool.attach(extents)
+
+    # --- ahead of demand -------------------------------------------------------------------------
+
+    def target(self) -> int:
+        """Bytes that should be ready, or may stay so, though nothing is in them."""
+        if not self._most_ahead:
+            return 0
+        pool = self._blocks
+        wanted = pool.spares.target(pool.clock())
+        return min(wanted, self._most_ahead, pool.pages.budget.limit_bytes // _LEAST_SHARE)
+
+    def measure(self) -> None:
+        """Tell the policy how much ready memory went into use since the last time."""
+        pool = self._blocks
+        used = pool.num_used
+        gone = used - self._used_seen - self._demanded
+        self._used_seen, self._demanded = used, 0
+        if gone > 0:
+            pool.spares.grew(gone * self._block_bytes, pool.clock())
+
+    def low_water(self) -> int:
+        """Free blocks below which growth ahead is due."""
+        return self.target() // self._block_bytes * 3 // 4
+
+    def stage(self) -> tuple[list[Extent], int]:
+        """What to back now, and the bytes claimed for it; nothing if enough is ready.
+
+        The claim may release the lock, but asks nobody to give back.
+        """
+        pool, pages = self._blocks, self._blocks.pages
+        target = self.target() // self._block_bytes
+        wanted = target - pool.num_free
+        if wanted <= target // 4 or not pages.usable:
+            return [], 0
+        epoch, nbytes = pages.epoch, wanted * self._block_bytes
+        nbytes = cdiv(nbytes, pool.geometry.page_group_bytes) * pool.geometry.page_group_bytes
+        if not pages.budget.claim_if_free(nbytes, ask=True):
+            return [], 0
+        try:
+            runs = self._runs_within(wanted, nbytes) if epoch == pages.epoch else []
+        except BaseException:  # the claim goes back, whatever it was
+            pages.refund(nbytes)
+            raise
+        taken = pages.bytes_of(runs)
+        if taken < nbytes:
+            pages.refund(nbytes - taken)
+        return pages.stage(runs), taken
+
+    def _runs_within(self, wanted: int, nbytes: int) -> list[Run]:
+        """Runs for up to ``wanted`` blocks that take at most ``nbytes``; none if that is not so."""
+        pool = self._blocks
+        try:
+            runs = planning.plan(pool.geometry, pool.page, pool.pages.runs, wanted)
+        except OutOfPages:  # the address space is nearly used up
+            return []
+        return runs if pool.pages.bytes_of(runs) <= nbytes else []
+
+    def admit(self, extents: list[Extent], started: int) -> None:
+        """Staged extents have been backed."""
+        self._blocks.pages.admit(extents)
+        self._blocks.attach(extents)
+        self.ahead.add(started, len(extents))
+
+    def abandon(self, extents: list[Extent], nbytes: int) -> None:
+        """Staged extents could not be backed."""
+        self._blocks.pages.unstage(extents)
+        self._blocks.pages.refund(nbytes)
+
+
+def back_ahead(blocks: BlockPool) -> None:
+    """Grow ahead if that is due. For a thread that does not hold the pool's lock."""
+    with blocks.lock:
+        extents, nbytes = blocks.grower.stage()
+    if not extents:
+        return
+    started = time.perf_counter_ns()
+    try:
+        blocks.pages.back(extents)
+    except BaseException as error:
+        with blocks.lock:
+            blocks.grower.abandon(extents, nbytes)
+            if isinstance(error, OutOfPages):  # nobody asked for it, so it is nobody's failure
+                blocks.spares.forget()
+                return
+        raise
+    with blocks.lock:
+        blocks.grower.admit(extents, started)
