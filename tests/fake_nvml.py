@@ -8,6 +8,8 @@ from kvcached.broker.probe import CardError, CardMemory
 
 GIB = 1 << 30
 UUID = "00000000-0000-fa4e-0000-000000000000"
+UNKNOWN = (1 << 64) - 1
+"""Bytes of a process that NVML does not tell."""
 NO_FUNCTION, TOO_SMALL, NOT_FOUND, NOT_SUPPORTED, LOST = 13, 7, 6, 3, 15
 
 
@@ -30,7 +32,7 @@ class FakeNvml:
 
     @property
     def used(self):
-        return sum(self.in_use.values())
+        return sum(nbytes for nbytes in self.in_use.values() if nbytes != UNKNOWN)
 
     def _nvmlInit_v2(self):  # noqa: N802
         self.opened += 1

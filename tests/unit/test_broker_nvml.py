@@ -6,7 +6,7 @@ import ctypes
 import threading
 
 import pytest
-from fake_nvml import GIB, LOST, NO_FUNCTION, UUID, FakeCard, FakeNvml
+from fake_nvml import GIB, LOST, NO_FUNCTION, UNKNOWN, UUID, FakeCard, FakeNvml
 
 from kvcached.broker import nvml
 from kvcached.broker.nvml import NvmlError, open_card
@@ -53,7 +53,7 @@ def test_memory_is_what_can_be_had(library, card):
 
 def test_processes(library, card):
     assert card.processes() == {}
-    library.in_use = {7: GIB, 8: (1 << 64) - 1}
+    library.in_use = {7: GIB, 8: UNKNOWN}
     assert card.processes() == {7: GIB, 8: None}
     library.in_use = dict.fromkeys(range(1, 500), MIB)
     assert card.processes() == library.in_use
