@@ -26,8 +26,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.floors = {}
         self.pending = {}
         self.asked = {}
-        self.foreign = 0  # what others use of the device, which has CAPACITY bytes
-        self.seen = None  # the most that may be held by the last look at the device
+        self.seen = None  # the most that may be held, by the last look at the device
 
     def pump(self):
         """Deliver the effects to the model; each claim gets at most one answer."""
@@ -39,8 +38,11 @@ class LedgerMachine(RuleBasedStateMachine):
                 assert (effect.status == 0) == (effect.nbytes >= need)
                 self.held[effect.tenant] += effect.nbytes
                 if effect.nbytes and self.seen is not None:
-                    floors = sum(t.floor for t in self.ledger.live())
-                    assert sum(self.held.values()) <= max(self.seen, floors), "more than there is"
+                    floors = {t.ident: t.floor for t in self.ledger.live()}
+                    kept = {i: max(held, floors.get(i, 0)) for i, held in self.held.items()}
+                    kept[effect.tenant] = self.held[effect.tenant]
+                    most = max(self.seen, sum(floors.values()))
+                    assert sum(kept.values()) <= most, "more than the device has"
             else:
                 assert isinstance(effect, Reclaim)
                 assert not any(tenant == effect.tenant for tenant, _ in list(self.pending)[:1])
@@ -63,9 +65,12 @@ class LedgerMachine(RuleBasedStateMachine):
         self.held[tenant.ident], self.floors[tenant.ident] = 0, floor
         return tenant.ident
 
-    @rule(tenant=tenants, need=st.integers(1, 400), more=BYTES)
-    def claim(self, tenant, need, more):
+    @rule(tenant=tenants, need=st.integers(1, 400), more=BYTES,
+          room=st.none() | st.integers(-100, 200))  # fmt: skip
+    def claim(self, tenant, need, more, room):
         if self.is_live(tenant) and not any(t == tenant for t, _ in self.pending):
+            if room is not None:  # as the broker does: it looks when a claim comes in
+                self.look(room)
             request = len(self.held) * 1000 + int(self.now * 1000)
             self.pending[tenant, request] = need
             self.ledger.claim(tenant, request, need, need + more, self.now)
@@ -114,15 +119,9 @@ class LedgerMachine(RuleBasedStateMachine):
             self.ledger.out_of_memory(nbytes, self.now)
             self.pump()
 
-    @rule(foreign=st.integers(0, CAPACITY))
-    def others_use(self, foreign):
-        self.foreign = foreign
-
-    @rule(reserve=st.sampled_from([0, 50]))
-    def look(self, reserve):
-        free = max(0, CAPACITY - sum(self.held.values()) - self.foreign)
-        self.seen = sum(self.held.values()) + free - reserve
-        self.ledger.device_has(free - reserve)
+    def look(self, room):
+        self.seen = sum(self.held.values()) + room
+        self.ledger.device_has(room)
         self.pump()
 
     @rule()
