@@ -13,12 +13,12 @@ MIB = 1 << 20
 class CountingTenant:
     """``in_use`` stays, ``cached`` can be reclaimed; both in bytes."""
 
-    def __init__(self, name, *, limit=None, capacity=1024 * MIB, **options):
+    def __init__(self, name, *, device="cpu", limit=None, capacity=1024 * MIB, **options):
         self.lock = threading.RLock()
         self.in_use = self.cached = self.reclaims = 0
         self.age = 1.0
         self.budget = BrokerBudget(
-            name, device="cpu", limit_bytes=limit, capacity_bytes=capacity, **options
+            name, device=device, limit_bytes=limit, capacity_bytes=capacity, **options
         )
         self.budget.attach(self, self.lock)
 

@@ -46,7 +46,8 @@ def make_budget(
     """The device's shared budget; without a broker (``config.broker``), one of our own."""
     capacity = device_capacity(backend, config)
     if not config.broker:
-        return LocalBudget(capacity if limit is None else parse_size(limit, total=capacity))
+        most = capacity if limit is None else parse_size(limit, total=capacity)
+        return LocalBudget(most, capacity)
     from kvcached.broker.client import BrokerBudget
 
     return BrokerBudget(
@@ -62,7 +63,8 @@ def make_budget(
 
 def device_slug(backend: MemoryBackend) -> str:
     """How the broker calls the backend's device: ``cpu``, or a GPU's UUID."""
-    return "cpu" if backend.device == "cpu" else str(getattr(backend, "uuid", backend.device))
+    uuid = getattr(backend, "uuid", "")
+    return f"GPU-{uuid}" if uuid else backend.device
 
 
 def device_capacity(backend: MemoryBackend, config: Config) -> int:

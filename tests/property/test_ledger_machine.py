@@ -6,7 +6,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
-from kvcached.broker.ledger import CLAIM_S, GRACE_S, LIVE, Grant, Ledger, Reclaim, Report
+from kvcached.broker.lease import LIVE, Grant, Reclaim, Report
+from kvcached.broker.ledger import CLAIM_S, GRACE_S, Ledger
 
 CAPACITY = 1000
 BYTES = st.integers(0, 400)
@@ -25,6 +26,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.floors = {}
         self.pending = {}
         self.asked = {}
+        self.seen = None  # the most that may be held, by the last look at the device
 
     def pump(self):
         """Deliver the effects to the model; each claim gets at most one answer."""
@@ -35,6 +37,12 @@ class LedgerMachine(RuleBasedStateMachine):
                 assert effect.nbytes == 0 or effect.nbytes >= need
                 assert (effect.status == 0) == (effect.nbytes >= need)
                 self.held[effect.tenant] += effect.nbytes
+                if effect.nbytes and self.seen is not None:
+                    floors = {t.ident: t.floor for t in self.ledger.live()}
+                    kept = {i: max(held, floors.get(i, 0)) for i, held in self.held.items()}
+                    kept[effect.tenant] = self.held[effect.tenant]
+                    most = max(self.seen, sum(floors.values()))
+                    assert sum(kept.values()) <= most, "more than the device has"
             else:
                 assert isinstance(effect, Reclaim)
                 assert not any(tenant == effect.tenant for tenant, _ in list(self.pending)[:1])
@@ -57,9 +65,12 @@ class LedgerMachine(RuleBasedStateMachine):
         self.held[tenant.ident], self.floors[tenant.ident] = 0, floor
         return tenant.ident
 
-    @rule(tenant=tenants, need=st.integers(1, 400), more=BYTES)
-    def claim(self, tenant, need, more):
+    @rule(tenant=tenants, need=st.integers(1, 400), more=BYTES,
+          room=st.none() | st.integers(-100, 200))  # fmt: skip
+    def claim(self, tenant, need, more, room):
         if self.is_live(tenant) and not any(t == tenant for t, _ in self.pending):
+            if room is not None:  # as the broker does: it looks when a claim comes in
+                self.look(room)
             request = len(self.held) * 1000 + int(self.now * 1000)
             self.pending[tenant, request] = need
             self.ledger.claim(tenant, request, need, need + more, self.now)
@@ -108,6 +119,17 @@ class LedgerMachine(RuleBasedStateMachine):
             self.ledger.out_of_memory(nbytes, self.now)
             self.pump()
 
+    def look(self, room):
+        self.seen = sum(self.held.values()) + room
+        self.ledger.device_has(room)
+        self.pump()
+
+    @rule()
+    def the_device_does_not_answer(self):
+        self.seen = None
+        self.ledger.device_has(None)
+        self.pump()
+
     @rule(seconds=st.sampled_from([0.001, 0.1, 0.6, 2.0, 6.0]))
     def wait(self, seconds):
         self.now += seconds
@@ -127,7 +149,9 @@ class LedgerMachine(RuleBasedStateMachine):
     def credit(self, tenant):
         if tenant in self.ledger.tenants:
             self.ledger.drain(tenant)
-            assert self.ledger.credit(tenant) == self.held.pop(tenant)
+            credited = self.held.pop(tenant)
+            assert self.ledger.credit(tenant) == credited
+            self.seen = None if credited else self.seen
             self.pump()
 
     @rule(target=tenants, tenant=consumes(tenants), lost=BYTES)
@@ -144,9 +168,10 @@ class LedgerMachine(RuleBasedStateMachine):
             self.ledger.revoke(tenant)
             self.pending = {k: v for k, v in self.pending.items() if k[0] != tenant}
             self.ledger.drain(tenant)
-            self.ledger.credit(tenant)
+            self.seen = None if self.ledger.credit(tenant) else self.seen
             return -1
         self.ledger.succeed(tenant, new.ident)
+        self.seen = None
         self.pending = {k: v for k, v in self.pending.items() if k[0] != tenant}
         self.held[new.ident], self.floors[new.ident] = held, old.floor
         self.pump()
@@ -163,6 +188,8 @@ class LedgerMachine(RuleBasedStateMachine):
         assert self.ledger.leased == sum(self.held.values()) <= CAPACITY
         waiting = {(c.tenant, c.request) for c in self.ledger.queue}
         assert waiting == set(self.pending)
+        assert all(t.limit <= CAPACITY for t in self.ledger.tenants.values())
+        assert self.ledger.ceiling.looked or self.seen is None
 
 
 TestLedgerMachine = LedgerMachine.TestCase

@@ -218,6 +218,20 @@ def test_a_lowered_limit_is_obeyed_by_an_idle_tenant(tenant):
     assert request_reclaim("a", 50 * MIB) >= 50 * MIB
 
 
+def test_a_limit_above_the_capacity_is_the_capacity_everywhere(tenant):
+    a = tenant("a", limit=4096 * MIB)
+    assert a.budget.limit_bytes == row("a").limit.desired_bytes == 1024 * MIB
+    assert set_tenant_limit("a", 100 * MIB).desired_bytes == 100 * MIB
+    assert set_tenant_limit("a", 5000 * MIB).desired_bytes == 1024 * MIB
+    assert a.budget.limit_bytes == row("a").limit.desired_bytes == 1024 * MIB
+    assert a.budget.set_limit(2048 * MIB).desired_bytes == 1024 * MIB
+    assert until(lambda: row("a").limit.revision == a.budget.limit_record().revision)
+    assert row("a").limit.desired_bytes == 1024 * MIB
+    os.kill(device().broker_pid, signal.SIGKILL)
+    assert until(lambda: list_tenants("cpu") and device().tenants)
+    assert row("a").limit.desired_bytes == 1024 * MIB
+
+
 def test_a_limit_below_what_is_in_use_is_applied_as_soon_as_that_is_over(tenant):
     a = tenant("a")
     a.use(100 * MIB)

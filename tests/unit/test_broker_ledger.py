@@ -4,7 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvcached.broker.ledger import ASK_S, CLAIM_S, GRACE_S, OOM_S, Grant, Ledger, Reclaim, Report
+from kvcached.broker.ceiling import OOM_S
+from kvcached.broker.lease import Grant, Reclaim, Report
+from kvcached.broker.ledger import ASK_S, CLAIM_S, GRACE_S, Ledger
 from kvcached.broker.plan import Holding, fair_shares, plan_reclaim
 from kvcached.broker.protocol import LATE, REFUSED
 
@@ -79,7 +81,7 @@ def test_who_does_not_answer_gets_nothing_until_it_does():
     assert ledger.pump(ASK_S) == [Grant(1, 7, 0, REFUSED)]
     assert ledger.b.late
     assert claim(ledger, ledger.b, 1, now=ASK_S) == [Grant(2, 7, 0, REFUSED)]  # nothing is free
-    ledger.capacity = 2000
+    ledger.capacity = ledger.b.limit = 2000
     assert claim(ledger, ledger.b, 1, now=ASK_S) == [Grant(2, 7, 0, LATE)]
     ledger.answer(ask.request)
     ledger.answered_late(ledger.b.ident)
@@ -193,6 +195,70 @@ def test_the_device_out_of_memory_lowers_the_capacity_for_a_while():
     effects = claim(ledger, ledger.b, 100)
     assert not any(isinstance(effect, Grant) and effect.nbytes for effect in effects)
     assert claim(ledger, ledger.b, 100, now=OOM_S)[-1].nbytes == 100
+
+
+def test_what_others_left_of_the_device_is_all_that_is_handed_out():
+    ledger = ledger_of(a=300, b=0)
+    ledger.device_has(100)  # others hold 600 of the 1000
+    assert claim(ledger, ledger.b, 60, 500)[-1].nbytes == 100
+    holds(ledger.a)
+    effects = claim(ledger, ledger.b, 50)  # not refused: a might give
+    assert effects == [Reclaim(ledger.a.ident, effects[0].request, 50)]
+    ledger.answer(effects[0].request)
+    assert ledger.pump(0.0) == [Grant(ledger.b.ident, 7, 0, REFUSED)]  # it gave nothing
+    assert claim(ledger, ledger.b, 301) == [Grant(ledger.b.ident, 7, 0, REFUSED)]  # never possible
+
+
+def test_a_look_at_the_device_stays_right_while_leases_grow_and_shrink():
+    ledger = ledger_of(a=300, b=0)
+    ledger.device_has(100)
+    ledger.give_back(ledger.a.ident, 200)  # to the device: 300 are free now
+    assert ledger.available(ledger.b, 0.0) == 300
+    claim(ledger, ledger.b, 250)
+    assert ledger.available(ledger.a, 0.0) == 50
+    ledger.device_has(None)  # it has stopped to answer
+    assert ledger.available(ledger.a, 0.0) == 650
+
+
+def test_a_reserve_that_others_have_eaten_into_has_to_come_back_first():
+    ledger = ledger_of(a=0, b=600)
+    holds(ledger.b, cached=600)
+    ledger.device_has(-40)
+    (ask,) = claim(ledger, ledger.a, 100)
+    assert (ask.tenant, ask.nbytes) == (ledger.b.ident, 140)
+    ledger.give_back(ledger.b.ident, 140)
+    ledger.answer(ask.request)
+    assert ledger.pump(0.0) == [Grant(ledger.a.ident, 7, 100, 0)]
+
+
+def test_a_floor_is_granted_whatever_others_use():
+    ledger = ledger_of(a=0, b=0)
+    ledger.a.floor = 200
+    ledger.device_has(-500)
+    assert claim(ledger, ledger.a, 200) == [Grant(ledger.a.ident, 7, 200, 0)]
+    assert claim(ledger, ledger.b, 1) == [Grant(ledger.b.ident, 7, 0, REFUSED)]
+
+
+def test_a_look_is_worthless_once_a_lease_came_or_went_in_another_way():
+    ledger = ledger_of(a=300, b=200)
+    for change in (
+        lambda: ledger.succeed(ledger.a.ident, add(ledger, "a2", lease=250).ident),
+        lambda: (ledger.revoke(ledger.b.ident), ledger.drain(ledger.b.ident),
+                 ledger.credit(ledger.b.ident)),
+        lambda: add(ledger, "c", lease=100),
+    ):  # fmt: skip
+        ledger.device_has(0)
+        assert ledger.ceiling.looked
+        change()
+        assert not ledger.ceiling.looked
+    assert ledger.effective_capacity(0.0) == 1000
+
+
+def test_limits_end_at_the_capacity():
+    ledger = ledger_of(a=0)
+    assert ledger.a.limit == 1000
+    assert ledger.set_limit(ledger.a.ident, 5000) == 1
+    assert ledger.a.limit == 1000
 
 
 def test_giving_back_too_much_is_an_error_and_changes_nothing():

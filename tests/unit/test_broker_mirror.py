@@ -117,17 +117,17 @@ def test_bytes_are_back_when_the_rest_accounts_for_what_is_in_use():
     probe = ShmemProbe(used=lambda: used[0])
     used[0] += 300 * mib  # two tenants of 200 and 100
     probe.observe(300 * mib)
-    assert not probe.is_back(200 * mib)  # the one of 100 is dead, its bytes are still there
+    assert not probe.is_back(200 * mib, 0)  # the one of 100 is dead, its bytes are still there
     used[0] -= 100 * mib
-    assert probe.is_back(200 * mib)
+    assert probe.is_back(200 * mib, 0)
 
 
 def test_untouched_leases_and_foreign_memory_do_not_delay():
     mib = 1 << 20
     used = [100 * mib]
     probe = ShmemProbe(used=lambda: used[0])
-    assert probe.is_back(0)  # claimed, never touched
+    assert probe.is_back(0, 0)  # claimed, never touched
     used[0] += 500 * mib  # another program's
     probe.observe(0)
-    assert probe.is_back(0)
-    assert NoProbe().is_back(0)
+    assert probe.is_back(0, 0)
+    assert NoProbe().is_back(0, 0)

@@ -85,7 +85,7 @@ class Budget(Protocol):
         ...
 
     def set_limit(self, nbytes: int) -> LimitRecord:
-        """Set the limit. Lowering it below what is held makes the owner give back."""
+        """Set the limit, to the device's capacity at most. The owner gives back what is above."""
         ...
 
     def limit_record(self) -> LimitRecord:
@@ -102,10 +102,10 @@ class Budget(Protocol):
 
 
 class LocalBudget:
-    """A budget of one process: a limit and a count."""
+    """A budget of one process: a limit and a count. No limit goes above ``capacity_bytes``."""
 
-    def __init__(self, limit_bytes: int) -> None:
-        self._limit = limit_bytes
+    def __init__(self, limit_bytes: int, capacity_bytes: int = 1 << 62) -> None:
+        self._limit, self._capacity = min(limit_bytes, capacity_bytes), capacity_bytes
         self._claimed = 0
         self._revision = 0
         self._tenant: Tenant | None = None
@@ -166,10 +166,10 @@ class LocalBudget:
         if nbytes < 0:
             raise InvalidInput(f"limit is {nbytes} bytes, but must be >= 0")
         with self._lock:
-            self._limit = nbytes
+            self._limit = min(nbytes, self._capacity)
             self._revision += 1
-            if self._tenant is not None and self._claimed > nbytes:
-                self._tenant.reclaim(self._claimed - nbytes)
+            if self._tenant is not None and self._claimed > self._limit:
+                self._tenant.reclaim(self._claimed - self._limit)
             return self.limit_record()
 
     def limit_record(self) -> LimitRecord:

@@ -65,7 +65,7 @@ class BrokerBudget:
     device:
         ``"cpu"``, or a GPU's UUID.
     limit_bytes, floor_bytes, weight:
-        Most bytes (``None``: the capacity), guaranteed bytes, share of the rest.
+        Most bytes (``None`` or more: the capacity), guaranteed bytes, share of the rest.
     capacity_bytes:
         Of the device, should this process start the broker; ``None``: from ``config``.
     meta:
@@ -169,7 +169,7 @@ class BrokerBudget:
         self._require_usable()
         _size("limit", nbytes)
         with self._changed:
-            self._limit = nbytes
+            self._limit = min(nbytes, self.capacity_bytes)
             self._revision += 1
             self._session.send(Message(Op.OWN_LIMIT, body={"limit": nbytes}))
             self._apply_limit()

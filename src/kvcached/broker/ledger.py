@@ -10,90 +10,18 @@ have) ``-> credited`` (its bytes are back with the device, so it is gone from th
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
 
+from kvcached.broker.ceiling import Ceiling
+from kvcached.broker.lease import DRAINING, LIVE, REVOKED, Ask, Claim, Grant, Reclaim, Tenant
 from kvcached.broker.plan import Holding, fair_shares, plan_reclaim
-from kvcached.broker.protocol import LATE, MAX_BYTES, REFUSED
+from kvcached.broker.protocol import LATE, REFUSED
 
-LIVE, REVOKED, DRAINING = "live", "revoked", "draining"
 GRACE_S = 0.5
 """How long a new broker grants nothing while engines of the last one are still missing."""
 ASK_S = 0.5
 """How long a tenant may take to answer a reclaim."""
 CLAIM_S = 1.5
 """How long a claim may wait for others to give back."""
-OOM_S = 5.0
-"""How long the capacity stays lowered after the device refused memory that was leased."""
-
-
-class Report(NamedTuple):
-    """What a tenant said about itself last; zeros before the first report."""
-
-    backed: int = 0
-    cached: int = 0
-    spare: int = 0
-    packed_floor: int = 0
-    oldest_cached_s: float = 0.0
-
-
-class Tenant:
-    """One lease."""
-
-    __slots__ = ("asked", "floor", "ident", "late", "lease", "limit", "name",
-                 "report", "revision", "state", "weight")  # fmt: skip
-
-    def __init__(self, ident: int, name: str, *, limit: int, floor: int, weight: float) -> None:
-        self.ident, self.name = ident, name
-        self.limit, self.floor, self.weight = limit, floor, weight
-        self.lease = 0
-        self.revision = 0
-        self.state = LIVE
-        self.report = Report()
-        self.asked = 0
-        self.late = False
-
-    @property
-    def reserved(self) -> int:
-        """Bytes that nobody else may have: the lease, or the floor if that is more."""
-        return max(self.lease, self.floor) if self.state == LIVE else self.lease
-
-
-class Claim:
-    """A claim that waits."""
-
-    __slots__ = ("asked", "deadline", "need", "request", "tenant", "transient", "want")
-
-    def __init__(self, tenant: int, request: int, need: int, want: int, deadline: float) -> None:
-        self.tenant, self.request, self.need, self.want = tenant, request, need, want
-        self.deadline = deadline
-        self.transient = False
-        self.asked: set[int] = set()
-        """Who was asked for all that it could be, whatever it had reported."""
-
-
-class Ask(NamedTuple):
-    """A request to give back that is not answered yet."""
-
-    tenant: int
-    nbytes: int
-    deadline: float
-
-
-class Grant(NamedTuple):
-    """Effect: tell ``tenant`` that its claim got ``nbytes`` (0: refused, see ``status``)."""
-
-    tenant: int
-    request: int
-    nbytes: int
-    status: int
-
-
-class Reclaim(NamedTuple):
-    """Effect: ask ``tenant`` to give back ``nbytes`` and to answer with ``request``."""
-
-    tenant: int
-    request: int
-    nbytes: int
 
 
 class Ledger:
@@ -119,8 +47,7 @@ class Ledger:
         self.missing = None if expected is None else set(expected)
         """Instances that may still come back; ``None`` while that is unknown."""
         self._grace_until = now if self.missing == set() else now + GRACE_S
-        self._oom_capacity = MAX_BYTES
-        self._oom_until = now
+        self.ceiling = Ceiling()
         self.over_committed = False
         """A re-asserted lease was accepted though there was no room: true until there is."""
 
@@ -136,13 +63,15 @@ class Ledger:
         lease: int = 0, instance: str = "",
     ) -> Tenant | None:  # fmt: skip
         """Add a tenant; ``None`` if the floors would not fit. A re-asserted lease always does."""
-        floors = sum(tenant.floor for tenant in self.live())
-        if not lease and floors + floor > self.capacity:
+        if not lease and self._floors() + floor > self.capacity:
             return None
+        limit = min(limit, self.capacity)
         tenant = Tenant(self._next, name, limit=limit, floor=floor, weight=weight)
         self._next += 1
         tenant.lease = lease
         self.tenants[tenant.ident] = tenant
+        if lease:
+            self.ceiling.forget()
         self._note_over_commitment()
         if self.missing is not None:
             self.missing.discard(instance)
@@ -172,6 +101,8 @@ class Ledger:
         tenant = self.tenants[ident]
         assert tenant.state == DRAINING or not tenant.lease, "I8: credited before the owner ended"
         del self.tenants[ident]
+        if tenant.lease:
+            self.ceiling.forget()
         self._note_over_commitment()
         return tenant.lease
 
@@ -183,6 +114,7 @@ class Ledger:
             tenant.limit, tenant.revision = previous.limit, previous.revision
         self.queue = [claim for claim in self.queue if claim.tenant != old]
         self.asks = {key: ask for key, ask in self.asks.items() if ask.tenant != old}
+        self.ceiling.forget()
         self._note_over_commitment()
 
     # --- what they do -----------------------------------------------------------------------------
@@ -223,26 +155,31 @@ class Ledger:
         self.tenants[ident].late = False
 
     def set_limit(self, ident: int, nbytes: int) -> int:
-        """Set a limit and return its revision."""
+        """Set a limit, to the capacity at most, and return its revision."""
         tenant = self.tenants[ident]
-        tenant.limit = nbytes
+        tenant.limit = min(nbytes, self.capacity)
         tenant.revision += 1
         return tenant.revision
 
     def out_of_memory(self, nbytes: int, now: float) -> None:
-        """The device refused ``nbytes`` that were leased: hand out less for ``OOM_S``."""
-        floors = sum(tenant.floor for tenant in self.live())
-        self._oom_capacity = max(floors, self.leased - nbytes)
-        self._oom_until = now + OOM_S
+        """The device refused ``nbytes`` that were leased: hand out less for a while."""
+        self.ceiling.ran_out(self.leased - nbytes, now)
+
+    def device_has(self, room: int | None) -> None:
+        """The device has ``room`` bytes beside what is leased now; ``None``: it does not say."""
+        self.ceiling.saw(None if room is None else self.leased + room)
 
     def effective_capacity(self, now: float) -> int:
-        """The capacity, or less for a while after the device ran out."""
-        return min(self.capacity, self._oom_capacity) if now < self._oom_until else self.capacity
+        """The capacity, or less: others use the device too. Floors are kept all the same."""
+        return min(self.capacity, max(self._floors(), self.ceiling.at(now)))
 
     def available(self, tenant: Tenant, now: float) -> int:
-        """Bytes that ``tenant`` could be granted without asking anybody, its limit aside."""
+        """Bytes that ``tenant`` could be granted without asking anybody, its limit aside.
+
+        Below zero: what has to come back before anything can be granted.
+        """
         others = sum(t.reserved for t in self.tenants.values() if t is not tenant)
-        return max(0, self.effective_capacity(now) - others - tenant.lease)
+        return self.effective_capacity(now) - others - tenant.lease
 
     def in_grace(self, now: float) -> bool:
         """Whether engines of the last broker may still come back."""
@@ -284,10 +221,10 @@ class Ledger:
         """Bytes that waiting claims need: the pressure."""
         return sum(claim.need for claim in self.queue)
 
-    def shares(self) -> dict[int, int]:
+    def shares(self, now: float) -> dict[int, int]:
         """Fair share of each live tenant, in bytes."""
         rows = [(t.ident, t.floor, t.weight, t.limit) for t in self.live()]
-        return fair_shares(self.capacity, rows)
+        return fair_shares(self.effective_capacity(now), rows)
 
     def check(self) -> None:
         """Assert the invariants of the books."""
@@ -302,6 +239,9 @@ class Ledger:
             assert tenant.asked == asked, "I7: open requests and their sum differ"
 
     # --- internals --------------------------------------------------------------------------------
+
+    def _floors(self) -> int:
+        return sum(tenant.floor for tenant in self.live())
 
     def _note_over_commitment(self) -> None:
         self.over_committed = self.leased > self.capacity
@@ -331,8 +271,7 @@ class Ledger:
 
     def _most(self, tenant: Tenant, now: float) -> int:
         """What ``tenant`` could hold if all others gave what they can. Asks are spared beyond."""
-        floors = sum(other.floor for other in self.live() if other is not tenant)
-        return self.effective_capacity(now) - floors
+        return self.effective_capacity(now) - (self._floors() - tenant.floor)
 
     def _something_under_way(self) -> bool:
         return bool(self.asks) or any(t.state != LIVE and t.lease for t in self.tenants.values())
@@ -343,7 +282,7 @@ class Ledger:
         missing = claim.need - self.available(tenant, now) - self._coming()
         if missing <= 0:
             return []
-        holdings = self._holdings(claim.tenant)
+        holdings = self._holdings(claim.tenant, now)
         asks = plan_reclaim(holdings, missing)
         missing -= sum(asks.values())
         for other in holdings:  # plan_reclaim has lowered above_floor by what it asks
@@ -357,8 +296,8 @@ class Ledger:
         asked = sum(ask.nbytes for ask in self.asks.values())
         return asked + sum(t.lease for t in self.tenants.values() if t.state != LIVE)
 
-    def _holdings(self, claimer: int) -> list[Holding]:
-        shares = self.shares()
+    def _holdings(self, claimer: int, now: float) -> list[Holding]:
+        shares = self.shares(now)
         return [
             self._holding(tenant, shares[tenant.ident])
             for tenant in self.live()

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from kvcached.broker.files import RuntimeDir
-from kvcached.broker.ledger import LIVE, Ledger, Tenant
+from kvcached.broker.lease import LIVE, Tenant
+from kvcached.broker.ledger import Ledger
 from kvcached.broker.peer import Peer
 from kvcached.broker.probe import POLL_S, TIMEOUT_S, MemoryProbe
 
@@ -134,7 +135,7 @@ class Members:
         """Strike the leases of those whose bytes are back, or have not come back for too long."""
         for member in [m for m in self.by_ident.values() if m.draining_since is not None]:
             tenant = member.tenant
-            back = self._probe.is_back(self._ledger.leased - tenant.lease)
+            back = self._probe.is_back(self._ledger.leased - tenant.lease, member.pid)
             overdue = now - (member.draining_since or now) >= TIMEOUT_S
             if back or overdue:
                 if not back:
@@ -148,6 +149,10 @@ class Members:
         """Let the probe look at the device while every owner lives."""
         if all(member.tenant.state == LIVE for member in self.by_ident.values()):
             self._probe.observe(self._ledger.leased)
+
+    def look(self) -> None:
+        """Let the ledger know what the device still has: others may have taken it."""
+        self._ledger.device_has(self._probe.room())
 
     def next_look(self, now: float) -> float | None:
         """When ``credit`` should be called again."""

@@ -20,7 +20,7 @@ from kvcached.broker.ledger import Ledger
 from kvcached.broker.members import Members
 from kvcached.broker.mirror import MirrorWriter
 from kvcached.broker.peer import MAX_ERRORS, Peer
-from kvcached.broker.probe import MemoryProbe, NoProbe, ShmemProbe
+from kvcached.broker.probe import MemoryProbe, make_probe
 from kvcached.broker.protocol import BAD_MESSAGE, MAX_BYTES, Message, Op
 from kvcached.broker.service import Service
 from kvcached.errors import ProtocolError
@@ -66,9 +66,13 @@ class Server:
         Slug of the device: ``cpu`` or ``gpu-<uuid>``.
     capacity:
         Bytes for all tenants together; a roster that a killed broker left wins.
+    probe:
+        Asks the device about its memory; ``None``: the one for ``device``.
     """
 
-    def __init__(self, directory: RuntimeDir, device: str, capacity: int) -> None:
+    def __init__(
+        self, directory: RuntimeDir, device: str, capacity: int, probe: MemoryProbe | None = None
+    ) -> None:
         self._directory = directory
         self._selector = selectors.DefaultSelector()
         self._peers: dict[int, Peer] = {}
@@ -80,10 +84,10 @@ class Server:
         if roster:
             capacity = roster["capacity"]
         epoch = max(time.time_ns(), (roster or {}).get("epoch", 0) + 1)
-        probe: MemoryProbe = NoProbe()
-        if device == "cpu":
-            probe = ShmemProbe((roster or {}).get("foreign"))
         log = Log(directory)
+        if probe is None:
+            foreign = (roster or {}).get("foreign")
+            probe = make_probe(device, capacity=capacity, foreign=foreign, log=log)
         self._ledger = Ledger(capacity, now, expected)
         self._members = Members(
             self._ledger, probe, self, directory, log,
@@ -297,6 +301,7 @@ def _read_roster(directory: RuntimeDir) -> dict[str, Any] | None:
         return None
     sound = all(isinstance(size, int) and 0 <= size <= MAX_BYTES for size in sizes)
     sound = sound and isinstance(instances, list)
+    sound = sound and isinstance(roster.get("foreign"), int | None)
     return roster if sound and all(isinstance(i, str) for i in instances) else None
 
 

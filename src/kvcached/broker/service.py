@@ -8,7 +8,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from kvcached.broker import protocol as p
-from kvcached.broker.ledger import ASK_S, LIVE, Grant, Ledger, Report
+from kvcached.broker.lease import LIVE, Grant, Report
+from kvcached.broker.ledger import ASK_S, Ledger
 from kvcached.broker.members import Member, Members
 from kvcached.broker.mirror import SLOTS, MirrorState, MirrorWriter
 from kvcached.broker.peer import Peer
@@ -20,6 +21,8 @@ _ADMIN_WAIT_S = 1.0
 _NAME = frozenset(string.ascii_lowercase + string.digits + "._-")
 _MAX_META = 2048
 _OBSERVE_S = 0.1
+_LOOK_S = 0.03
+"""How long a look at the device counts: a burst of claims costs one call of its library."""
 
 
 def is_name(name: object) -> bool:
@@ -57,7 +60,7 @@ class Service:
         self._waiters: dict[int, _Waiter] = {}
         self._next_request = _FIRST_ADMIN_REQUEST
         self._published: MirrorState | None = None
-        self._observed = 0.0
+        self._observed = self._looked = float("-inf")
         self._uid = os.geteuid()
         self._handlers: dict[Op, Callable[[Peer, Message, list[int], float], None]] = {
             Op.LIST: self._list, Op.PING: self._ping, Op.HELLO: self._hello,
@@ -90,6 +93,7 @@ class Service:
     def settle(self, now: float) -> None:
         """Answer what can be answered now, and publish. Call after every batch of events."""
         self.members.credit(now)
+        self._look(now)
         for effect in self.ledger.pump(now):
             member = self.members.by_ident[effect.tenant]
             if member.peer is None:
@@ -106,6 +110,18 @@ class Service:
         if now - self._observed >= _OBSERVE_S:
             self._observed = now
             self.members.observe()
+
+    def _look(self, now: float) -> None:
+        """See what others left of the device, if a claim waits to know: an idle broker sleeps.
+
+        Not before all engines of the last broker are back: what they hold is neither free nor
+        leased yet.
+        """
+        if not self.ledger.queue or self.ledger.in_grace(now):
+            return
+        if now - self._looked >= _LOOK_S or not self.ledger.ceiling.looked:
+            self._looked = now
+            self.members.look()
 
     def next_deadline(self, now: float) -> float | None:
         """When ``settle`` has to be called again although nothing came in."""
@@ -157,7 +173,7 @@ class Service:
             raise Refusal(p.BUSY, "no pidfd of this process: Linux 5.3 or later is needed")
         try:
             tenant = self.ledger.join(
-                body["name"], now, limit=min(field(body, "limit"), self.ledger.capacity),
+                body["name"], now, limit=field(body, "limit"),
                 floor=field(body, "floor", 0), weight=float(body.get("weight", 1.0)),
                 lease=field(body, "lease", 0), instance=body["instance"],
             )  # fmt: skip
@@ -246,9 +262,8 @@ class Service:
 
     def _set_limit(self, peer: Peer, message: Message, _fds: list[int], now: float) -> None:
         member = self._named(message)
-        nbytes = field(message.body, "limit")
-        revision = self._change_limit(peer, member, nbytes)
-        self._ask(peer, message, member, Op.LIMIT, (nbytes, revision), now)
+        revision = self._change_limit(peer, member, field(message.body, "limit"))
+        self._ask(peer, message, member, Op.LIMIT, (member.tenant.limit, revision), now)
 
     def _ask_reclaim(self, peer: Peer, message: Message, _fds: list[int], now: float) -> None:
         member = self._named(message)
@@ -277,8 +292,9 @@ class Service:
     def _change_limit(self, peer: Peer, member: Member, nbytes: int) -> int:
         old = member.tenant.limit
         revision = self.ledger.set_limit(member.tenant.ident, nbytes)
-        self._mirror.write_limit(member.slot, nbytes)
-        self._log(f"limit {member.tenant.name} {old} -> {nbytes} revision {revision} "
+        new = member.tenant.limit
+        self._mirror.write_limit(member.slot, new)
+        self._log(f"limit {member.tenant.name} {old} -> {new} revision {revision} "
                   f"by uid {peer.uid} pid {peer.pid}")  # fmt: skip
         return revision
 

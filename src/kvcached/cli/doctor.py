@@ -9,11 +9,11 @@ import resource
 import stat
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
 
 from kvcached import __version__
 from kvcached.cli import probes
+from kvcached.cli.checks import Check
+from kvcached.cli.gpus import gpu_checks
 from kvcached.config import Config, format_size
 from kvcached.errors import KvcachedError
 from kvcached.hostinfo import cgroup_limit
@@ -24,25 +24,14 @@ _LOW_MEMLOCK = 64 << 20
 KNOWN_ENGINES = {"transformers": ("5.0", "5.17")}
 """Oldest and newest version that each engine module was tried with."""
 _PLANNED_ENGINES = ("vllm", "sglang")
-_EXTRAS = {"torch": "torch", "triton": "triton", "cuda-bindings": "cuda", "nvidia-ml-py": "cuda"}
-
-
-@dataclass(frozen=True, slots=True)
-class Check:
-    """One finding. ``status``: ``ok``, ``info`` (no harm), ``warn`` (less works), ``fail``."""
-
-    name: str
-    status: str
-    detail: str
-    fix: str = ""
-
-    def to_dict(self) -> dict[str, Any]:
-        """A plain dict, ready for JSON."""
-        return asdict(self)
+_EXTRAS = {"torch": "torch", "triton": "triton", "cuda-bindings": "cuda"}
 
 
 def run_checks() -> list[Check]:
-    """All findings, in the order in which they are shown. Starts nothing, changes nothing."""
+    """All findings, in the order in which they are shown. Starts nothing, changes nothing.
+
+    On a GPU pages are mapped for a moment, to see what that costs.
+    """
     groups: Sequence[Callable[[], Iterable[Check]]] = (
         check_python, check_package, check_libraries, check_host_backend, check_driver,
         check_runtime_dir, check_system, check_brokers, check_engines,
@@ -134,17 +123,7 @@ def _exercise_host_backend() -> None:
 def check_driver() -> Iterator[Check]:
     """The NVIDIA driver and what each GPU can do."""
     facts = probes.probe_driver()
-    if facts.problem:
-        yield Check("nvidia driver", "info", f"{facts.problem}; device='cpu' only")
-        return
-    yield Check("nvidia driver", "ok", f"CUDA {facts.cuda_version}")
-    for gpu in facts.gpus:
-        detail = f"{gpu.name}, {format_size(gpu.memory_bytes)}, {gpu.uuid}"
-        if gpu.virtual_memory:
-            yield Check(f"gpu {gpu.index}", "ok", f"{detail}, {format_size(gpu.page_bytes)} pages")
-        else:
-            yield Check(f"gpu {gpu.index}", "warn", f"{detail}: no virtual memory management",
-                        "A virtual GPU may need it switched on in its profile.")  # fmt: skip
+    yield from gpu_checks(facts, bindings=probes.version_of("cuda-bindings"))
 
 
 def check_runtime_dir() -> Iterator[Check]:

@@ -11,8 +11,10 @@ from typing import Any
 
 from kvcached.hostinfo import meminfo_bytes
 
-_VMM_SUPPORTED = 102
-"""CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED of the CUDA driver API."""
+# CUdevice_attribute of the CUDA driver API: CU_DEVICE_ATTRIBUTE_...
+_COMPUTE_MODE = 20
+_VMM_SUPPORTED = 102  # VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED
+_FD_SUPPORTED = 103  # HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED
 
 
 def version_of(distribution: str) -> str | None:
@@ -41,6 +43,10 @@ class Gpu:
     memory_bytes: int
     virtual_memory: bool
     page_bytes: int
+    fd_handles: bool = False
+    """Whether handles can be shared as file descriptors."""
+    compute_mode: int = 0
+    """0: default, 2: prohibited, 3: exclusive process."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,17 +94,24 @@ def probe_driver(library: str = "libcuda.so.1") -> DriverFacts:
 
 
 def _probe_gpu(cuda: ctypes.CDLL, index: int) -> Gpu:
-    device, total, supported = ctypes.c_int(), ctypes.c_size_t(), ctypes.c_int()
+    device, total = ctypes.c_int(), ctypes.c_size_t()
     name, uuid, page = ctypes.create_string_buffer(128), (ctypes.c_ubyte * 16)(), ctypes.c_size_t()
     cuda.cuDeviceGet(ctypes.byref(device), index)
     cuda.cuDeviceGetName(name, len(name), device)
     cuda.cuDeviceGetUuid_v2(uuid, device)
     cuda.cuDeviceTotalMem_v2(ctypes.byref(total), device)
-    cuda.cuDeviceGetAttribute(ctypes.byref(supported), _VMM_SUPPORTED, device)
+    modes = [_attribute(cuda, kind, device) for kind in (_FD_SUPPORTED, _COMPUTE_MODE)]
     prop = _AllocationProp(type=1, location_type=1, location_id=device.value)
     cuda.cuMemGetAllocationGranularity(ctypes.byref(page), ctypes.byref(prop), 0)
     return Gpu(index, name.value.decode(errors="replace"), _format_uuid(bytes(uuid)), total.value,
-               bool(supported.value), page.value)  # fmt: skip
+               bool(_attribute(cuda, _VMM_SUPPORTED, device)), page.value, bool(modes[0]),
+               modes[1])  # fmt: skip
+
+
+def _attribute(cuda: ctypes.CDLL, kind: int, device: ctypes.c_int) -> int:
+    value = ctypes.c_int()
+    cuda.cuDeviceGetAttribute(ctypes.byref(value), kind, device)
+    return value.value
 
 
 def _format_uuid(raw: bytes) -> str:
