@@ -45,7 +45,8 @@ def _block_rows(
     return (slot // BLOCK_SIZE).to(tl.int64), slot % BLOCK_SIZE
 
 
-@triton.jit
+# What varies from step to step is not specialised, or a server would compile again and again.
+@triton.jit(do_not_specialize=["max_q", "q_tiles", "stride_table"])
 def attend_kernel(
     Q, K: tl.int64, V: tl.int64, TABLE, LENS, Q_STARTS, SINKS, SLOPES,
     PARTIAL, STATE, FINISHED, OUT, LSE,
@@ -204,12 +205,13 @@ def tile_config(group: int, dim: int, dim_v: int, max_q: int, itemsize: int) -> 
     load in the loop (STAGES - 1) // 2 are in flight.
     """
     tokens = max(1, min(max_q, MAX_ROWS // group))
+    rows = max(16, triton.next_power_of_2(tokens * group))
     dim_padded = triton.next_power_of_2(dim)
     wide = max(dim_padded, triton.next_power_of_2(dim_v)) * itemsize
     return {
         "G": group, "D": dim, "DV": dim_v,
         "DP": max(16, dim_padded), "DVP": max(16, triton.next_power_of_2(dim_v)),
-        "BM": max(16, triton.next_power_of_2(tokens * group)), "TOKENS": tokens,
+        "BM": rows, "TOKENS": rows // group,  # full tiles: one kernel for many ``max_q``
         "BN": 64 if wide <= 512 else 32, "STAGES": 5 if wide <= 512 else 3,
     }  # fmt: skip
 
