@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
-from itertools import combinations, takewhile
+from itertools import takewhile
 from typing import Any
 
 from kvcached.layout import cdiv
@@ -61,6 +61,8 @@ PROMPTS = {
 class Scale:
     """How much is asked, so that a burst keeps the device busy for seconds.
 
+    Most of a burst's memory is that of its prompts, so that a split makes requests wait.
+
     ``burst`` requests at once, each of ``questions`` prompts, for at least and at most
     ``output_tokens``; an engine runs up to ``max_batch`` together and admits no further one to a
     step that computes ``step_tokens``.
@@ -74,7 +76,7 @@ class Scale:
 
 
 CPU = Scale()
-GPU = Scale(burst=48, questions=2, output_tokens=(96, 160), max_batch=64, step_tokens=2048)
+GPU = Scale(burst=64, questions=12, output_tokens=(40, 80), max_batch=64, step_tokens=2048)
 
 
 def scale_of(device: str) -> Scale:
@@ -148,9 +150,11 @@ def extra_burst(
 
 
 def _prompts(rng: random.Random, engine: str, count: int, scale: Scale) -> list[str]:
-    """``count`` prompts, no two the same."""
-    drawn = rng.sample(list(combinations(PROMPTS[engine], scale.questions)), count)
-    return [" ".join(questions) for questions in drawn]
+    """``count`` prompts: one question each, no two the same, or several in any order."""
+    questions = PROMPTS[engine]
+    if scale.questions == 1:
+        return rng.sample(questions, count)
+    return [" ".join(rng.sample(questions, scale.questions)) for _ in range(count)]
 
 
 def _request(
