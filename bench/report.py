@@ -61,7 +61,8 @@ def demo_table(result: dict[str, Any]) -> str:
     same = "the same" if result["tokens_identical"] else "NOT the same"
     notes = " ".join(
         (
-            f"{result['model']}, one budget of {mib(result['budget_bytes'])} for two engines;",
+            f"{result['model']} in float32, one budget of {mib(result['budget_bytes'])} for two",
+            "engines;",
             f"the tokens of both runs are {same}.",
             f"A limit lowered to {mib(limit['requested_bytes'])} was obeyed after",
             f"{number(limit['ms'])} ms; after kill -9 of an engine the other had its",
@@ -75,7 +76,11 @@ def demo_table(result: dict[str, Any]) -> str:
 def host(machine: dict[str, Any]) -> str:
     """The machine in a few words."""
     memory = machine.get("memory_gib") or round(machine.get("memory_bytes", 0) / (1 << 30), 1)
-    return f"{machine['cpus']} CPUs, {memory} GiB, {machine['system']}, Python {machine['python']}"
+    gpu = f"{machine['gpu']}, torch {machine['torch']}, " if "gpu" in machine else ""
+    return (
+        f"{gpu}{machine['cpus']} CPUs, {memory} GiB, {machine['system']}, "
+        f"Python {machine['python']}"
+    )
 
 
 def number(value: float) -> str:

@@ -51,7 +51,8 @@ def reshape_and_cache(
         return
     from kvcached.kernels.decode import append_triton
 
-    append_triton(key, value, kv, slots)
+    with torch.cuda.device(kv.device):  # Triton launches on the current one
+        append_triton(key, value, kv, slots)
 
 
 def _write_cpu(

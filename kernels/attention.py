@@ -75,4 +75,5 @@ def _run(call: AttentionCall, num_splits: int) -> None:
     else:
         from kvcached.kernels.decode import attend_triton
 
-        attend_triton(call, num_splits)
+        with torch.cuda.device(call.kv.device):  # Triton launches on the current one
+            attend_triton(call, num_splits)

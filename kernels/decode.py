@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from kvcached.kernels.view import KVView
 
 MAX_ROWS = 64
-"""Rows (query tokens x heads of one KV head) of a tile, unless one token has more."""
+"""Rows (query tokens x heads of one KV head) of a tile, unless one token has more; of 4-byte
+elements half as many, since a tile of them has twice the registers."""
 MAX_SPLITS = 32
 """The last split merges them all alone, so there is a bound."""
 MIN_SPLIT_TOKENS = 256
@@ -45,7 +46,8 @@ def _block_rows(
     return (slot // BLOCK_SIZE).to(tl.int64), slot % BLOCK_SIZE
 
 
-@triton.jit
+# What varies from step to step is not specialised, or a server would compile again and again.
+@triton.jit(do_not_specialize=["max_q", "q_tiles", "stride_table"])
 def attend_kernel(
     Q, K: tl.int64, V: tl.int64, TABLE, LENS, Q_STARTS, SINKS, SLOPES,
     PARTIAL, STATE, FINISHED, OUT, LSE,
@@ -203,15 +205,25 @@ def tile_config(group: int, dim: int, dim_v: int, max_q: int, itemsize: int) -> 
     One K and V tile pair in flight is 2 * BN * DP * itemsize bytes of shared memory; with a table
     load in the loop (STAGES - 1) // 2 are in flight.
     """
-    tokens = max(1, min(max_q, MAX_ROWS // group))
+    most = MAX_ROWS if itemsize < 4 else MAX_ROWS // 2
+    tokens = max(1, min(max_q, most // group))
+    rows = max(16, triton.next_power_of_2(tokens * group))
     dim_padded = triton.next_power_of_2(dim)
     wide = max(dim_padded, triton.next_power_of_2(dim_v)) * itemsize
     return {
         "G": group, "D": dim, "DV": dim_v,
         "DP": max(16, dim_padded), "DVP": max(16, triton.next_power_of_2(dim_v)),
-        "BM": max(16, triton.next_power_of_2(tokens * group)), "TOKENS": tokens,
+        "BM": rows, "TOKENS": rows // group,  # full tiles: one kernel for many ``max_q``
         "BN": 64 if wide <= 512 else 32, "STAGES": 5 if wide <= 512 else 3,
     }  # fmt: skip
+
+
+def num_warps(config: dict[str, int], itemsize: int) -> int:
+    """Warps of a program: more where products are exact, which keeps their operands in registers.
+
+    With 4 warps a tile of 32 rows or 128 columns of float32 may spill by kilobytes a thread.
+    """
+    return 8 if itemsize == 4 and (config["BM"] > 16 or config["DP"] > 64) else 4
 
 
 def attend_triton(call: AttentionCall, num_splits: int = 0) -> None:
@@ -246,7 +258,7 @@ def attend_triton(call: AttentionCall, num_splits: int = 0) -> None:
         HAS_SLOPES=call.slopes is not None, HAS_CAP=call.softcap > 0,
         ALIGN=16 if (kv.k_ptr | kv.v_ptr) % 16 == 0 else itemsize,
         UPCAST=interpreted() and kv.dtype == torch.bfloat16,  # its bf16 arithmetic is wrong
-        num_warps=4,
+        num_warps=num_warps(config, itemsize),
     )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from kvcached.demo.model import model_directory
 from kvcached.demo.run import _check_budget, _fitting_budget
 from kvcached.demo.svg import picture
 from kvcached.demo.verify import differences
-from kvcached.demo.workload import BURST, ENGINES, Request, Workload, make_workload
+from kvcached.demo.workload import CPU, ENGINES, Request, Workload, make_workload
 from kvcached.errors import EngineUnsupported, InvalidInput
 
 NO_BROKER = Config(broker=False)
@@ -140,7 +140,7 @@ def test_bursts_alternate_then_come_together_then_nothing(tokenizer, seconds, ro
         bursts.setdefault(request.at_s, []).append(request)
     *alone, last = bursts.values()
     assert len(alone) == 2 * rounds
-    assert all(len(burst) == BURST for burst in bursts.values())
+    assert all(len(burst) == CPU.burst for burst in bursts.values())
     engines = [{request.engine for request in burst} for burst in alone]
     assert all(len(names) == 1 for names in engines)
     assert all(a != b for a, b in pairwise(engines))
@@ -151,7 +151,7 @@ def test_bursts_alternate_then_come_together_then_nothing(tokenizer, seconds, ro
 
 def test_a_budget_must_hold_each_request_in_its_half(tokenizer):
     workload = make_workload(tokenizer, seed=0, seconds=2)
-    sizes = {"block_size": 16, "block": 1 << 20}
+    sizes = {"block_size": 16, "block": 1 << 20, "page": 1 << 20}
     with pytest.raises(InvalidInput, match=r"--budget \d+MiB"):
         _check_budget(workload, 8 << 20, sizes)
     _check_budget(workload, _fitting_budget(workload, sizes), sizes)
@@ -161,7 +161,7 @@ def test_a_slow_machine_gets_bursts_further_apart_and_the_same_requests(tokenize
     fast = make_workload(tokenizer, seed=0, seconds=20)
     slow = make_workload(tokenizer, seed=0, seconds=20, burst_seconds=30.0)
     assert [r.tokens for r in fast.requests] == [r.tokens for r in slow.requests]
-    assert slow.requests[BURST].at_s == 30.0
+    assert slow.requests[CPU.burst].at_s == 30.0
 
 
 def test_a_common_prefix_is_counted_once():
@@ -263,7 +263,8 @@ def test_the_live_table_fits_80_columns():
 def _document():
     run = _recording("static", [[1], [2]]).figures()
     return {
-        "model": "tiny <model>", "budget_bytes": 12, "seed": 0, "static": run, "elastic": run,
+        "model": "tiny <model>", "dtype": "float32", "budget_bytes": 12, "seed": 0,
+        "static": run, "elastic": run,
         "limit": {"requested_bytes": 3, "before_bytes": 9, "held_bytes": 2, "ms": 4.0},
         "kill": {"bytes_returned": 5, "ms": 1.0},
         "tokens_compared": {"requests": 3, "equal": 2, "differences": [{"tie": True}]},

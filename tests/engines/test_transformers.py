@@ -283,6 +283,43 @@ def test_a_closed_cache_says_so(pair, cache):
         pair[1](**padded([3]), past_key_values=cache)
 
 
+# --- devices ----------------------------------------------------------------------------------
+
+
+def test_a_cache_lies_where_the_model_computes(pair):
+    with ElasticCache(pair[1].config, device="cpu") as cache:
+        pair[1](**padded([4]), past_key_values=cache)
+        assert cache.cache.backend.device == "cpu"
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:1", torch.device("meta")])
+def test_a_cache_on_another_device_than_the_model_is_refused(pair, device):
+    with (
+        ElasticCache(pair[1].config, device=device) as cache,
+        pytest.raises(InvalidInput, match=r"(?s)computes on cpu.*Leave out device="),
+    ):
+        pair[1](**padded([4]), past_key_values=cache)
+
+
+def test_a_device_that_is_none_is_refused(pair):
+    with ElasticCache(pair[1].config, device="here") as cache, pytest.raises(InvalidInput):
+        pair[1](**padded([4]), past_key_values=cache)
+
+
+def test_a_layer_on_another_device_or_of_another_dtype_is_refused_before_it_takes_slots(pair):
+    spec = CacheSpec.from_hf(pair[1].config, dtype="float32")
+    away = make_model(attention="kvcached").to("meta")
+    half = make_model(attention="kvcached").half()
+    with KVCache(spec, device="cpu", name="mine", max_tokens=4096, limit="16MiB") as mine:
+        cache = ElasticCache(pair[1].config, cache=mine)
+        with pytest.raises(EngineUnsupported, match="layer 0 computes in float32 on meta"):
+            away(padded([4])["input_ids"].to("meta"), past_key_values=cache)
+        with pytest.raises(EngineUnsupported, match=r"float16 on cpu.*float32 on cpu"):
+            half(**padded([4]), past_key_values=cache)
+        assert mine.stats().blocks_in_use == 0
+        pair[1](**padded([4]), past_key_values=cache)
+
+
 # --- the real model ---------------------------------------------------------------------------
 
 

@@ -13,9 +13,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kvcached.kernels.decode import append_kernel, attend_kernel, tile_config
+from kvcached.kernels.decode import append_kernel, attend_kernel, num_warps, tile_config
 
-NAMES = {"fp16": 2, "bf16": 2}
+NAMES = {"fp16": 2, "bf16": 2, "fp32": 4}
 ATTEND_POINTERS = {"TABLE": "*i32", "LENS": "*i32", "Q_STARTS": "*i32", "SINKS": "*fp32",
                    "SLOPES": "*fp32", "PARTIAL": "*fp32", "STATE": "*fp32", "FINISHED": "*i32",
                    "LSE": "*fp32", "scale": "fp32", "softcap": "fp32"}  # fmt: skip
@@ -39,15 +39,15 @@ def append(dtype, dim):
                            "K": "i64", "V": "i64"}, constants  # fmt: skip
 
 
-def tiles_ahead(constants):
-    """Bytes of the (STAGES - 1) // 2 pairs of 16-bit K and V tiles that are to be in flight."""
+def tiles_ahead(constants, itemsize):
+    """Bytes of the (STAGES - 1) // 2 pairs of K and V tiles that are to be in flight."""
     if "STAGES" not in constants:
         return 0
-    pair = 2 * constants["BN"] * (constants["DP"] + constants["DVP"])
+    pair = itemsize * constants["BN"] * (constants["DP"] + constants["DVP"])
     return (constants["STAGES"] - 1) // 2 * pair
 
 
-def report(kernel, types, constants):
+def report(kernel, types, constants, itemsize):
     """What the sm_90 code needs: registers, stack and shared bytes, copies ahead of use."""
     signature = {n: types.get(n, "constexpr" if n in constants else "i32")
                  for n in kernel.arg_names}  # fmt: skip
@@ -56,7 +56,7 @@ def report(kernel, types, constants):
     compiled = triton.compile(
         ASTSource(kernel, signature, constants, aligned),
         target=GPUTarget("cuda", 90, 32),
-        options={"num_warps": 4},
+        options={"num_warps": num_warps(constants, itemsize) if kernel is attend_kernel else 4},
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -70,19 +70,20 @@ def report(kernel, types, constants):
         "registers": registers, "stack": stack, "shared": compiled.metadata.shared,
         # 16-byte copies of K and V; narrower ones fetch the block table
         "wide_copies": len(re.findall(r"cp\.async\.c[ga][^;]*, 0x10", compiled.asm["ptx"])),
-        "tiles_ahead": tiles_ahead(constants),
+        "tiles_ahead": tiles_ahead(constants, itemsize),
     }  # fmt: skip
 
 
 def main():
     rows = {}
-    for dtype in NAMES:
-        for dim in (64, 128):
-            shapes = {"decode": (1, 8, False), "verify": (4, 1, False), "extras": (1, 8, True)}
+    for dtype, itemsize in NAMES.items():
+        for dim in (64, 128) if itemsize < 4 else (64,):  # float32 is for comparisons
+            shapes = {"decode": (1, 8, False), "verify": (4, 1, False), "prefill": (99, 1, False),
+                      "extras": (1, 8, True)}  # fmt: skip
             for name, (max_q, splits, extras) in shapes.items():
-                key = f"attend {dtype} {dim} {name}"
-                rows[key] = report(*attend(dtype, dim, max_q=max_q, splits=splits, extras=extras))
-            rows[f"append {dtype} {dim}"] = report(*append(dtype, dim))
+                one = attend(dtype, dim, max_q=max_q, splits=splits, extras=extras)
+                rows[f"attend {dtype} {dim} {name}"] = report(*one, itemsize)
+            rows[f"append {dtype} {dim}"] = report(*append(dtype, dim), itemsize)
     json.dump(rows, sys.stdout)
 
 

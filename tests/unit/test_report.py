@@ -62,6 +62,11 @@ def test_the_demo_becomes_two_columns(report, tmp_path):
     assert "had its 90 MiB in 12 ms" in text
 
 
+def test_of_a_gpu_the_name_comes_first(report):
+    machine = {**MACHINE, "gpu": "NVIDIA H100", "torch": "2.11.0"}
+    assert report.host(machine).startswith("NVIDIA H100, torch 2.11.0, 2 CPUs, 24.0 GiB")
+
+
 def test_the_documents_are_up_to_date(report, monkeypatch):
     monkeypatch.setattr(report, "RESULTS", BENCH / "results")
     assert report.main(["--check"]) == 0, "run: python bench/report.py"

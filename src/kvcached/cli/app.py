@@ -101,6 +101,7 @@ def top(
 
 @kvcached.command("demo")
 def demo(
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, or auto.")] = "cpu",
     seconds: Annotated[float, typer.Option(min=1, help="About how long it may take.")] = 90.0,
     budget: Annotated[str, typer.Option(help="KV memory of both engines together.")] = "",
     json: Annotated[str, typer.Option(metavar="FILE", help="Write the figures here.")] = "",
@@ -113,8 +114,9 @@ def demo(
     from kvcached.cli import demo as work
 
     work.run(
-        seconds=seconds, budget=budget, json=json, svg=svg, seed=seed, model=model, plain=plain
-    )
+        device=device, seconds=seconds, budget=budget, json=json, svg=svg, seed=seed, model=model,
+        plain=plain,
+    )  # fmt: skip
 
 
 @kvcached.callback(invoke_without_command=True)

@@ -17,8 +17,9 @@ from kvcached.errors import InvalidInput
 
 
 def run(
-    *, seconds: float, budget: str, json: str, svg: str, seed: int, model: str, plain: bool
-) -> None:
+    *, device: str, seconds: float, budget: str, json: str, svg: str, seed: int, model: str,
+    plain: bool,
+) -> None:  # fmt: skip
     """Run the demo, print its card, write its files. Raises errors of ``kvcached.errors``."""
     from kvcached.demo.card import card, notes
     from kvcached.demo.live import LiveView, PlainView
@@ -28,6 +29,7 @@ def run(
     for name in filter(None, (json, svg)):
         _check_writable(Path(name))
     options = Options(
+        device=device,
         seconds=seconds,
         budget=parse_size(budget) if budget else None,
         seed=seed,

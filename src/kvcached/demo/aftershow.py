@@ -36,7 +36,7 @@ class Stage:
             self.fleet[victim].request(request)
         self._wait_until_in_use(victim, 2 * self.budget // 5)
         limit = self._lower_limit(victim)
-        set_tenant_limit(victim, self.budget, device="cpu", config=self.config)
+        set_tenant_limit(victim, self.budget, config=self.config)
         self._wait_until_in_use(victim, self.budget // 3)
         return {"limit": limit, "kill": self._kill(victim, survivor)}
 
@@ -58,7 +58,7 @@ class Stage:
         )
         started = time.monotonic()
         self.recording.mark(started, f"limit {victim} {format_size(wanted)}")
-        record = set_tenant_limit(victim, wanted, device="cpu", config=self.config)
+        record = set_tenant_limit(victim, wanted, config=self.config)
         while not record.applied and time.monotonic() < started + _PATIENCE_SECONDS:
             self.fleet.poll(_POLL_SECONDS)
             record = self._tenant(victim).limit
@@ -109,7 +109,7 @@ class Stage:
         return min(credited or claimed["t"], claimed["t"]), claimed
 
     def _find(self, name: str) -> Any:
-        for device in list_tenants("cpu", config=self.config):
+        for device in list_tenants(config=self.config):
             for tenant in device.tenants:
                 if tenant.name == name:
                     return tenant

@@ -3,6 +3,10 @@
 Each step extends the running requests by one token, admits waiting ones as long as memory and the
 batch allow, and runs all of them in one packed forward pass; greedy. Out of memory preempts the
 youngest request, which is computed again later (vLLM's "recompute").
+
+A step ends when its tokens are on the host. On a GPU that read comes after all kernels of the step
+on the one stream, so between two steps none runs: blocks are freed without a fence, and memory may
+be unmapped or moved. During a step a peer's reclaim takes only memory that no block in use needs.
 """
 
 from __future__ import annotations
@@ -22,10 +26,6 @@ if TYPE_CHECKING:
 
     from kvcached.cache import KVCache
 
-MAX_BATCH = 16
-"""Most requests that run at once."""
-MAX_STEP_TOKENS = 128
-"""No further request is admitted to a step that computes this many, so that steps stay short."""
 RETRY_SECONDS = 0.05
 """After a refusal, when to try again to admit; asking takes a round trip to the broker."""
 
@@ -60,6 +60,11 @@ class _Work:
     slots: np.ndarray
 
 
+def shared_page(block_bytes: int, page_bytes: int) -> int:
+    """Bytes of a page that a block may share with others, as on a GPU; 0 if it has its own."""
+    return page_bytes if block_bytes % page_bytes else 0
+
+
 class Engine:
     """Continuous batching over one model and one ``KVCache``.
 
@@ -69,18 +74,23 @@ class Engine:
         A causal language model loaded with ``attn_implementation="kvcached"``.
     cache:
         Stays the caller's.
+    max_batch:
+        Most requests that run at once.
+    step_tokens:
+        No further request is admitted to a step that computes this many, so that steps stay short.
     on_first, on_done:
         Called with a task when it has its first token, and when it is finished.
     """
 
     def __init__(
-        self, model: Any, cache: KVCache, *, max_batch: int = MAX_BATCH,
+        self, model: Any, cache: KVCache, *, max_batch: int = 16, step_tokens: int = 128,
         on_first: Callable[[Task], None] | None = None,
         on_done: Callable[[Task], None] | None = None,
     ) -> None:  # fmt: skip
         from kvcached.engines.transformers import PackedCache
 
-        self.model, self.cache, self.max_batch = model, cache, max_batch
+        self.model, self.cache = model, cache
+        self.max_batch, self.step_tokens = max_batch, step_tokens
         self.waiting: deque[Task] = deque()
         self.running: list[Task] = []
         self._retry_at = 0.0
@@ -99,11 +109,13 @@ class Engine:
         """Queue a request. Raises ``InvalidInput`` if it could never fit."""
         spec, most = self.cache.spec, self.cache.stats().limit_bytes
         blocks = cdiv(len(task.tokens) + task.max_new_tokens, spec.block_size) + 1
-        if blocks * spec.block_bytes > most:
+        needed = blocks * spec.block_bytes + 2 * shared_page(
+            spec.block_bytes, self.cache.backend.page_bytes
+        )
+        if needed > most:
             raise InvalidInput(
                 f"a request of {len(task.tokens)} + {task.max_new_tokens} tokens needs "
-                f"{format_size(blocks * spec.block_bytes)}, but the engine may hold "
-                f"{format_size(most)}",
+                f"{format_size(needed)}, but the engine may hold {format_size(most)}",
                 hint="Give the demo a larger --budget.",
             )
         self.waiting.append(task)
@@ -116,7 +128,7 @@ class Engine:
         running = len(self.running)
         work = self._extend_running()
         if len(work) == running:  # none was preempted, so there may be room for more
-            work += self._admit(MAX_STEP_TOKENS - len(work))
+            work += self._admit(self.step_tokens - len(work))
         if work:
             for item, token in zip(work, self._forward(work), strict=True):
                 self._advance(item.task, token)
@@ -195,11 +207,15 @@ class Engine:
             last.append(len(positions) - 1)
         pairs = [(item.task.sequence, item.slots) for item in work]
         self._paged.batch = PackedBatch.of(self.cache, pairs)
+        place = self.cache.backend.device
+        # These copies wait for the device, which has nothing to do: the last step is over.
+        inputs = torch.tensor([[ids], [positions]], device=place)
         with torch.inference_mode():
             logits = self.model(
-                input_ids=torch.tensor([ids]), position_ids=torch.tensor([positions]),
-                past_key_values=self._paged, use_cache=True, logits_to_keep=torch.tensor(last),
+                input_ids=inputs[0], position_ids=inputs[1], past_key_values=self._paged,
+                use_cache=True, logits_to_keep=torch.tensor(last, device=place),
             ).logits  # fmt: skip
+        # Waits for all kernels of the step; whoever frees or moves blocks later relies on it.
         tokens: list[int] = logits[0].argmax(-1).tolist()
         return tokens
 

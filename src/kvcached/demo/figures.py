@@ -121,12 +121,21 @@ class Recording:
             "seconds": round(span, 3),
             "peak_backed_bytes": max((p.total("backed") for p in measured), default=0),
             "mean_backed_bytes": _mean_over_time(measured),
-            "peak_kernel_bytes": max((p.total("kernel") for p in measured), default=0),
             "idle_backed_bytes": sum(s["backed"] for s in settled),
-            "idle_kernel_bytes": sum(s["kernel"] for s in settled),
             "idle_cached_bytes": sum(e["cached_bytes"] for e in self.settled.values()),
             "packed_floor_bytes": sum(s["floor"] for s in settled),
+            **_kernel_figures(measured, settled),
         }
+
+
+def _kernel_figures(measured: list[Point], settled: list[Stats]) -> dict[str, int]:
+    """What the kernel counted, where it counts memory by process (not on a GPU)."""
+    if not all("kernel" in stats for stats in settled):
+        return {}
+    return {
+        "peak_kernel_bytes": max((p.total("kernel") for p in measured), default=0),
+        "idle_kernel_bytes": sum(stats["kernel"] for stats in settled),
+    }
 
 
 def _summary(values: list[float]) -> dict[str, float]:

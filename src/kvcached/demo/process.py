@@ -32,6 +32,8 @@ class EngineProcess:
         Of the engine; also of its tenant.
     model:
         The Hugging Face directory it loads.
+    device:
+        Where its model and its cache lie.
     environ:
         Its environment.
     events:
@@ -40,8 +42,9 @@ class EngineProcess:
     """
 
     def __init__(
-        self, name: str, model: Path, environ: Mapping[str, str], events: queue.Queue[Event]
-    ) -> None:
+        self, name: str, model: Path, device: str, environ: Mapping[str, str],
+        events: queue.Queue[Event],
+    ) -> None:  # fmt: skip
         self.name = name
         self._events = events
         self._stderr = tempfile.TemporaryFile("w+b")  # noqa: SIM115 - closed in close()
@@ -53,7 +56,7 @@ class EngineProcess:
         )  # fmt: skip
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        self._send({"name": name, "model": str(model)})
+        self._send({"name": name, "model": str(model), "device": device})
 
     @property
     def pid(self) -> int:
@@ -125,7 +128,7 @@ class Fleet:
     """
 
     def __init__(
-        self, names: tuple[str, ...], model: Path, environ: Mapping[str, str],
+        self, names: tuple[str, ...], model: Path, device: str, environ: Mapping[str, str],
         listener: Callable[[Event], None],
     ) -> None:  # fmt: skip
         self._queue: queue.Queue[Event] = queue.Queue()
@@ -134,7 +137,7 @@ class Fleet:
         self.processes: dict[str, EngineProcess] = {}
         try:
             for name in names:
-                self.processes[name] = EngineProcess(name, model, environ, self._queue)
+                self.processes[name] = EngineProcess(name, model, device, environ, self._queue)
         except BaseException:  # also Ctrl-C: the first must not outlive the second's failure
             self.close()
             raise

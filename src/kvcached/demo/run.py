@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,20 @@ from kvcached.broker.client import list_tenants
 from kvcached.config import Config, format_size
 from kvcached.demo import verify
 from kvcached.demo.aftershow import Stage
+from kvcached.demo.device import find_device
+from kvcached.demo.engine import shared_page
 from kvcached.demo.figures import Event, Recording
 from kvcached.demo.live import View
-from kvcached.demo.model import MODEL_NAME, load_tokenizer, model_directory
+from kvcached.demo.model import DTYPE, MODEL_NAME, load_tokenizer, model_directory
 from kvcached.demo.process import Fleet
-from kvcached.demo.workload import BURST, ENGINES, Workload, extra_burst, make_workload
+from kvcached.demo.workload import (
+    ENGINES,
+    Scale,
+    Workload,
+    extra_burst,
+    make_workload,
+    scale_of,
+)
 from kvcached.errors import EngineUnsupported, InvalidInput
 from kvcached.layout import cdiv
 
@@ -40,6 +50,7 @@ _MIB = 1 << 20
 class Options:
     """What ``kvcached demo`` was asked for. ``budget`` in bytes; ``None``: fits the workload."""
 
+    device: str = "cpu"
     seconds: float = 90.0
     budget: int | None = None
     seed: int = 0
@@ -62,6 +73,7 @@ def run(options: Options, view: View) -> Result:
 
     Raises errors of ``kvcached.errors``; ``KeyboardInterrupt`` passes through after cleaning up.
     """
+    device = find_device(options.device)
     view.say("looking for the model (the first time it is converted: half a minute)")
     model = model_directory(options.model, options.cache_home)
     runtime_dir = _make_runtime_dir()
@@ -71,13 +83,13 @@ def run(options: Options, view: View) -> Result:
         "OMP_NUM_THREADS": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    demo = _Demo(options, view, model, Config(runtime_dir=str(runtime_dir)))
+    demo = _Demo(options, device, view, model, Config(runtime_dir=str(runtime_dir)))
     try:
-        view.say(f"loading {_model_name(options)} twice, in two processes")
-        with Fleet(ENGINES, model, environ, demo.on_event) as fleet:
+        view.say(f"loading {_model_name(options)} twice on {device}, in two processes")
+        with Fleet(ENGINES, model, device, environ, demo.on_event) as fleet:
             static, elastic, after = demo.run(fleet)
         view.say("comparing the tokens of both runs")
-        after |= verify.compare(static, elastic, model, environ)
+        after |= verify.compare(static, elastic, model, device, environ)
         return Result(demo.document(static, elastic, after), static, elastic)
     finally:
         _end_broker(demo.config)
@@ -87,11 +99,15 @@ def run(options: Options, view: View) -> Result:
 class _Demo:
     """The phases of one demo. ``run`` (above) owns and ends the processes."""
 
-    def __init__(self, options: Options, view: View, model: Path, config: Config) -> None:
-        self.options, self.view, self.model, self.config = options, view, model, config
+    def __init__(
+        self, options: Options, device: str, view: View, model: Path, config: Config
+    ) -> None:
+        self.options, self.device, self.view = options, device, view
+        self.model, self.config, self.scale = model, config, scale_of(device)
         self.recording: Recording | None = None
         self.budget = 0
         self.sizes: dict[str, int] = {}
+        self.machine: dict[str, Any] = {}
 
     def on_event(self, event: Event) -> None:
         if self.recording is not None:
@@ -101,12 +117,9 @@ class _Demo:
     def run(self, fleet: Fleet) -> tuple[Recording, Recording, dict[str, Any]]:
         seed = self.options.seed
         tokenizer = load_tokenizer(self.model)  # while the engines load
-        seconds = max(2.0, (self.options.seconds - _OVERHEAD_SECONDS) / 2)
         ready = fleet.wait_all("ready", seconds=_LOAD_SECONDS)
-        self.sizes = ready[ENGINES[0]]["sizes"]
-        workload = make_workload(tokenizer, seed=seed, seconds=seconds)
-        needed = max(_burst_seconds(workload, event["speed"]) for event in ready.values())
-        workload = make_workload(tokenizer, seed=seed, seconds=seconds, burst_seconds=needed)
+        self.sizes, self.machine = ready[ENGINES[0]]["sizes"], ready[ENGINES[0]]["machine"]
+        workload = self._workload(tokenizer, [event["speed"] for event in ready.values()])
         self.budget = self.options.budget or _fitting_budget(workload, self.sizes)
         _check_budget(workload, self.budget, self.sizes)
         count, token = len(workload.requests), format_size(self.sizes["token"])
@@ -118,9 +131,19 @@ class _Demo:
         fleet.send_all("close")
         fleet.wait_all("closed", seconds=_STEP_SECONDS)
         elastic = self._measure(fleet, "elastic", workload)
-        burst = extra_burst(tokenizer, seed=seed, engine=ENGINES[0], first_id=count)
+        burst = extra_burst(
+            tokenizer, seed=seed, engine=ENGINES[0], first_id=count, scale=self.scale
+        )
         stage = Stage(fleet, elastic, self.view, self.config, self.budget)
         return static, elastic, stage.run(burst)
+
+    def _workload(self, tokenizer: Any, speeds: list[dict[str, float]]) -> Workload:
+        """Bursts that come in turn, also where a burst takes long."""
+        seconds = max(2.0, (self.options.seconds - _OVERHEAD_SECONDS) / 2)
+        make = partial(make_workload, tokenizer, seed=self.options.seed, seconds=seconds,
+                       scale=self.scale)  # fmt: skip
+        slowest = max(_burst_seconds(make(), speed, self.scale) for speed in speeds)
+        return make(burst_seconds=slowest)
 
     def _measure(self, fleet: Fleet, name: str, workload: Workload) -> Recording:
         """Open the caches, send the requests when they are due, wait for the last, settle."""
@@ -148,7 +171,7 @@ class _Demo:
     ) -> dict[str, Any]:
         return {
             "schema_version": SCHEMA_VERSION,
-            "backend": "host",
+            "backend": "host" if self.device == "cpu" else "cuda",
             "model": _model_name(self.options),
             "budget_bytes": self.budget,
             "static": static.figures(),
@@ -156,9 +179,11 @@ class _Demo:
             **after,
             "seed": self.options.seed,
             "seconds": self.options.seconds,
+            "dtype": DTYPE,
             "token_bytes": self.sizes["token"],
             "block_bytes": self.sizes["block"],
-            "machine": _machine(),
+            "page_bytes": self.sizes["page"],
+            "machine": {**_machine(), **self.machine},
         }
 
 
@@ -193,15 +218,27 @@ def _make_runtime_dir() -> Path:
 
 
 def _fitting_budget(workload: Workload, sizes: dict[str, int]) -> int:
+    """A little more than the largest burst needs; its halves are whole pages."""
     blocks = _BUDGET_OVER_BURST * workload.burst_blocks(sizes["block_size"]) + 2
+    needed = int(blocks * sizes["block"]) + 2 * _rounding(sizes)
     step = 2 * _MIB if blocks * sizes["block"] > 16 * _MIB else 2 * sizes["block"]
-    return cdiv(int(blocks * sizes["block"]), step) * step
+    step = max(step, 2 * sizes["page"])
+    return cdiv(needed, step) * step
+
+
+def _rounding(sizes: dict[str, int]) -> int:
+    """What an engine may hold beyond its blocks, because others could share their pages.
+
+    The page of the null block, and one at each end of its extents.
+    """
+    return 3 * shared_page(sizes["block"], sizes["page"])
 
 
 def _check_budget(workload: Workload, budget: int, sizes: dict[str, int]) -> None:
     """Raise ``InvalidInput`` unless every request fits into half of the budget."""
     longest = max(len(r.tokens) + r.max_new_tokens for r in workload.requests)
-    needed = 2 * (cdiv(longest, sizes["block_size"]) + 2) * sizes["block"]
+    blocks = cdiv(longest, sizes["block_size"]) + 2
+    needed = 2 * (blocks * sizes["block"] + _rounding(sizes))
     if budget < needed:
         raise InvalidInput(
             f"a budget of {format_size(budget)} is too small: half of it must hold a request of "
@@ -210,9 +247,9 @@ def _check_budget(workload: Workload, budget: int, sizes: dict[str, int]) -> Non
         )
 
 
-def _burst_seconds(workload: Workload, speed: dict[str, float]) -> float:
+def _burst_seconds(workload: Workload, speed: dict[str, float], scale: Scale) -> float:
     """About how long an engine with room for it computes a burst."""
-    burst = workload.requests[:BURST]
+    burst = workload.requests[: scale.burst]
     prompts = sum(len(request.tokens) for request in burst)
     steps = max(request.max_new_tokens for request in burst)
     return 1.1 * (prompts * speed["prompt_token"] + steps * speed["step"])
@@ -236,7 +273,7 @@ def _machine() -> dict[str, Any]:
 def _end_broker(config: Config) -> None:
     """Wait until the run's own broker has left, as it does when its last engine has gone."""
     asked_to_leave = time.monotonic() + 5
-    while devices := list_tenants("cpu", config=config):
+    while devices := list_tenants(config=config):
         if time.monotonic() > asked_to_leave:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(devices[0].broker_pid, signal.SIGTERM)

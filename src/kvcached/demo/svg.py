@@ -160,7 +160,8 @@ def _describe(document: dict[str, Any]) -> str:
 
 def _caption(document: dict[str, Any]) -> str:
     machine = document["machine"]
+    where = machine.get("gpu") or f"{machine['cpus']} CPUs, {machine['arch']}"
     return (
-        f"{document['model']}, float32, {machine['cpus']} CPUs, {machine['arch']}, "
-        f"seed {document['seed']}; kvcached demo --svg"
+        f"{document['model']}, {document['dtype']}, {where}, seed {document['seed']}; "
+        "kvcached demo --svg"
     )

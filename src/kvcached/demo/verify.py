@@ -52,11 +52,11 @@ def _first_difference(one: Outcome, other: Outcome) -> Difference:
 
 
 def compare(
-    static: Recording, elastic: Recording, model: Path, environ: Mapping[str, str]
+    static: Recording, elastic: Recording, model: Path, device: str, environ: Mapping[str, str]
 ) -> dict[str, Any]:
     """``tokens_identical`` and what backs it: requests compared, and each difference's gap."""
     found = differences(static, elastic)
-    gaps = _stock_gaps(found, model, environ) if found else []
+    gaps = _stock_gaps(found, model, device, environ) if found else []
     ties = [
         {"request": d.request, "logit_gap": gap, "tie": 0 <= gap <= TIE}
         for d, gap in zip(found, gaps, strict=True)
@@ -71,11 +71,13 @@ def compare(
     }
 
 
-def _stock_gaps(found: list[Difference], model: Path, environ: Mapping[str, str]) -> list[float]:
+def _stock_gaps(
+    found: list[Difference], model: Path, device: str, environ: Mapping[str, str]
+) -> list[float]:
     """``|logit(a) - logit(b)|`` in a stock run of each request alone; -1 where nothing compares."""
     asked = [{"context": d.context, "a": d.a, "b": d.b} for d in found]
     done = subprocess.run(  # noqa: S603 - our own module
-        [sys.executable, "-m", "kvcached.demo.verify", str(model)],
+        [sys.executable, "-m", "kvcached.demo.verify", str(model), device],
         input=json.dumps(asked), capture_output=True, text=True, timeout=_SECONDS,
         env=dict(environ), check=False,
     )  # fmt: skip
@@ -95,14 +97,15 @@ def main() -> None:
     from kvcached.demo.model import load_model
 
     torch.set_num_threads(1)
-    model = load_model(Path(sys.argv[1]), attention="sdpa")
+    model = load_model(Path(sys.argv[1]), attention="sdpa", device=sys.argv[2])
     gaps = []
     for item in json.load(sys.stdin):
         if not item["context"]:
             gaps.append(-1.0)
             continue
         with torch.inference_mode():
-            logits = model(input_ids=torch.tensor([item["context"]]), logits_to_keep=1).logits
+            context = torch.tensor([item["context"]], device=model.device)
+            logits = model(input_ids=context, logits_to_keep=1).logits
         gaps.append(abs(float(logits[0, -1, item["a"]] - logits[0, -1, item["b"]])))
     sys.stdout.write(json.dumps(gaps) + "\n")
 

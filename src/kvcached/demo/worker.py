@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvcached.config import Config
+from kvcached.demo.device import describe, page_bytes
 from kvcached.demo.engine import Engine, Task
 from kvcached.demo.figures import SAMPLE_SECONDS
-from kvcached.demo.workload import BURST
+from kvcached.demo.model import DTYPE
+from kvcached.demo.workload import scale_of
 from kvcached.errors import KvcachedError
 from kvcached.memory.host import HostBackend
 
@@ -32,8 +34,8 @@ _RETRY_SECONDS = 0.002
 class Worker:
     """A model, and at most one open cache with its engine."""
 
-    def __init__(self, name: str, model: Any, emit: Any) -> None:
-        self.name, self.model, self.emit = name, model, emit
+    def __init__(self, name: str, model: Any, device: str, emit: Any) -> None:
+        self.name, self.model, self.device, self.emit = name, model, device, emit
         self.cache: KVCache | None = None
         self.engine: Engine | None = None
 
@@ -47,14 +49,18 @@ class Worker:
         from kvcached.layout import CacheSpec
 
         config = Config(runtime_dir=runtime_dir, budget=str(budget))
-        spec = CacheSpec.from_hf(self.model.config, dtype="float32")
+        spec = CacheSpec.from_hf(self.model.config, dtype=DTYPE)
         self.cache = KVCache(
-            spec, device="cpu", name=self.name, max_tokens=4 * budget // spec.token_bytes,
+            spec, device=self.device, name=self.name, max_tokens=4 * budget // spec.token_bytes,
             limit=limit, floor=floor, config=config,
         )  # fmt: skip
         if resident:
             _fill(self.cache)
-        self.engine = Engine(self.model, self.cache, on_first=self._first, on_done=self._done)
+        scale = scale_of(self.device)
+        self.engine = Engine(
+            self.model, self.cache, max_batch=scale.max_batch, step_tokens=scale.step_tokens,
+            on_first=self._first, on_done=self._done,
+        )  # fmt: skip
         self.emit("opened", stats=self._stats())
 
     def request(self, *, number: int, tokens: list[int], max_new_tokens: int) -> None:
@@ -125,7 +131,7 @@ class Worker:
             "lease": stats.lease_bytes,
             "limit": stats.limit_bytes,
             "floor": stats.packed_floor_bytes,
-            "kernel": kernel_bytes(cache),
+            **kernel_bytes(cache),
             "running": 0 if engine is None else len(engine.running),
             "waiting": 0 if engine is None else len(engine.waiting),
         }
@@ -177,11 +183,13 @@ def _fill(cache: KVCache) -> None:
         cache.free(sequence)
 
 
-def kernel_bytes(cache: KVCache) -> int:
-    """What the kernel counts for the cache's memory: the check on our own books."""
+def kernel_bytes(cache: KVCache) -> dict[str, int]:
+    """What the kernel counts for the cache's memory: the check on our own books.
+
+    Nothing on a GPU, whose driver counts by device only.
+    """
     backend = cache.backend
-    assert isinstance(backend, HostBackend), "the demo runs on the host"
-    return backend.resident_bytes()
+    return {"kernel": backend.resident_bytes()} if isinstance(backend, HostBackend) else {}
 
 
 def _emitter(stream: Any) -> Any:
@@ -217,34 +225,30 @@ def main() -> None:
 
     torch.set_num_threads(1)
     import kvcached.engines.transformers  # noqa: F401 - registers the attention function
+    from kvcached.demo.speed import measure
 
-    model = load_model(Path(settings["model"]), attention="kvcached")
-    worker = Worker(settings["name"], model, emit)
+    device = settings["device"]
+    model = load_model(Path(settings["model"]), attention="kvcached", device=device)
+    worker = Worker(settings["name"], model, device, emit)
     threading.Thread(target=_read, args=(commands,), daemon=True).start()
     threading.Thread(target=worker.sample_forever, daemon=True).start()
-    emit("ready", pid=os.getpid(), sizes=_sizes(model.config), speed=_speed(model))
+    emit(
+        "ready", pid=os.getpid(), sizes=_sizes(model.config, device), machine=describe(device),
+        speed=measure(model, device, scale_of(device)),
+    )  # fmt: skip
     worker.run(commands)
 
 
-def _speed(model: Any) -> dict[str, float]:
-    """Seconds to compute one token of a prompt, and one step of a burst of requests."""
-    import torch
-
-    def timed(rows: int, columns: int) -> float:
-        start = time.perf_counter()
-        with torch.inference_mode():
-            model(torch.zeros(rows, columns, dtype=torch.long), logits_to_keep=1)
-        return time.perf_counter() - start
-
-    timed(BURST, 1)  # the first pass of a model is slower
-    return {"prompt_token": timed(1, 128) / 128, "step": timed(BURST, 1)}
-
-
-def _sizes(config: Any) -> dict[str, int]:
+def _sizes(config: Any, device: str) -> dict[str, int]:
     from kvcached.layout import CacheSpec
 
-    spec = CacheSpec.from_hf(config, dtype="float32")
-    return {"token": spec.token_bytes, "block": spec.block_bytes, "block_size": spec.block_size}
+    spec = CacheSpec.from_hf(config, dtype=DTYPE)
+    return {
+        "token": spec.token_bytes,
+        "block": spec.block_bytes,
+        "block_size": spec.block_size,
+        "page": page_bytes(device, spec),
+    }
 
 
 if __name__ == "__main__":

@@ -10,10 +10,6 @@ from typing import Any
 from kvcached.layout import cdiv
 
 ENGINES = ("chat", "code")
-BURST = 8
-"""Requests of one burst."""
-OUTPUT_TOKENS = (14, 24)
-"""Fewest and most tokens that a request may generate."""
 ROUND_SECONDS = 12.0
 """A round is one burst for each engine in turn."""
 
@@ -62,6 +58,33 @@ PROMPTS = {
 
 
 @dataclass(frozen=True, slots=True)
+class Scale:
+    """How much is asked, so that a burst keeps the device busy for seconds.
+
+    Most of a burst's memory is that of its prompts, so that a split makes requests wait.
+
+    ``burst`` requests at once, each of ``questions`` prompts, for at least and at most
+    ``output_tokens``; an engine runs up to ``max_batch`` together and admits no further one to a
+    step that computes ``step_tokens``.
+    """
+
+    burst: int = 8
+    questions: int = 1
+    output_tokens: tuple[int, int] = (14, 24)
+    max_batch: int = 16
+    step_tokens: int = 128
+
+
+CPU = Scale()
+GPU = Scale(burst=64, questions=12, output_tokens=(40, 80), max_batch=64, step_tokens=2048)
+
+
+def scale_of(device: str) -> Scale:
+    """What is asked of a device."""
+    return CPU if device == "cpu" else GPU
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """One request: ``tokens`` is the prompt; it arrives ``at_s`` seconds after the run starts."""
 
@@ -95,7 +118,7 @@ def _blocks(burst: list[Request], block_size: int) -> int:
 
 
 def make_workload(
-    tokenizer: Any, *, seed: int, seconds: float, burst_seconds: float = 0.0
+    tokenizer: Any, *, seed: int, seconds: float, burst_seconds: float = 0.0, scale: Scale = CPU
 ) -> Workload:
     """Bursts for about ``seconds`` seconds: in turn, then half a burst for both, then idle.
 
@@ -105,28 +128,42 @@ def make_workload(
     rng = random.Random(seed)
     rounds = max(1, int(seconds // ROUND_SECONDS))
     slot = max(seconds / (2 * rounds + 1.6), burst_seconds)
-    bursts = [(i * slot, ENGINES[i % 2], BURST) for i in range(2 * rounds)]
-    bursts += [(2 * rounds * slot, engine, BURST // 2) for engine in ENGINES]
+    bursts = [(i * slot, ENGINES[i % 2], scale.burst) for i in range(2 * rounds)]
+    bursts += [(2 * rounds * slot, engine, scale.burst // 2) for engine in ENGINES]
     requests: list[Request] = []
     for at, engine, count in bursts:
-        for prompt in rng.sample(PROMPTS[engine], count):
-            requests.append(_request(tokenizer, rng, len(requests), engine, at, prompt))
+        for prompt in _prompts(rng, engine, count, scale):
+            made = _request(tokenizer, rng, len(requests), engine, at, prompt, scale)
+            requests.append(made)
     return Workload(tuple(requests), (2 * rounds + 1.6) * slot)
 
 
-def extra_burst(tokenizer: Any, *, seed: int, engine: str, first_id: int) -> list[Request]:
+def extra_burst(
+    tokenizer: Any, *, seed: int, engine: str, first_id: int, scale: Scale = CPU
+) -> list[Request]:
     """A burst with long outputs, for the phases after the measured workload."""
     rng = random.Random(seed + 1)
-    prompts = rng.sample(PROMPTS[engine], BURST)
-    made = [_request(tokenizer, rng, first_id + i, engine, 0.0, p) for i, p in enumerate(prompts)]
+    prompts = _prompts(rng, engine, scale.burst, scale)
+    made = [_request(tokenizer, rng, first_id + i, engine, 0.0, prompt, scale)
+            for i, prompt in enumerate(prompts)]  # fmt: skip
     return [Request(r.id, r.engine, r.at_s, r.tokens, 4 * r.max_new_tokens) for r in made]
 
 
+def _prompts(rng: random.Random, engine: str, count: int, scale: Scale) -> list[str]:
+    """``count`` prompts: one question each, no two the same, or several in any order."""
+    questions = PROMPTS[engine]
+    if scale.questions == 1:
+        return rng.sample(questions, count)
+    return [" ".join(rng.sample(questions, scale.questions)) for _ in range(count)]
+
+
 def _request(
-    tokenizer: Any, rng: random.Random, number: int, engine: str, at: float, prompt: str
-) -> Request:
+    tokenizer: Any, rng: random.Random, number: int, engine: str, at: float, prompt: str,
+    scale: Scale,
+) -> Request:  # fmt: skip
     messages = [{"role": "system", "content": SYSTEM[engine]}, {"role": "user", "content": prompt}]
     encoded = tokenizer.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=True, return_dict=True
     )
-    return Request(number, engine, at, tuple(encoded["input_ids"]), rng.randint(*OUTPUT_TOKENS))
+    output = rng.randint(*scale.output_tokens)
+    return Request(number, engine, at, tuple(encoded["input_ids"]), output)

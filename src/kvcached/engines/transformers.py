@@ -14,9 +14,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Self
 
+import numpy as np
 import torch
 
-from kvcached.engines.transformers_pages import NAME, PackedBatch, PackedCache, PagedCache
+from kvcached.engines.transformers_batch import PackedBatch
+from kvcached.engines.transformers_pages import NAME, PackedCache, PagedCache
 from kvcached.errors import ClosedError, EngineUnsupported, InvalidInput
 
 if TYPE_CHECKING:
@@ -41,7 +43,12 @@ class ElasticCache(PagedCache):
         tokens come, for their dtype and device, and closed by ``close``.
     max_tokens, limit, device, dtype:
         Of the ``KVCache`` that is made: address space in tokens, most bytes (``None``: what the
-        budget allows), and where and as what to keep the tokens (``None``: as the model does).
+        budget allows), and where and as what to keep the tokens (``None``: as the model does; the
+        kernels read no other).
+
+    On a GPU, calls that free or fork rows wait for the current stream, so that no kernel still
+    writes what is given away. Nothing waits inside of a forward pass but for the attention mask,
+    which is read once.
 
     Raises ``EngineUnsupported`` for models whose layers keep something other than keys and values.
     """
@@ -80,8 +87,8 @@ class ElasticCache(PagedCache):
             len(self.layers), key.shape[1], key.shape[3],
             str(self._dtype or key.dtype), head_dim_v=value.shape[3],
         )  # fmt: skip
-        device = str(self._device or key.device)
-        self._bind(KVCache(spec, device=device, prefix_caching=False, **self._options))
+        place = _place(self._device, key.device)
+        self._bind(KVCache(spec, device=place, prefix_caching=False, **self._options))
 
     def _plan(self, mask: torch.Tensor | None) -> PackedBatch:
         """Extend every row by its new tokens that are no padding."""
@@ -96,7 +103,7 @@ class ElasticCache(PagedCache):
 
     def _new_tokens(
         self, mask: torch.Tensor | None, size: int, length: int
-    ) -> tuple[list[int], torch.Tensor | None]:
+    ) -> tuple[list[int], np.ndarray | None]:
         """Tokens to add to each row, and their places in the padded batch (``None``: all)."""
         held = [sequence.num_tokens for sequence in self._sequences]
         if size != len(held):
@@ -107,13 +114,14 @@ class ElasticCache(PagedCache):
             mask = torch.ones(size, self.columns + length, dtype=torch.bool)
         if mask.dim() != 2:
             raise EngineUnsupported("elastic pages take a 2-dimensional attention mask only")
+        mask = mask.cpu()  # from a GPU: the one wait of a pass, as lengths are kept on the host
         if mask[:, : self.columns].sum(1).tolist() != held:
             raise InvalidInput(
                 f"the attention mask differs from the one before: the rows hold {held} tokens",
                 hint="Pass the whole mask each time, or call reset() first.",
             )
         new = mask[:, self.columns :].bool()
-        rows = None if bool(new.all()) else new.reshape(-1).nonzero().squeeze(1)
+        rows = None if bool(new.all()) else np.flatnonzero(new.numpy())
         return new.sum(1).tolist(), rows
 
     # --- the batch changes ---
@@ -135,6 +143,7 @@ class ElasticCache(PagedCache):
             return
         cache = self._cache
         assert cache is not None, "there are sequences"
+        self._wait_for_kernels()
         old, taken = self._sequences, set[int]()
         new = []
         for index in indices:
@@ -145,11 +154,17 @@ class ElasticCache(PagedCache):
                 cache.free(sequence)
         self._sequences = new
 
+    def _wait_for_kernels(self) -> None:
+        """On a GPU, wait for the passes that are queued: then blocks can be freed and copied."""
+        if self._views and (device := self._views[0][0].device).type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
+
     # --- life ---
 
     def reset(self) -> None:
         """Forget all tokens; their blocks are free, the cache can be used again."""
         if self._cache is not None:
+            self._wait_for_kernels()
             for sequence in self._sequences:
                 self._cache.free(sequence)
         self._sequences, self.columns = [], 0
@@ -179,3 +194,17 @@ class ElasticCache(PagedCache):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _place(wanted: Any, found: torch.device) -> str:
+    """The device of a new cache: that of the keys, which ``wanted`` may name but not change."""
+    try:
+        asked = found if wanted is None else torch.device(wanted)
+    except (RuntimeError, TypeError) as error:
+        raise InvalidInput(f"{wanted!r} is not a device", hint="Use 'cpu' or 'cuda:0'.") from error
+    if asked.type != found.type or asked.index not in {None, found.index}:
+        raise InvalidInput(
+            f"the cache was asked to lie on {asked}, but the model computes on {found}",
+            hint="Leave out device=, or move the model there first.",
+        )
+    return str(found)

@@ -14,17 +14,16 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from kvcached.engines.transformers_batch import PackedBatch
 from kvcached.errors import EngineUnsupported, InvalidInput
 from kvcached.kernels import attn_with_kvcache, reshape_and_cache
 
@@ -154,47 +153,6 @@ AttentionInterface.register(NAME, elastic_attention)
 AttentionMaskInterface.register(NAME, elastic_mask)
 
 
-# --- one forward pass over packed tokens ----------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class PackedBatch:
-    """Where the new tokens of one forward pass go and what they see; int32 tensors.
-
-    ``slot_mapping [T]``, ``cu_seqlens_q [n + 1]``, ``cache_seqlens [n]`` (the new tokens
-    included), ``block_table [n, width]``. ``rows``, int64 ``[T]``, picks the packed tokens out of
-    a padded ``[B * Q]`` batch; ``None`` if there is no padding.
-    """
-
-    slot_mapping: torch.Tensor
-    cu_seqlens_q: torch.Tensor
-    cache_seqlens: torch.Tensor
-    block_table: torch.Tensor
-    max_seqlen_q: int
-    rows: torch.Tensor | None = None
-
-    @classmethod
-    def of(
-        cls, cache: KVCache, work: Seq[tuple[Any, np.ndarray]], rows: torch.Tensor | None = None
-    ) -> PackedBatch:
-        """From ``(sequence, slots of its new tokens)`` pairs, as ``extend`` returned the slots."""
-        if not work:
-            raise InvalidInput("a batch needs at least one sequence")
-        counts = [len(slots) for _, slots in work]
-
-        def tensor(array: Any) -> torch.Tensor:
-            return torch.from_numpy(np.ascontiguousarray(array, np.int32)).to(cache.backend.device)
-
-        return cls(
-            slot_mapping=tensor(np.concatenate([slots for _, slots in work])),
-            cu_seqlens_q=tensor(np.cumsum([0, *counts])),
-            cache_seqlens=tensor([sequence.num_tokens for sequence, _ in work]),
-            block_table=tensor(cache.block_tables([sequence for sequence, _ in work])),
-            max_seqlen_q=max(1, *counts),
-            rows=rows,
-        )
-
-
 # --- caches -----------------------------------------------------------------------------------
 
 
@@ -285,6 +243,7 @@ class PagedCache(Cache):
     ) -> torch.Tensor:  # fmt: skip
         """Write the new tokens of one layer and attend over all, as ``elastic_attention`` says."""
         self._pending = _expecting.owner = None
+        self._check_place(layer, key)
         if layer == 0:
             self._batch = None
             self._batch = self._plan(mask)
@@ -306,6 +265,16 @@ class PagedCache(Cache):
             out = padded
         return out.view(size, length, heads, -1)
 
+    def _check_place(self, layer: int, key: torch.Tensor) -> None:
+        held = self._views[layer][0]
+        if (key.dtype, key.device) != (held.dtype, held.device):
+            raise EngineUnsupported(
+                f"layer {layer} computes in {_short(key.dtype)} on {key.device}, but the cache "
+                f"holds {_short(held.dtype)} on {held.device}",
+                hint="A cache has one dtype and one device, so the model must have, too; without "
+                "dtype= and device= an ElasticCache takes those of the model.",
+            )
+
     def get_max_length(self, layer_idx: int | None = None) -> int:  # noqa: ARG002 - their name
         """No maximum."""
         return -1
@@ -326,6 +295,10 @@ def _pack(x: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
     """``[B, H, Q, D]`` to ``[T, H, D]``."""
     flat = x.detach().transpose(1, 2).reshape(-1, x.shape[1], x.shape[3])
     return flat if rows is None else flat[rows]
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _check_config(config: Any) -> None:
