@@ -72,20 +72,24 @@ def up_and_down_s(nbytes: int, handle_bytes: int) -> tuple[float, float]:
     return middle - start, time.perf_counter() - middle
 
 
-def _median_ms(nbytes: int, repeats: int, which: int) -> dict[str, float]:
+def _median_ms(nbytes: int, repeats: int, which: int, pause_s: float) -> dict[str, float]:
     figures = {}
     for size in HANDLE_SIZES:
-        samples = [up_and_down_s(nbytes, size)[which] for _ in range(repeats + 1)][1:]
+        samples = []
+        for _ in range(repeats + 1):
+            samples.append(up_and_down_s(nbytes, size)[which])
+            time.sleep(pause_s)
+        samples = samples[1:]
         name = f"raw driver, {size >> 20} MiB handles"
         figures[name] = round(statistics.median(samples) * 1e3, 4)
     return figures
 
 
-def grow_ms(nbytes: int, *, repeats: int) -> dict[str, float]:
+def grow_ms(nbytes: int, *, repeats: int, pause_s: float) -> dict[str, float]:
     """Median milliseconds to back ``nbytes``, by size of handle."""
-    return _median_ms(nbytes, repeats, 0)
+    return _median_ms(nbytes, repeats, 0, pause_s)
 
 
-def shrink_ms(nbytes: int, *, repeats: int) -> dict[str, float]:
+def shrink_ms(nbytes: int, *, repeats: int, pause_s: float) -> dict[str, float]:
     """Median milliseconds to give ``nbytes`` back, by size of handle."""
-    return _median_ms(nbytes, repeats, 1)
+    return _median_ms(nbytes, repeats, 1, pause_s)

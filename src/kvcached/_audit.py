@@ -38,7 +38,7 @@ def _audit_states(pool: BlockPool) -> None:
     rows = {h.USED: h.X_USED, h.CACHED: h.X_CACHED, h.QUARANTINED: h.X_QUARANTINED}
     want = {(row, e): 0 for row in rows.values() for e in pool.pages.extents}
     for block in _touched(pool, g):
-        state, refs = int(pool.blk[h.STATE, block]), pool.refs(block)
+        state, refs = int(pool.blk[block, h.STATE]), pool.refs(block)
         touched = extents_of(pool, block)
         if state == h.UNBACKED:
             assert block == 0 or 0 in touched, "BlockPool: a backed block is not usable"
@@ -48,7 +48,7 @@ def _audit_states(pool: BlockPool) -> None:
         count[state] += 1
         for extent in touched if state in rows else ():
             want[rows[state], extent] += 1
-    got = {key: int(pool.ext[key]) for key in want}
+    got = {(row, e): int(pool.ext[e, row]) for row, e in want}
     assert want == got, f"I1: extent counters {got} differ from the recount {want}"
     assert count[h.FREE] == pool.num_free, "BlockPool: free blocks miscounted"
     assert count[h.USED] - 1 == pool.num_used, "BlockPool: blocks in use miscounted"
@@ -61,7 +61,7 @@ def _audit_states(pool: BlockPool) -> None:
 def _touched(pool: BlockPool, g: Geometry) -> set[int]:
     """All blocks that touch a backed page, and all that claim to be more than unbacked."""
     touching = (g.blocks_touching(e.first, e.first + e.pages) for e in pool.pages.extents.values())
-    claimed = pool.blk[pool.hot.STATE].nonzero()[0].tolist()
+    claimed = pool.blk[:, pool.hot.STATE].nonzero()[0].tolist()
     return {b for blocks in touching for b in blocks} | set(claimed)
 
 
@@ -69,18 +69,18 @@ def _audit_lists(pool: BlockPool) -> None:
     h = pool.hot
     listed = 0
     for extent in pool.pages.extents:
-        block, previous, length = int(pool.ext[h.X_HEAD, extent]), 0, 0
+        block, previous, length = int(pool.ext[extent, h.X_HEAD]), 0, 0
         while block:
-            assert pool.blk[h.STATE, block] == h.FREE, "BlockPool: a listed block is not free"
-            assert pool.blk[h.PREV, block] == previous, "BlockPool: free list broken"
-            previous, block, length = block, int(pool.blk[h.NEXT, block]), length + 1
-        assert length == pool.ext[h.X_FREE, extent], "BlockPool: free list miscounted"
+            assert pool.blk[block, h.STATE] == h.FREE, "BlockPool: a listed block is not free"
+            assert pool.blk[block, h.PREV] == previous, "BlockPool: free list broken"
+            previous, block, length = block, int(pool.blk[block, h.NEXT]), length + 1
+        assert length == pool.ext[extent, h.X_FREE], "BlockPool: free list miscounted"
         listed += length
     assert listed == pool.num_free, "BlockPool: a free block is on no list"
     block, length = int(pool.meta[h.M_LRU_OLD]), 0
     while block:
-        assert pool.blk[h.STATE, block] == h.CACHED, "BlockPool: a block on the LRU is not cached"
-        block, length = int(pool.blk[h.NEXT, block]), length + 1
+        assert pool.blk[block, h.STATE] == h.CACHED, "BlockPool: a block on the LRU is not cached"
+        block, length = int(pool.blk[block, h.NEXT]), length + 1
     assert length == pool.num_cached, "BlockPool: a cached block is not on the LRU"
 
 
@@ -91,8 +91,8 @@ def _audit_levels(pool: BlockPool) -> None:
         extent = int(pool.meta[h.M_LEVEL + level])
         while extent:
             assert extent not in seen, "BlockPool: an extent is on two level lists"
-            assert pool.ext[h.X_LEVEL, extent] == level, "BlockPool: level list broken"
+            assert pool.ext[extent, h.X_LEVEL] == level, "BlockPool: level list broken"
             seen.add(extent)
-            extent = int(pool.ext[h.X_NEXT, extent])
-    want = {e for e in pool.pages.extents if pool.ext[h.X_FREE, e] > 0}
+            extent = int(pool.ext[extent, h.X_NEXT])
+    want = {e for e in pool.pages.extents if pool.ext[e, h.X_FREE] > 0}
     assert seen == want, "BlockPool: an extent with free blocks cannot be found"

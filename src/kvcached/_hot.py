@@ -4,12 +4,12 @@ Eager signatures, cached on disk, imported at the first hot call. The tests run 
 
 Arrays (see ``BlockPool`` for who owns them):
 
-``blk[6, num_blocks]`` int32: ``NEXT``/``PREV`` link a free block into the list of its *home*
-    extent (that of its first page), and a cached block into the LRU list; 0 ends a list, since
-    block 0 is never in one. ``STAMP``: time of last use of a cached block; of a block in use or
-    quarantined the number of the newest fence that it waits for, or 0.
+``blk[num_blocks, 8]`` int32, half a cache line a block: ``NEXT``/``PREV`` link a free block into
+    the list of its *home* extent (that of its first page), and a cached block into the LRU list; 0
+    ends a list, since block 0 is never in one. ``STAMP``: time of last use of a cached block; of a
+    block in use or quarantined the number of the newest fence that it waits for, or 0.
 ``page[num_pages]`` int32: id of the extent that backs a page, 0 if none.
-``ext[11, capacity]`` int32: ``X_*``; extent ids start at 1. ``meta`` int64: ``M_*``.
+``ext[capacity, 16]`` int32: ``X_*``; extent ids start at 1. ``meta`` int64: ``M_*``.
 
 Free blocks are taken from the fullest extents first, so that the others run empty and can be
 unmapped: extents with free blocks are linked by level of fullness (segregated fit).
@@ -28,7 +28,7 @@ X_HEAD, X_LEVEL, X_NEXT, X_PREV, X_BLOCKS = 6, 7, 8, 9, 10
 M_FREE, M_USED, M_CACHED, M_QUARANTINED, M_LRU_OLD, M_LRU_NEW, M_BB, M_PB = 0, 1, 2, 3, 4, 5, 6, 7
 M_SPARE = 8  # extents without any claim on them
 LEVELS, M_LEVEL = 16, 16  # meta[M_LEVEL + level]: first extent of the level
-META_SIZE, BLK_ROWS, EXT_ROWS, OK, SHORT = M_LEVEL + LEVELS + 1, 6, 11, 0, -1
+META_SIZE, BLK_WIDTH, EXT_WIDTH, OK, SHORT = M_LEVEL + LEVELS + 1, 8, 16, 0, -1
 
 _BLK, _EXT, _VEC, _META = nb.int32[:, ::1], nb.int32[:, ::1], nb.int32[::1], nb.int64[::1]
 _ARRAYS = (_BLK, _VEC, _EXT, _META)
@@ -37,44 +37,44 @@ _I, _V, _jit = nb.int64, nb.void, compiled
 
 @_jit(_V(_I, _EXT, _META))
 def _level_remove(e, ext, meta):
-    level = ext[X_LEVEL, e]
-    nxt, prv = ext[X_NEXT, e], ext[X_PREV, e]
+    level = ext[e, X_LEVEL]
+    nxt, prv = ext[e, X_NEXT], ext[e, X_PREV]
     if prv:
-        ext[X_NEXT, prv] = nxt
+        ext[prv, X_NEXT] = nxt
     else:
         meta[M_LEVEL + level] = nxt
     if nxt:
-        ext[X_PREV, nxt] = prv
-    ext[X_LEVEL, e] = 0
+        ext[nxt, X_PREV] = prv
+    ext[e, X_LEVEL] = 0
 
 
 @_jit(_V(_I, _EXT, _META))
 def _relevel(e, ext, meta):
     """Put extent ``e`` on the list of its fullness; off all lists if it has no free block."""
-    live = ext[X_USED, e] + ext[X_QUARANTINED, e]
+    live = ext[e, X_USED] + ext[e, X_QUARANTINED]
     level = 0
-    if ext[X_FREE, e] > 0:
+    if ext[e, X_FREE] > 0:
         level = 1
         if live > 0:
-            level = min(LEVELS, 3 + (live * (LEVELS - 3)) // ext[X_BLOCKS, e])
-        elif ext[X_CACHED, e] > 0:
+            level = min(LEVELS, 3 + (live * (LEVELS - 3)) // ext[e, X_BLOCKS])
+        elif ext[e, X_CACHED] > 0:
             level = 2
-    old = ext[X_LEVEL, e]
+    old = ext[e, X_LEVEL]
     if level == old:
         return
     if old:
         _level_remove(e, ext, meta)
     if level:
         head = meta[M_LEVEL + level]
-        ext[X_LEVEL, e], ext[X_NEXT, e], ext[X_PREV, e] = level, head, 0
+        ext[e, X_LEVEL], ext[e, X_NEXT], ext[e, X_PREV] = level, head, 0
         if head:
-            ext[X_PREV, head] = e
+            ext[head, X_PREV] = e
         meta[M_LEVEL + level] = e
 
 
 @_jit(_I(_I, _EXT))
 def _claims(e, ext):
-    return ext[X_USED, e] + ext[X_CACHED, e] + ext[X_QUARANTINED, e]
+    return ext[e, X_USED] + ext[e, X_CACHED] + ext[e, X_QUARANTINED]
 
 
 @_jit(_V(_I, _I, _EXT, _META))
@@ -91,9 +91,9 @@ def _count_from(p, b, row, delta, page, ext, meta):
     while p <= last:
         e = page[p]
         before = _claims(e, ext)
-        ext[row, e] += delta
+        ext[e, row] += delta
         _settle(e, before, ext, meta)
-        p = ext[X_FIRST, e] + ext[X_PAGES, e]
+        p = ext[e, X_FIRST] + ext[e, X_PAGES]
 
 
 @_jit(_V(_I, _I, _I, *_ARRAYS))
@@ -105,12 +105,12 @@ def _count(b, row, delta, blk, page, ext, meta):
 @_jit(_V(_I, _I, _BLK, _EXT, _META))
 def _link_free(b, e, blk, ext, meta):
     """Make ``b`` the first free block of its home extent ``e``; the caller settles ``e``."""
-    head = ext[X_HEAD, e]
-    blk[STATE, b], blk[NEXT, b], blk[PREV, b] = FREE, head, 0
+    head = ext[e, X_HEAD]
+    blk[b, STATE], blk[b, NEXT], blk[b, PREV] = FREE, head, 0
     if head:
-        blk[PREV, head] = b
-    ext[X_HEAD, e] = b
-    ext[X_FREE, e] += 1
+        blk[head, PREV] = b
+    ext[e, X_HEAD] = b
+    ext[e, X_FREE] += 1
     meta[M_FREE] += 1
 
 
@@ -118,7 +118,7 @@ def _link_free(b, e, blk, ext, meta):
 def _push_free(b, blk, page, ext, meta):
     e = page[(b * meta[M_BB]) // meta[M_PB]]
     _link_free(b, e, blk, ext, meta)
-    if ext[X_FREE, e] == 1:
+    if ext[e, X_FREE] == 1:
         _relevel(e, ext, meta)
 
 
@@ -126,25 +126,25 @@ def _push_free(b, blk, page, ext, meta):
 def _drop_free(b, blk, page, ext, meta):
     """Unlink a free block from its home extent's list, wherever it stands."""
     e = page[(b * meta[M_BB]) // meta[M_PB]]
-    nxt, prv = blk[NEXT, b], blk[PREV, b]
+    nxt, prv = blk[b, NEXT], blk[b, PREV]
     if prv:
-        blk[NEXT, prv] = nxt
+        blk[prv, NEXT] = nxt
     else:
-        ext[X_HEAD, e] = nxt
+        ext[e, X_HEAD] = nxt
     if nxt:
-        blk[PREV, nxt] = prv
-    ext[X_FREE, e] -= 1
+        blk[nxt, PREV] = prv
+    ext[e, X_FREE] -= 1
     meta[M_FREE] -= 1
-    if ext[X_FREE, e] == 0:
+    if ext[e, X_FREE] == 0:
         _relevel(e, ext, meta)
 
 
 @_jit(_V(_I, _I, _BLK, _META))
 def _lru_push(b, stamp, blk, meta):
     newest = meta[M_LRU_NEW]
-    blk[NEXT, b], blk[PREV, b], blk[STAMP, b] = 0, newest, stamp
+    blk[b, NEXT], blk[b, PREV], blk[b, STAMP] = 0, newest, stamp
     if newest:
-        blk[NEXT, newest] = b
+        blk[newest, NEXT] = b
     else:
         meta[M_LRU_OLD] = b
     meta[M_LRU_NEW] = b
@@ -152,13 +152,13 @@ def _lru_push(b, stamp, blk, meta):
 
 @_jit(_V(_I, _BLK, _META))
 def _lru_remove(b, blk, meta):
-    nxt, prv = blk[NEXT, b], blk[PREV, b]
+    nxt, prv = blk[b, NEXT], blk[b, PREV]
     if prv:
-        blk[NEXT, prv] = nxt
+        blk[prv, NEXT] = nxt
     else:
         meta[M_LRU_OLD] = nxt
     if nxt:
-        blk[PREV, nxt] = prv
+        blk[nxt, PREV] = prv
     else:
         meta[M_LRU_NEW] = prv
 
@@ -166,8 +166,8 @@ def _lru_remove(b, blk, meta):
 @_jit(_V(_I, _I, *_ARRAYS))
 def _retire(b, stamp, blk, page, ext, meta):
     """A block without references: cached if a prefix names it, else free. Counters stay."""
-    if blk[KEEP, b]:
-        blk[STATE, b] = CACHED
+    if blk[b, KEEP]:
+        blk[b, STATE] = CACHED
         _lru_push(b, stamp, blk, meta)
         _count(b, X_CACHED, 1, blk, page, ext, meta)
         meta[M_CACHED] += 1
@@ -190,22 +190,22 @@ def alloc(out, blk, page, ext, meta):
         if e == 0:  # below the last level: a neighbour has risen past us, start over
             level = level - 1 if level > 1 else LEVELS
             continue
-        before, first, end = _claims(e, ext), got, ext[X_FIRST, e] + ext[X_PAGES, e]
-        b = ext[X_HEAD, e]
+        before, first, end = _claims(e, ext), got, ext[e, X_FIRST] + ext[e, X_PAGES]
+        b = ext[e, X_HEAD]
         while b and got < n:
-            blk[STATE, b], blk[REFS, b], blk[KEEP, b], blk[STAMP, b] = USED, 1, 0, 0
+            blk[b, STATE], blk[b, REFS], blk[b, KEEP], blk[b, STAMP] = USED, 1, 0, 0
             out[got] = b
             got += 1
             if (b + 1) * bb > end * pb:
                 _count_from(end, b, X_USED, 1, page, ext, meta)
-            b = blk[NEXT, b]
-        ext[X_HEAD, e] = b
+            b = blk[b, NEXT]
+        ext[e, X_HEAD] = b
         if b:
-            blk[PREV, b] = 0
-        ext[X_FREE, e] -= got - first
-        ext[X_USED, e] += got - first
+            blk[b, PREV] = 0
+        ext[e, X_FREE] -= got - first
+        ext[e, X_USED] += got - first
         _settle(e, before, ext, meta)
-        level = max(level, ext[X_LEVEL, e])
+        level = max(level, ext[e, X_LEVEL])
     meta[M_FREE] -= n
     meta[M_USED] += n
     return OK
@@ -216,11 +216,11 @@ def share(ids, blk):
     """Add a reference to each block in use. Returns ``OK``, or ``~index`` of a bad id."""
     for i in range(ids.shape[0]):
         b = ids[i]
-        if b <= 0 or b >= blk.shape[1] or blk[STATE, b] != USED:
+        if b <= 0 or b >= blk.shape[0] or blk[b, STATE] != USED:
             for j in range(i):
-                blk[REFS, ids[j]] -= 1
+                blk[ids[j], REFS] -= 1
             return ~i
-        blk[REFS, b] += 1
+        blk[b, REFS] += 1
     return OK
 
 
@@ -229,18 +229,18 @@ def _unshare(ids, blk):
     """Take a reference from each block. ``OK``, or ``~index`` of a bad id and no change."""
     for i in range(ids.shape[0]):
         b = ids[i]
-        if b <= 0 or b >= blk.shape[1] or blk[STATE, b] != USED or blk[REFS, b] == 0:
+        if b <= 0 or b >= blk.shape[0] or blk[b, STATE] != USED or blk[b, REFS] == 0:
             for j in range(i):
-                blk[REFS, ids[j]] += 1
+                blk[ids[j], REFS] += 1
             return ~i
-        blk[REFS, b] -= 1
+        blk[b, REFS] -= 1
     return OK
 
 
 @_jit(_V(_VEC, _I, _BLK))
 def _stamp(ids, fence, blk):
     for i in range(ids.shape[0]):
-        blk[STAMP, ids[i]] = fence
+        blk[ids[i], STAMP] = fence
 
 
 @_jit(_I(_VEC, _I, _I, *_ARRAYS))
@@ -260,26 +260,26 @@ def free(ids, stamp, fence, blk, page, ext, meta):
     e, low, end, before, quarantined = 0, 0, 0, 0, 0
     for i in range(ids.shape[0]):
         b = ids[i]
-        if blk[REFS, b] or blk[STATE, b] != USED:  # shared; or listed twice, and retired before
+        if blk[b, REFS] or blk[b, STATE] != USED:  # shared; or listed twice, and retired before
             continue
         start = b * bb
         if start < low or start >= end * pb:  # another home extent than the block before
             if e:
                 _settle(e, before, ext, meta)
             e = page[start // pb]
-            low, end = ext[X_FIRST, e] * pb, ext[X_FIRST, e] + ext[X_PAGES, e]
+            low, end = ext[e, X_FIRST] * pb, ext[e, X_FIRST] + ext[e, X_PAGES]
             before = _claims(e, ext)
-        state = QUARANTINED if blk[STAMP, b] else (CACHED if blk[KEEP, b] else FREE)
-        blk[STATE, b] = state
+        state = QUARANTINED if blk[b, STAMP] else (CACHED if blk[b, KEEP] else FREE)
+        blk[b, STATE] = state
         meta[M_USED] -= 1
-        ext[X_USED, e] -= 1
+        ext[e, X_USED] -= 1
         straddles = start + bb > end * pb
         if straddles:
             _count_from(end, b, X_USED, -1, page, ext, meta)
         if state == FREE:
             _link_free(b, e, blk, ext, meta)
             continue
-        ext[state, e] += 1
+        ext[e, state] += 1
         if straddles:
             _count_from(end, b, state, 1, page, ext, meta)
         if state == CACHED:
@@ -298,11 +298,11 @@ def release_fence(ids, fence, stamp, blk, page, ext, meta):
     """Retire those of ``ids`` that still wait for ``fence`` (others were acquired meanwhile)."""
     for i in range(ids.shape[0]):
         b = ids[i]
-        if blk[STAMP, b] != fence:
+        if blk[b, STAMP] != fence:
             continue
-        if blk[STATE, b] == USED:
-            blk[STAMP, b] = 0
-        elif blk[STATE, b] == QUARANTINED:
+        if blk[b, STATE] == USED:
+            blk[b, STAMP] = 0
+        elif blk[b, STATE] == QUARANTINED:
             meta[M_QUARANTINED] -= 1
             _count(b, X_QUARANTINED, -1, blk, page, ext, meta)
             _retire(b, stamp, blk, page, ext, meta)
@@ -313,17 +313,17 @@ def acquire(ids, blk, page, ext, meta):
     """Take a reference on blocks that a prefix names: in use, cached or quarantined."""
     for i in range(ids.shape[0]):
         b = ids[i]
-        state = blk[STATE, b]
+        state = blk[b, STATE]
         if state == USED:
-            blk[REFS, b] += 1
+            blk[b, REFS] += 1
             continue
         if state == CACHED:
             _lru_remove(b, blk, meta)
             meta[M_CACHED] -= 1
-            blk[STAMP, b] = 0
+            blk[b, STAMP] = 0
         else:
             meta[M_QUARANTINED] -= 1
-        blk[STATE, b], blk[REFS, b] = USED, 1
+        blk[b, STATE], blk[b, REFS] = USED, 1
         meta[M_USED] += 1
         _count(b, X_USED, 1, blk, page, ext, meta)
         _count(b, state, -1, blk, page, ext, meta)
@@ -336,7 +336,7 @@ def evict(ids, blk, page, ext, meta):
         b = ids[i]
         _lru_remove(b, blk, meta)
         meta[M_CACHED] -= 1
-        blk[KEEP, b] = 0
+        blk[b, KEEP] = 0
         _count(b, X_CACHED, -1, blk, page, ext, meta)
         _push_free(b, blk, page, ext, meta)
 
@@ -354,29 +354,35 @@ def _is_backed(b, page, meta):
 @_jit(nb.types.UniTuple(_I, 2)(_I, _BLK, _EXT, _META))
 def span(e, blk, ext, meta):
     """The blocks that touch extent ``e``, as a half-open range."""
-    start = ext[X_FIRST, e] * meta[M_PB]
-    stop = start + ext[X_PAGES, e] * meta[M_PB]
-    return start // meta[M_BB], min(blk.shape[1], (stop + meta[M_BB] - 1) // meta[M_BB])
+    start = ext[e, X_FIRST] * meta[M_PB]
+    stop = start + ext[e, X_PAGES] * meta[M_PB]
+    return start // meta[M_BB], min(blk.shape[0], (stop + meta[M_BB] - 1) // meta[M_BB])
 
 
 @_jit(_V(_I, _I, _I, *_ARRAYS))
 def attach(e, first_page, num_pages, blk, page, ext, meta):
     """Back pages by extent ``e``: count the claims on it, make newly complete blocks free."""
-    for row in range(ext.shape[0]):
-        ext[row, e] = 0
-    ext[X_FIRST, e], ext[X_PAGES, e] = first_page, num_pages
+    for row in range(ext.shape[1]):
+        ext[e, row] = 0
+    ext[e, X_FIRST], ext[e, X_PAGES] = first_page, num_pages
     for p in range(first_page, first_page + num_pages):
         page[p] = e
     first, end = span(e, blk, ext, meta)
-    ext[X_BLOCKS, e] = max(1, end - first)
+    ext[e, X_BLOCKS] = max(1, end - first)
     for b in range(first, end):
-        if blk[STATE, b] >= USED:
-            ext[blk[STATE, b], e] += 1  # the counters are numbered like the states
-    if ext[X_USED, e] + ext[X_CACHED, e] + ext[X_QUARANTINED, e] == 0:
+        if blk[b, STATE] >= USED:
+            ext[e, blk[b, STATE]] += 1  # the counters are numbered like the states
+    if ext[e, X_USED] + ext[e, X_CACHED] + ext[e, X_QUARANTINED] == 0:
         meta[M_SPARE] += 1
+    bb, low, high = meta[M_BB], first_page * meta[M_PB], (first_page + num_pages) * meta[M_PB]
     for b in range(end - 1, first - 1, -1):  # pushed last, taken first: low ids first
-        if b > 0 and blk[STATE, b] == UNBACKED and _is_backed(b, page, meta):
+        if b == 0 or blk[b, STATE] != UNBACKED:
+            continue
+        if b * bb >= low and (b + 1) * bb <= high:
+            _link_free(b, e, blk, ext, meta)
+        elif _is_backed(b, page, meta):
             _push_free(b, blk, page, ext, meta)
+    _relevel(e, ext, meta)
 
 
 @_jit(_V(_I, *_ARRAYS))
@@ -385,16 +391,20 @@ def detach(e, blk, page, ext, meta):
 
     Blocks in use, cached or quarantined keep their state: a split re-attaches their pages.
     """
-    first_page, num_pages = ext[X_FIRST, e], ext[X_PAGES, e]
+    first_page, num_pages = ext[e, X_FIRST], ext[e, X_PAGES]
     first, end = span(e, blk, ext, meta)
+    low = first_page * meta[M_PB]
     for b in range(first, end):
-        if blk[STATE, b] == FREE:
-            _drop_free(b, blk, page, ext, meta)
-            blk[STATE, b] = UNBACKED
-    if ext[X_USED, e] + ext[X_CACHED, e] + ext[X_QUARANTINED, e] == 0:
+        if blk[b, STATE] == FREE:
+            if b * meta[M_BB] < low:  # at home in the extent before; the others' list goes whole
+                _drop_free(b, blk, page, ext, meta)
+            blk[b, STATE] = UNBACKED
+    meta[M_FREE] -= ext[e, X_FREE]
+    ext[e, X_FREE] = ext[e, X_HEAD] = 0
+    if ext[e, X_USED] + ext[e, X_CACHED] + ext[e, X_QUARANTINED] == 0:
         meta[M_SPARE] -= 1
-    if ext[X_LEVEL, e]:
+    if ext[e, X_LEVEL]:
         _level_remove(e, ext, meta)
     for p in range(first_page, first_page + num_pages):
         page[p] = 0
-    ext[X_PAGES, e] = 0
+    ext[e, X_PAGES] = 0

@@ -33,11 +33,11 @@ def live_runs(e, out, blk, ext, meta):
     Returns the number of pairs; ``out`` must hold ``2 * pages``.
     """
     bb, pb = meta[M_BB], meta[M_PB]
-    start, stop = ext[X_FIRST, e], ext[X_FIRST, e] + ext[X_PAGES, e]
+    start, stop = ext[e, X_FIRST], ext[e, X_FIRST] + ext[e, X_PAGES]
     n, run_first, run_end = 0, -1, -1
     first, end = span(e, blk, ext, meta)
     for b in range(first, end):
-        if blk[STATE, b] < USED:
+        if blk[b, STATE] < USED:
             continue
         lo = max(start, (b * bb) // pb)
         hi = min(stop, ((b + 1) * bb - 1) // pb + 1)
@@ -60,7 +60,7 @@ def cached_in(e, out, blk, ext, meta):
     n = 0
     first, end = span(e, blk, ext, meta)
     for b in range(first, end):
-        if blk[STATE, b] == CACHED:
+        if blk[b, STATE] == CACHED:
             out[n] = b
             n += 1
     return n
@@ -74,7 +74,7 @@ def oldest(out, blk, meta):
     while b and n < out.shape[0]:
         out[n] = b
         n += 1
-        b = blk[NEXT, b]
+        b = blk[b, NEXT]
     return n
 
 
@@ -88,8 +88,8 @@ def last_use(out, blk, page, ext, meta):
         while p <= last:
             e = page[p]
             out[e] = place
-            p = ext[X_FIRST, e] + ext[X_PAGES, e]
-        b, place = blk[NEXT, b], place + 1
+            p = ext[e, X_FIRST] + ext[e, X_PAGES]
+        b, place = blk[b, NEXT], place + 1
 
 
 @_jit(_V(_VEC, _I, _I, _VEC))

@@ -86,16 +86,16 @@ class BlockPool:
         self._fences: deque[tuple[int, Fence, Ids]] = deque()
         self._next_fence = 1
         g = self.geometry
-        self.blk = np.zeros((_hot.BLK_ROWS, g.num_blocks), np.int32)
+        self.blk = np.zeros((g.num_blocks, _hot.BLK_WIDTH), np.int32)
         self.page = np.zeros(g.num_pages, np.int32)
-        self.ext = np.zeros((_hot.EXT_ROWS, 64), np.int32)
+        self.ext = np.zeros((64, _hot.EXT_WIDTH), np.int32)
         self.meta = np.zeros(_hot.META_SIZE, np.int64)
         self.meta[_hot.M_BB], self.meta[_hot.M_PB] = g.block_bytes, g.page_bytes
         self._back_null_block()
 
     def _back_null_block(self) -> None:
         """Block 0 is mapped for the life of the pool: engines point padding at it."""
-        self.blk[self.hot.STATE, 0], self.blk[self.hot.REFS, 0] = self.hot.USED, 1
+        self.blk[0, self.hot.STATE], self.blk[0, self.hot.REFS] = self.hot.USED, 1
         self.grower.grow_runs([(0, len(self.geometry.pages_of(0)))])
 
     # --- counts ------------------------------------------------------------------------------
@@ -132,15 +132,15 @@ class BlockPool:
 
     def refs(self, block: int) -> int:
         """References on a block."""
-        return int(self.blk[self.hot.REFS, block])
+        return int(self.blk[block, self.hot.REFS])
 
     def bytes_by_claim(self) -> tuple[int, int, int, int]:
         """Backed bytes as (in use, cached, spare, quarantined), each extent counted whole (I1)."""
         h, top = self.hot, max(self.pages.extents, default=0) + 1
-        ext = self.ext[:, :top]
-        size = ext[h.X_PAGES].astype(np.int64)
-        used, waiting = ext[h.X_USED] > 0, ext[h.X_QUARANTINED] > 0
-        cached = ext[h.X_CACHED] > 0
+        ext = self.ext[:top]
+        size = ext[:, h.X_PAGES].astype(np.int64)
+        used, waiting = ext[:, h.X_USED] > 0, ext[:, h.X_QUARANTINED] > 0
+        cached = ext[:, h.X_CACHED] > 0
         group = self.geometry.page_group_bytes
         in_use = int(size[used].sum()) * group
         quarantined = int(size[~used & waiting].sum()) * group
@@ -151,7 +151,7 @@ class BlockPool:
         """See ``KVCache.page_runs``."""
         h, runs = self.hot, list[tuple[int, int, str]]()
         for extent in sorted(self.pages.extents.values(), key=lambda e: e.first):
-            counts = self.ext[:, extent.id]
+            counts = self.ext[extent.id]
             state = ("in use" if counts[h.X_USED] else
                      "quarantined" if counts[h.X_QUARANTINED] else
                      "cached" if counts[h.X_CACHED] else "spare")  # fmt: skip
@@ -206,7 +206,7 @@ class BlockPool:
 
     def keep(self, block: int, *, named: bool) -> None:
         """Note whether a prefix names a block in use."""
-        self.blk[self.hot.KEEP, block] = named
+        self.blk[block, self.hot.KEEP] = named
 
     def acquire(self, ids: Ids) -> None:
         """Take a reference on blocks that a prefix names, whatever state they are in."""
@@ -245,8 +245,8 @@ class BlockPool:
     def attach(self, extents: Sequence[Extent]) -> None:
         """Count the blocks of newly backed extents in. Not for callers; nor is ``detach``."""
         for extent in extents:
-            while extent.id >= self.ext.shape[1]:
-                self.ext = np.concatenate([self.ext, np.zeros_like(self.ext)], axis=1)
+            while extent.id >= len(self.ext):
+                self.ext = np.concatenate([self.ext, np.zeros_like(self.ext)])
             self.hot.attach(
                 extent.id, extent.first, extent.pages, self.blk, self.page, self.ext, self.meta
             )
@@ -274,7 +274,7 @@ class BlockPool:
     def oldest_cached_seconds(self) -> float:
         """Seconds since the least recently used cached block was used; 0 if there is none."""
         block = int(self.meta[self.hot.M_LRU_OLD])
-        return (self.now() - int(self.blk[self.hot.STAMP, block])) / 100 if block else 0.0
+        return (self.now() - int(self.blk[block, self.hot.STAMP])) / 100 if block else 0.0
 
     def reclaim(self, nbytes: int, *, may_split: bool = False) -> int:
         """Give back up to about ``nbytes``: spares, then cached prefixes, oldest extents first.
@@ -297,15 +297,16 @@ class BlockPool:
 
     # --- in the background ------------------------------------------------------------------------
 
-    def tend(self) -> bool:
+    def tend(self, *, urgent: bool = False) -> bool:
         """Retire fences, let spares decay, grow ahead. Call it *without* the lock.
 
-        Returns whether there will be more to do soon.
+        ``urgent``: growth ahead alone. Returns whether there will be more to do soon.
         """
-        with self.lock:
-            self.poll_fences()
-            self.grower.measure()
-        release_excess(self)
+        if not urgent:
+            with self.lock:
+                self.poll_fences()
+                self.grower.measure()
+            release_excess(self)
         back_ahead(self)
         with self.lock:
             self._low_water = self.grower.low_water()

@@ -300,12 +300,12 @@ class KVCache:
                 _log.exception("%s: reclaim of %d bytes failed", self.name, nbytes)
                 return 0
 
-    def take_care(self) -> bool:
+    def take_care(self, *, urgent: bool = False) -> bool:
         """For the caretaker, without the lock: see ``BlockPool.tend``."""
         with self._lock:
             if self._closed or os.getpid() != self._pid:
                 return False
-        return self._blocks.tend()
+        return self._blocks.tend(urgent=urgent)
 
     def report(self) -> TenantReport:
         """For the budget (``Tenant.report``): what is held."""

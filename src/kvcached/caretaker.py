@@ -7,6 +7,7 @@ be collected.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import weakref
@@ -44,7 +45,9 @@ class Caretaker:
 
     def __init__(self, cache: KVCache) -> None:
         self._cache = weakref.ref(cache, lambda _: self.stop())
-        self._work, self._now, self._stopping = threading.Event(), threading.Event(), False
+        self._bell = threading.Lock()  # locked: nothing has been rung; far cheaper than an Event
+        self._bell.acquire()
+        self._pending = self._urgent = self._stopping = False
         self._thread = threading.Thread(
             target=self._run, name=f"kvcached-{cache.name}", daemon=True
         )
@@ -52,20 +55,24 @@ class Caretaker:
 
     def wake(self) -> None:
         """There may be something to do. Cheap; called at every ``free``."""
-        if not self._work.is_set():
-            self._work.set()
+        if not self._pending:
+            self._pending = True
+            self._ring()
 
     def hurry(self) -> None:
-        """There is something to do now."""
-        if not self._now.is_set():
-            self._now.set()
-            self._work.set()
+        """Ready blocks run low. Cheap; called by the engine's ``alloc``."""
+        if not self._urgent:
+            self._urgent = True
+            self._ring()
 
     def stop(self) -> None:
         """End the thread."""
-        self._stopping = True
-        self._now.set()
-        self._work.set()
+        self._stopping = self._urgent = True
+        self._ring()
+
+    def _ring(self) -> None:
+        with contextlib.suppress(RuntimeError):  # somebody else has rung, and is not heard yet
+            self._bell.release()
 
     def join(self) -> None:
         """Wait for the thread's end."""
@@ -74,8 +81,9 @@ class Caretaker:
 
     def _run(self) -> None:
         while True:
-            self._work.wait()
-            self._now.wait(_PERIOD)
+            self._bell.acquire()
+            if not self._urgent:
+                self._bell.acquire(timeout=_PERIOD)
             if self._stopping or not self._look():
                 return
 
@@ -84,13 +92,12 @@ class Caretaker:
         cache = self._cache()
         if cache is None:
             return False
-        self._work.clear()
-        self._now.clear()
+        urgent, self._urgent, self._pending = self._urgent, False, False
         if self._stopping:  # it was told between the two
             return False
         try:
-            if cache.take_care():
-                self._work.set()
+            if cache.take_care(urgent=urgent):
+                self.wake()
         except KvcachedError:  # the engine's next call meets the same trouble and reports it
             _log.exception("%s: looking after spare memory failed", cache.name)
         return True

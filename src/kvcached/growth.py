@@ -224,6 +224,7 @@ class Grower:
 def back_ahead(blocks: BlockPool) -> None:
     """Grow ahead if that is due. For a thread that does not hold the pool's lock."""
     with blocks.lock:
+        blocks.grower.measure()
         extents, nbytes = blocks.grower.stage()
     if not extents:
         return

@@ -62,7 +62,7 @@ class PagePool:
         self.in_transit: dict[int, Extent] = {}  # addresses taken, but not (any more) in use
         self.runs = FreeRuns(geometry.num_pages)
         self.backed_pages = 0
-        self.epoch = 0  # changes whenever what is backed changes
+        self.epoch = 0  # changes whenever what is backed, or free to be backed, changes
         self.grown, self.shrunk, self.splits = Timer(), Timer(), Timer()
         self._free_ids: list[int] = []
         self._next_id = 1
@@ -141,6 +141,7 @@ class PagePool:
     def stage(self, runs: Sequence[Run]) -> list[Extent]:
         """Set free runs aside for extents to be: in transit, nobody else plans with them."""
         self.require_usable()
+        self.epoch += 1
         extents = []
         for run in runs:
             for first, count in self.chop(run) if run[1] > self.max_extent_pages else (run,):
@@ -172,6 +173,7 @@ class PagePool:
 
     def unstage(self, extents: Sequence[Extent]) -> None:
         """Give the addresses of staged extents, which are not backed, back."""
+        self.epoch += 1
         for extent in reversed(extents):
             del self.in_transit[extent.id]
             self.runs.give(extent.first, extent.pages)

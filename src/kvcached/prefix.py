@@ -104,12 +104,12 @@ class PrefixIndex:
         assert {b: k for k, b in self._block_of.items()} == self._key_of, "PrefixIndex: maps differ"
         hot = self._blocks.hot
         for block in self._key_of:
-            state = int(self._blocks.blk[hot.STATE, block])
+            state = int(self._blocks.blk[block, hot.STATE])
             assert state in {hot.USED, hot.CACHED, hot.QUARANTINED}, (
                 "I3: a named block has no memory"
             )
-            assert self._blocks.blk[hot.KEEP, block], "PrefixIndex: a named block would be dropped"
-        kept = int((self._blocks.blk[hot.KEEP] > 0).sum())
+            assert self._blocks.blk[block, hot.KEEP], "PrefixIndex: a named block would be dropped"
+        kept = int((self._blocks.blk[:, hot.KEEP] > 0).sum())
         assert kept == len(self._key_of), "PrefixIndex: a block is kept without a name"
 
     def _forget(self, ids: Ids) -> None:

@@ -68,7 +68,7 @@ class Reclaimer:
 
     def drop_spares(self, keep: Collection[int]) -> int:
         """See ``BlockPool.drop_spares``."""
-        return sum(self._drop_one(e) for e in self._spare_extents() if e.id not in keep)
+        return self._drop([e for e in self._spare_extents() if e.id not in keep])
 
     # --- whole extents -----------------------------------------------------------------------
 
@@ -76,26 +76,26 @@ class Reclaimer:
         pool, h = self._blocks, self._hot
         if pool.num_spare_extents == 0:
             return []
-        claims = pool.ext[h.X_USED] + pool.ext[h.X_CACHED] + pool.ext[h.X_QUARANTINED]
-        ids = np.flatnonzero((claims == 0) & (pool.ext[h.X_PAGES] > 0))
+        claims = pool.ext[:, h.X_USED] + pool.ext[:, h.X_CACHED] + pool.ext[:, h.X_QUARANTINED]
+        ids = np.flatnonzero((claims == 0) & (pool.ext[:, h.X_PAGES] > 0))
         spare = [pool.pages.extents[int(i)] for i in ids]
         return sorted(spare, key=lambda e: -e.pages)
 
-    def _drop(self, extents: Sequence[Extent], nbytes: int) -> int:
-        """Unmap extents until ``nbytes`` are back."""
+    def _drop(self, extents: Sequence[Extent], nbytes: int | None = None) -> int:
+        """Unmap extents, all or until ``nbytes`` are back."""
         freed = 0
         for extent in extents:
-            if freed < nbytes:
+            if nbytes is None or freed < nbytes:
                 freed += self._drop_one(extent)
         return freed
 
     def _drop_cached(self, nbytes: int) -> int:
         """Drop extents that hold nothing but cached blocks, least recently used first."""
         pool, h = self._blocks, self._hot
-        idle = pool.ext[h.X_USED] + pool.ext[h.X_QUARANTINED] == 0
-        cached = (pool.ext[h.X_CACHED] > 0) & (pool.ext[h.X_PAGES] > 0)
+        idle = pool.ext[:, h.X_USED] + pool.ext[:, h.X_QUARANTINED] == 0
+        cached = (pool.ext[:, h.X_CACHED] > 0) & (pool.ext[:, h.X_PAGES] > 0)
         ids = np.flatnonzero(idle & cached)
-        place = np.zeros(pool.ext.shape[1], np.int32)
+        place = np.zeros(len(pool.ext), np.int32)
         self._scan.last_use(place, pool.blk, pool.page, pool.ext, pool.meta)
         order = ids[np.argsort(place[ids], kind="stable")]
         return self._drop([pool.pages.extents[int(i)] for i in order], nbytes)
@@ -106,9 +106,10 @@ class Reclaimer:
         The memory goes first: if the backend refuses, nothing has been evicted.
         """
         pool = self._blocks
-        cached = self._cached_in(extent)
+        cached = self._cached_in(extent) if pool.ext[extent.id, self._hot.X_CACHED] else None
         freed = pool.pages.shrink([extent])
-        pool.evict(cached)
+        if cached is not None:
+            pool.evict(cached)
         pool.detach(extent)
         return freed
 

@@ -103,7 +103,7 @@ class SequenceStore:
             assert sequence.num_blocks == blocks, "Sequence: blocks and tokens disagree"
         assert held[0] == 0, "I2: a sequence holds the null block"
         held[0] = 1
-        refs = self._blocks.blk[self._blocks.hot.REFS]
+        refs = self._blocks.blk[:, self._blocks.hot.REFS]
         assert (held == refs).all(), "I2: references and holders disagree"
 
     def _back(self, sequence: Sequence, total: int) -> None:

@@ -67,7 +67,7 @@ class Worker:
         numbers = self.prefixes[key][:cached] if cached else []
         numbers = numbers + [self.stamp + i for i in range(len(sequence.block_ids) - cached)]
         self.stamp += len(numbers)
-        fresh = torch.tensor(sequence.block_ids[cached:], device="cuda")
+        fresh = torch.tensor(sequence.block_ids[cached:], device="cuda", dtype=torch.int64)
         values = torch.tensor(numbers[cached:], dtype=torch.int32, device="cuda")
         self.words[fresh] = values[:, None].expand(-1, self.words.shape[1])
         if known:

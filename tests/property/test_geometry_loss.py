@@ -26,7 +26,7 @@ CASES = [
 
 def lost_bytes(pool):
     """Backed bytes less the bytes of usable blocks on backed pages, the null block among them."""
-    states = pool.blk[pool.hot.STATE]
+    states = pool.blk[:, pool.hot.STATE]
     usable = int((states != pool.hot.UNBACKED).sum())
     return pool.pages.backed_bytes - usable * pool.geometry.block_bytes
 
@@ -38,7 +38,7 @@ def check_loss(pool):
     for extent in pool.pages.extents.values():
         end = extent.first + extent.pages
         blocks = g.blocks_touching(extent.first, end)
-        states = pool.blk[pool.hot.STATE, blocks.start : blocks.stop]
+        states = pool.blk[blocks.start : blocks.stop, pool.hot.STATE]
         unusable = np.flatnonzero(states == pool.hot.UNBACKED) + blocks.start
         inside = g.blocks_inside(extent.first, end)
         assert not [b for b in unusable if b in inside], "a block inside an extent is not usable"

@@ -48,7 +48,7 @@ for case, (block, page) in enumerate([(24, 16), (16, 16), (5, 16), (40, 8)]):
             pool.share(ids)
             pool.free(ids)
         elif what < 0.9:
-            cached = np.flatnonzero(pool.blk[_hot.STATE] == _hot.CACHED)[:2].astype(np.int32)
+            cached = np.flatnonzero(pool.blk[:, _hot.STATE] == _hot.CACHED)[:2].astype(np.int32)
             pool.acquire(cached)
             held += cached.tolist()
         elif what < 0.95:
