@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
+from kvcached.arguments import check_arguments, check_terms
 from kvcached.blocks import BlockPool
 from kvcached.broker.budget import Budget
 from kvcached.caretaker import Caretaker, WeakTenant
-from kvcached.config import Config, check_name, parse_size
+from kvcached.config import Config, parse_size
 from kvcached.errors import ClosedError, ForkedProcessError, InvalidInput, KvcachedError
 from kvcached.layout import CacheSpec, Geometry, cdiv
 from kvcached.memory.base import Fence, MemoryBackend
@@ -62,7 +63,8 @@ class KVCache:
     limit:
         Most physical memory (``"256MiB"``, ``"40%"`` of the budget, bytes); default: the budget.
     floor, weight:
-        Memory that is never reclaimed for others, and the share of what lies above all floors.
+        Memory that is never reclaimed for others, and the share of what lies above all floors. They
+        mean something between processes only: a ``budget`` that is given has its own.
     prefix_caching:
         Keep freed blocks whose tokens are known until their memory is needed.
     budget, backend:
@@ -91,9 +93,12 @@ class KVCache:
         backend: MemoryBackend | None = None,
         config: Config | None = None,
     ) -> None:
-        _check_input(spec, device, max_tokens)
+        check_arguments(
+            spec, device, name, max_tokens, budget=budget, backend=backend, config=config
+        )
+        check_terms(limit, floor, weight, budget_given=budget is not None)
         self.config = config if config is not None else Config.from_env()
-        self.spec, self.name = spec, check_name(name if name is not None else f"pid-{os.getpid()}")
+        self.spec, self.name = spec, name if name is not None else f"pid-{os.getpid()}"
         self.prefix_caching = prefix_caching
         self._lock, self._pid = threading.RLock(), os.getpid()
         self._closed = self._idle = False
@@ -374,18 +379,6 @@ class KVCache:
             )
         if self._closed:
             raise ClosedError(f"cache {self.name!r} is closed")
-
-
-def _check_input(spec: object, device: object, max_tokens: object) -> None:
-    if not isinstance(spec, CacheSpec):
-        raise InvalidInput(f"spec is {spec!r}", hint="Make it with CacheSpec(...) or from_hf().")
-    if not isinstance(device, str):
-        raise InvalidInput(f"device is {device!r}", hint="Use 'cpu', 'cuda' or 'cuda:1'.")
-    if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:
-        raise InvalidInput(f"max_tokens is {max_tokens!r}, but must be an integer >= 1")
-    most = (1 << 31) - 2 * spec.block_size
-    if max_tokens > most:
-        raise InvalidInput(f"max_tokens is {max_tokens}, but slots are int32: at most {most}")
 
 
 def _release(pid: int, blocks: BlockPool, budget: Budget, backend: MemoryBackend | None) -> None:
