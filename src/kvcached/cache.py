@@ -26,7 +26,7 @@ from kvcached.errors import ClosedError, ForkedProcessError, InvalidInput, Kvcac
 from kvcached.layout import CacheSpec, Geometry, cdiv
 from kvcached.memory.base import Fence, MemoryBackend
 from kvcached.pages import PagePool
-from kvcached.prefix import PrefixIndex
+from kvcached.prefix import PrefixIndex, contents_key
 from kvcached.resources import make_backend, make_budget
 from kvcached.sequence import Sequence, read_tokens, token_array
 from kvcached.sequences import SequenceStore
@@ -67,6 +67,8 @@ class KVCache:
         mean something between processes only: a ``budget`` that is given has its own.
     prefix_caching:
         Keep freed blocks whose tokens are known until their memory is needed.
+    model:
+        What the model is called, with its revision: part of each prefix's key, as ``spec`` is.
     budget, backend:
         Use these instead of the broker and the device's own backend. The caller closes a backend
         that it gives; a budget belongs to one cache and is closed with it.
@@ -89,6 +91,7 @@ class KVCache:
         floor: int | str = 0,
         weight: float = 1.0,
         prefix_caching: bool = True,
+        model: str = "",
         budget: Budget | None = None,
         backend: MemoryBackend | None = None,
         config: Config | None = None,
@@ -99,7 +102,7 @@ class KVCache:
         check_terms(limit, floor, weight, budget_given=budget is not None)
         self.config = config if config is not None else Config.from_env()
         self.spec, self.name = spec, name if name is not None else f"pid-{os.getpid()}"
-        self.prefix_caching = prefix_caching
+        self.prefix_caching, self._contents = prefix_caching, contents_key(spec, model)
         self._lock, self._pid = threading.RLock(), os.getpid()
         self._closed = self._idle = False
         self._inside, self._left = 0, threading.Condition(self._lock)
@@ -140,7 +143,8 @@ class KVCache:
             self._blocks = BlockPool(pages, spares=SparePolicy(self.config.spare_seconds))
             self._prefixes = PrefixIndex(self._blocks, self.spec.block_size)
             named = self._prefixes if self.prefix_caching else None
-            self._store = SequenceStore(self._blocks, named, self.spec.block_size)
+            size, contents = self.spec.block_size, self._contents
+            self._store = SequenceStore(self._blocks, named, size, contents)
             self._budget.attach(WeakTenant(self), self._lock)  # last: it may be called at once
         except BaseException:  # the reservation, and what the budget granted, too
             pages.close()

@@ -44,6 +44,7 @@ BAD_CONSTRUCTION = {
     "weight beside a budget": ({"budget": LocalBudget(1 << 20), "weight": 2.0}, "weight 2.0"),
     "backend": ({"backend": "cpu"}, "backend is 'cpu'"),
     "backend class": ({"backend": FakeBackend}, "backend is <class"),
+    "model": ({"model": b"llama"}, "model is b'llama'"),
     "config": ({"config": {"broker": False}}, "config is {'broker': False}"),
     "page of the host": ({"config": Config(broker=False, host_page="3000")}, "3000"),
 }
