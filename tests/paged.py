@@ -33,7 +33,7 @@ def few(count: int) -> settings:
     """At most ``count`` examples (a tenth in the slow interpreter), but all that nightly asks."""
     wanted = settings.default.max_examples
     return settings(
-        max_examples=wanted if wanted > 1000 else max(4, count // 10) if TRITON else count
+        max_examples=wanted if wanted > 1000 else max(8, count // 10) if TRITON else count
     )
 
 

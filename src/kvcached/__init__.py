@@ -7,9 +7,11 @@ and pulls in no third-party module. ``docs/architecture.md`` explains the whole.
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False  # as type checkers know it; the module typing would be most of the import
 if TYPE_CHECKING:
+    from typing import Any
+
     from kvcached.cache import KVCache, Sequence
     from kvcached.config import Config
     from kvcached.engines.transformers import ElasticCache

@@ -17,16 +17,17 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
+from kvcached.arguments import check_arguments, check_terms
 from kvcached.blocks import BlockPool
 from kvcached.broker.budget import Budget
 from kvcached.caretaker import Caretaker, WeakTenant
-from kvcached.config import Config, check_name, parse_size
+from kvcached.config import Config, parse_size
 from kvcached.errors import ClosedError, ForkedProcessError, InvalidInput, KvcachedError
 from kvcached.layout import CacheSpec, Geometry, cdiv
 from kvcached.memory.base import Fence, MemoryBackend
 from kvcached.memory.fences import PassedFence, fence_on, wait_for
 from kvcached.pages import PagePool
-from kvcached.prefix import PrefixIndex
+from kvcached.prefix import PrefixIndex, contents_key
 from kvcached.resources import make_backend, make_budget
 from kvcached.sequence import Sequence, read_tokens, token_array
 from kvcached.sequences import SequenceStore
@@ -65,9 +66,12 @@ class KVCache:
     limit:
         Most physical memory (``"256MiB"``, ``"40%"`` of the budget, bytes); default: the budget.
     floor, weight:
-        Memory that is never reclaimed for others, and the share of what lies above all floors.
+        Memory that is never reclaimed for others, and the share of what lies above all floors. They
+        mean something between processes only: a ``budget`` that is given has its own.
     prefix_caching:
         Keep freed blocks whose tokens are known until their memory is needed.
+    model:
+        What the model is called, with its revision: part of each prefix's key, as ``spec`` is.
     budget, backend:
         Use these instead of the broker and the device's own backend. The caller closes a backend
         that it gives; a budget belongs to one cache and is closed with it.
@@ -90,14 +94,18 @@ class KVCache:
         floor: int | str = 0,
         weight: float = 1.0,
         prefix_caching: bool = True,
+        model: str = "",
         budget: Budget | None = None,
         backend: MemoryBackend | None = None,
         config: Config | None = None,
     ) -> None:
-        _check_input(spec, device, max_tokens)
+        check_arguments(
+            spec, device, name, max_tokens, budget=budget, backend=backend, config=config
+        )
+        check_terms(limit, floor, weight, budget_given=budget is not None)
         self.config = config if config is not None else Config.from_env()
-        self.spec, self.name = spec, check_name(name if name is not None else f"pid-{os.getpid()}")
-        self.prefix_caching = prefix_caching
+        self.spec, self.name = spec, name if name is not None else f"pid-{os.getpid()}"
+        self.prefix_caching, self._contents = prefix_caching, contents_key(spec, model)
         self._lock, self._pid = threading.RLock(), os.getpid()
         self._idle: Fence | None = None
         self._closed = False
@@ -146,7 +154,8 @@ class KVCache:
             )  # fmt: skip
             self._prefixes = PrefixIndex(self._blocks, self.spec.block_size)
             named = self._prefixes if self.prefix_caching else None
-            self._store = SequenceStore(self._blocks, named, self.spec.block_size)
+            size, contents = self.spec.block_size, self._contents
+            self._store = SequenceStore(self._blocks, named, size, contents)
             self._budget.attach(WeakTenant(self), self._lock)  # last: it may be called at once
         except BaseException:  # the reservation, and what the budget granted, too
             pages.close()
@@ -400,18 +409,6 @@ class KVCache:
             )
         if self._closed:
             raise ClosedError(f"cache {self.name!r} is closed")
-
-
-def _check_input(spec: object, device: object, max_tokens: object) -> None:
-    if not isinstance(spec, CacheSpec):
-        raise InvalidInput(f"spec is {spec!r}", hint="Make it with CacheSpec(...) or from_hf().")
-    if not isinstance(device, str):
-        raise InvalidInput(f"device is {device!r}", hint="Use 'cpu', 'cuda' or 'cuda:1'.")
-    if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:
-        raise InvalidInput(f"max_tokens is {max_tokens!r}, but must be an integer >= 1")
-    most = (1 << 31) - 2 * spec.block_size
-    if max_tokens > most:
-        raise InvalidInput(f"max_tokens is {max_tokens}, but slots are int32: at most {most}")
 
 
 def _release(pid: int, blocks: BlockPool, budget: Budget, backend: MemoryBackend | None) -> None:

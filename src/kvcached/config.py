@@ -22,6 +22,8 @@ _UNITS = {"": 1, "b": 1} | {
 }  # fmt: skip
 HOST_MEMORY = ("anonymous", "memfd")
 """Where the host backend's pages can come from."""
+ZERO = ("never", "on-tenant-change", "always")
+"""When pages can be cleared."""
 _NAME = re.compile(r"^[a-z0-9][a-z0-9._-]{0,63}\Z")
 
 
@@ -40,6 +42,8 @@ def parse_size(text: int | str, *, total: int | None = None) -> int:
     if match is None:
         raise _bad_size(text)
     number, unit = float(match[1]), match[2].lower()
+    if number == float("inf"):  # hundreds of digits
+        raise _bad_size(text)
     if unit == "%":
         if total is None or number > 100:
             raise _bad_size(text)
@@ -113,8 +117,11 @@ class Config:
     """Most memory to back ahead of demand, and at most a sixteenth of the limit; ``0``: none."""
     zero: str = "on-tenant-change"
     """When device pages are cleared: ``never``, ``on-tenant-change`` or ``always``."""
-    log_level: str = ""
-    """Level for the ``kvcached`` logger in processes that we start (broker, demo)."""
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            _check(item.name, value, f"{item.name}={value!r}")
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> Config:
@@ -131,32 +138,71 @@ class Config:
         return cls(**values)
 
 
+def _is_flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and "\0" not in value  # no path holds a zero byte
+
+
+def _is_seconds(value: Any) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and 0 <= value < 1e6
+
+
+def _is_size(*, empty: bool = False, share: bool = False) -> Callable[[Any], bool]:
+    """A test for sizes as text; ``empty`` leaves the choice to us, ``share`` allows ``"40%"``."""
+
+    def test(value: Any) -> bool:
+        if not isinstance(value, str):
+            return False
+        if value or not empty:
+            parse_size(value, total=1 if share else None)
+        return True
+
+    return test
+
+
+_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "runtime_dir": (_is_text, "Use the path of a directory."),
+    "budget": (_is_size(empty=True, share=True), "Use '8G' or '40%'."),
+    "headroom": (_is_size(share=True), "Use '1GiB' or '5%'."),
+    "broker": (_is_flag, "Use True or False."),
+    "check": (_is_flag, "Use True or False."),
+    "host_page": (_is_size(empty=True), "Use '64KiB'."),
+    "host_memory": (HOST_MEMORY.__contains__, f"Use {' or '.join(HOST_MEMORY)}."),
+    "max_handle": (_is_size(), "Use '256MiB'."),
+    "spare_seconds": (_is_seconds, "Use a number of seconds >= 0."),
+    "ahead": (_is_size(share=True), "Use '1GiB', or '0' for none."),
+    "zero": (ZERO.__contains__, f"Use {', '.join(ZERO)}."),
+}
+"""What each field may be, and the hint for what it may not."""
 _READERS: dict[str, Callable[[str], Any]] = {
     "broker": _flag,
     "check": _flag,
     "spare_seconds": float,
-    "headroom": lambda text: (parse_size(text, total=1), text)[1],
-    "ahead": lambda text: (parse_size(text, total=1), text)[1],
-    "budget": lambda text: (parse_size(text, total=1), text)[1] if text else text,
-    "host_page": lambda text: (parse_size(text), text)[1] if text else text,
-    "max_handle": lambda text: (parse_size(text), text)[1],
 }
+"""From the text of a variable to the value of a field, where that is not the text itself."""
+
+
+def _check(name: str, value: Any, said: str) -> None:
+    """Raise ``InvalidConfig`` unless field ``name`` may be ``value``; ``said``: how it was set."""
+    fits, hint = _FIELDS[name]
+    try:
+        good = fits(value)
+    except InvalidSize as error:
+        raise InvalidConfig(f"{said}: {error.message}", hint=error.hint) from error
+    if not good:
+        raise InvalidConfig(f"{said} cannot work", hint=hint)
 
 
 def _read(name: str, text: str) -> Any:
+    said = f"KVCACHED_{name.upper()}={text!r}"
     try:
         value = _READERS.get(name, str)(text)
-    except ValueError as error:  # InvalidSize and InvalidConfig are ValueErrors too
+    except ValueError as error:  # InvalidConfig is one too
         reason = getattr(error, "message", str(error))
-        raise InvalidConfig(f"KVCACHED_{name.upper()}={text!r}: {reason}") from error
-    if name == "zero" and value not in {"never", "on-tenant-change", "always"}:
-        raise InvalidConfig(
-            f"KVCACHED_ZERO={text!r} is unknown", hint="Use never, on-tenant-change or always."
-        )
-    if name == "host_memory" and value not in HOST_MEMORY:
-        raise InvalidConfig(
-            f"KVCACHED_HOST_MEMORY={text!r} is unknown", hint="Use anonymous or memfd."
-        )
-    if name == "spare_seconds" and not 0 <= value < 1e6:
-        raise InvalidConfig(f"KVCACHED_SPARE_SECONDS={text!r} is not a number of seconds >= 0")
+        raise InvalidConfig(f"{said}: {reason}", hint=_FIELDS[name][1]) from error
+    _check(name, value, said)
     return value

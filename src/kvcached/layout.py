@@ -10,7 +10,7 @@ every plane at the same offset. In both, the address of a block is linear in its
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 from kvcached.errors import InvalidInput
@@ -20,6 +20,8 @@ DTYPE_BYTES = {
     "float8_e5m2": 1, "int8": 1, "uint8": 1,
 }  # fmt: skip
 LAYOUTS = ("cross_layer", "per_layer")
+ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+"""What ``layer_types`` of a Hugging Face configuration calls layers with a KV cache."""
 
 
 def cdiv(a: int, b: int) -> int:
@@ -64,6 +66,7 @@ class CacheSpec:
     def __post_init__(self) -> None:
         for name in ("num_layers", "num_kv_heads", "head_dim", "block_size"):
             _positive(name, getattr(self, name))
+        _positive("mla_value_dim", self.mla_value_dim, least=0)
         if self.head_dim_v is not None:
             _positive("head_dim_v", self.head_dim_v, least=0)
         name = str(self.dtype).removeprefix("torch.")
@@ -74,7 +77,7 @@ class CacheSpec:
         object.__setattr__(self, "dtype", name)
         if self.layout not in LAYOUTS:
             raise InvalidInput(f"layout {self.layout!r} is not one of {LAYOUTS}")
-        if not 0 <= self.mla_value_dim <= self.head_dim or (self.mla_value_dim and self.value_dim):
+        if self.mla_value_dim > self.head_dim or (self.mla_value_dim and self.value_dim):
             raise InvalidInput(
                 f"mla_value_dim is {self.mla_value_dim}: it needs head_dim_v=0 and at most head_dim"
             )
@@ -114,22 +117,54 @@ class CacheSpec:
         """Read a Hugging Face model configuration (``AutoConfig`` object or a dict).
 
         Knows MHA, GQA, MQA and MLA (``kv_lora_rank``). ``changes`` override fields.
-        Raises ``InvalidInput`` if the model keeps no ordinary KV cache in some layer.
+        Raises ``InvalidInput`` if the configuration names too little or nonsense, or has layers
+        that keep something else than keys and values (then give ``num_layers``).
         """
+        unknown = set(changes) - {field.name for field in fields(cls)}
+        if unknown:
+            raise InvalidInput(
+                f"CacheSpec has no field {', '.join(sorted(unknown))}",
+                hint=f"It has {', '.join(field.name for field in fields(cls))}.",
+            )
         get = _reader(config)
-        layers, heads = get("num_hidden_layers", "n_layer"), get("num_attention_heads", "n_head")
-        if layers is None or heads is None:
-            raise InvalidInput("the model configuration names no layers or attention heads")
-        dtype = str(get("dtype", "torch_dtype") or "bfloat16").removeprefix("torch.")
-        rank = get("kv_lora_rank")
-        if rank:
-            spec = cls(layers, 1, rank + (get("qk_rope_head_dim") or 0), dtype,
-                       head_dim_v=0, mla_value_dim=rank)  # fmt: skip
-        else:
-            hidden = get("hidden_size", "n_embd") or 0
-            head_dim = get("head_dim") or hidden // heads
-            spec = cls(layers, get("num_key_value_heads") or heads, head_dim, dtype)
-        return replace(spec, **changes) if changes else spec
+        found = _mla(get) if get("kv_lora_rank") else _heads(get)
+        if "num_layers" not in changes:
+            found["num_layers"] = _layers(get)
+        return cls(**({"dtype": str(get("dtype", "torch_dtype") or "bfloat16")} | found | changes))
+
+
+def _layers(get: Any) -> int:
+    layers, kinds = get("num_hidden_layers", "n_layer"), get("layer_types") or ()
+    _positive("num_hidden_layers", layers)
+    other = sorted({str(kind) for kind in kinds} - ATTENTION_LAYERS)
+    if other:
+        raise InvalidInput(
+            f"layers of the kind {', '.join(other)} keep no keys and values",
+            hint="Give the number of those that do: from_hf(config, num_layers=...).",
+        )
+    return int(layers)
+
+
+def _mla(get: Any) -> dict[str, Any]:
+    """Fields of a model that keeps one latent vector for all heads."""
+    rank, rope = get("kv_lora_rank"), get("qk_rope_head_dim")
+    _positive("kv_lora_rank", rank)
+    rope = 0 if rope is None else rope
+    _positive("qk_rope_head_dim", rope, least=0)
+    return {"num_kv_heads": 1, "head_dim": rank + rope, "head_dim_v": 0, "mla_value_dim": rank}
+
+
+def _heads(get: Any) -> dict[str, Any]:
+    """Fields of a model whose query heads, or groups of them, have keys and values of their own."""
+    heads, own = get("num_attention_heads", "n_head"), get("num_key_value_heads")
+    if heads is None:
+        raise InvalidInput("the model configuration names no attention heads")
+    _positive("num_attention_heads", heads)
+    head_dim, hidden = get("head_dim"), get("hidden_size", "n_embd")
+    if head_dim is None:
+        _positive("hidden_size", hidden)
+        head_dim = hidden // heads
+    return {"num_kv_heads": heads if own is None else own, "head_dim": head_dim}
 
 
 def _reader(config: Any) -> Any:

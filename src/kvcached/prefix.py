@@ -2,8 +2,9 @@
 
 The key of a full block is a hash of its parent's key and its own tokens, so a key stands for the
 whole prefix up to its end (the scheme of vLLM's automatic prefix caching). Keys are 256-bit
-BLAKE2b, so that no choice of tokens can make two prefixes collide; ``salt`` separates tenants who
-must not learn from each other's cache hits.
+BLAKE2b, so that no choice of tokens can make two prefixes collide. The chain begins with what the
+contents of a block depend on beside the tokens (model, shape, dtype: ``contents_key``), and with
+the ``salt``, which separates tenants who must not learn from each other's cache hits.
 
 The index names blocks; ``BlockPool`` keeps the reference counts and the LRU order. A named block
 without references is cached; eviction tells the index through ``on_evict``.
@@ -11,7 +12,9 @@ without references is cached; eviction tells the index through ``on_evict``.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
+from dataclasses import astuple, replace
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +22,7 @@ import numpy as np
 
 from kvcached.blocks import BlockPool
 from kvcached.errors import InvalidInput
+from kvcached.layout import CacheSpec
 
 if TYPE_CHECKING:
     from kvcached.blocks import Ids
@@ -26,13 +30,24 @@ if TYPE_CHECKING:
 Key = bytes
 
 
-def root_key(salt: str = "") -> Key:
-    """The key that stands for the empty prefix."""
+def contents_key(spec: CacheSpec, model: str = "") -> Key:
+    """What the same tokens in blocks of equal contents have in common: the model and the spec."""
+    if not isinstance(model, str):
+        raise InvalidInput(f"model is {model!r}, but must be a string")
+    # a head_dim_v that is left out and one that says the same are one shape
+    shape = astuple(replace(spec, head_dim_v=spec.value_dim))
+    text = json.dumps([model, *shape])
+    return blake2b(text.encode(), digest_size=32, person=b"kvcached-blocks").digest()
+
+
+def root_key(salt: str = "", contents: Key = b"") -> Key:
+    """The key that stands for the empty prefix of blocks with these ``contents``."""
     if not isinstance(salt, str):
         raise InvalidInput(f"salt is {salt!r}, but must be a string")
     return blake2b(
-        salt.encode("utf-8", "surrogatepass"), digest_size=32, person=b"kvcached-prefix"
-    ).digest()
+        salt.encode("utf-8", "surrogatepass"), digest_size=32, person=b"kvcached-prefix",
+        key=contents,  # apart from the salt, so that no salt can name another model
+    ).digest()  # fmt: skip
 
 
 def child_key(parent: Key, tokens: Any) -> Key:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from kvcached.arguments import read_terms
 from kvcached.broker.budget import Budget, LocalBudget
 from kvcached.config import Config, parse_size
 from kvcached.errors import InvalidInput
@@ -45,16 +46,17 @@ def make_budget(
 ) -> Budget:
     """The device's shared budget; without a broker (``config.broker``), one of our own."""
     capacity = device_capacity(backend, config)
-    if not config.broker:
-        most = capacity if limit is None else parse_size(limit, total=capacity)
-        return LocalBudget(most, capacity)
+    if not config.broker:  # nobody shares: all there is, and the floor is met by itself
+        most, _ = read_terms(capacity if limit is None else limit, floor, capacity)
+        return LocalBudget(capacity if most is None else most, capacity)
+    most, least = read_terms(limit, floor, capacity)
     from kvcached.broker.client import BrokerBudget
 
     return BrokerBudget(
         name,
         device=device_slug(backend),
-        limit_bytes=None if limit is None else parse_size(limit, total=capacity),
-        floor_bytes=parse_size(floor, total=capacity),
+        limit_bytes=most,
+        floor_bytes=least,
         weight=weight,
         capacity_bytes=capacity,
         config=config,

@@ -11,7 +11,7 @@ from kvcached.blocks import BlockPool
 from kvcached.errors import InvalidInput, KvcachedError, OwnershipError
 from kvcached.layout import cdiv
 from kvcached.memory.base import Fence
-from kvcached.prefix import PrefixIndex, child_key, root_key
+from kvcached.prefix import Key, PrefixIndex, child_key, root_key
 from kvcached.sequence import Sequence
 
 if TYPE_CHECKING:
@@ -29,13 +29,18 @@ class SequenceStore:
         Names full blocks; ``None`` turns prefix caching off.
     block_size:
         Tokens per block.
+    contents:
+        What keys of prefixes begin with (``contents_key``).
     """
 
-    def __init__(self, blocks: BlockPool, prefixes: PrefixIndex | None, block_size: int) -> None:
+    def __init__(
+        self, blocks: BlockPool, prefixes: PrefixIndex | None, block_size: int, contents: Key
+    ) -> None:
         from kvcached import _scan  # numba is imported at the first hot call
 
         self._slots: Any = _scan.slots
         self._blocks, self._prefixes, self._block_size = blocks, prefixes, block_size
+        self._contents = contents
         self._live: dict[int, Sequence] = {}
 
     def __len__(self) -> int:
@@ -43,7 +48,7 @@ class SequenceStore:
 
     def new(self, tokens: NDArray[np.int64], salt: str) -> Sequence:
         """See ``KVCache.new_sequence``."""
-        sequence = Sequence(tokens, root_key(salt))
+        sequence = Sequence(tokens, root_key(salt, self._contents))
         if self._prefixes is not None and len(tokens):
             ids, sequence.keys = self._prefixes.match(tokens, sequence.root)
             sequence.append_blocks(ids)

@@ -46,9 +46,13 @@ def demo(model, temporary):
         command = [sys.executable, "-m", "kvcached", "demo", "--plain", "--seconds", "10",
                    "--model", str(model), *arguments]  # fmt: skip
         environ = {**os.environ, "TMPDIR": str(temporary)}
+        # Where a shell started the tests in the background they ignore SIGINT, and what they start
+        # inherits that, as it should: but here Ctrl-C is tested.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environ
         )
+        signal.signal(signal.SIGINT, before)
         started.append(process)
         return process
 
@@ -104,7 +108,7 @@ def _wait_for_line(process: subprocess.Popen[str], text: str) -> None:
     pytest.fail(f"the demo ended without saying {text!r}")
 
 
-def test_the_whole_demo(demo, tmp_path):
+def test_the_whole_demo(demo, model, tmp_path):
     figures, picture = tmp_path / "demo.json", tmp_path / "demo.svg"
     process = demo("--json", str(figures), "--svg", str(picture))
     out, err = process.communicate(timeout=200)
@@ -112,6 +116,7 @@ def test_the_whole_demo(demo, tmp_path):
     document = json.loads(figures.read_text())
     assert document["schema_version"] == 1
     assert document["backend"] == "host"
+    assert document["model"] == model.name
     budget = document["budget_bytes"]
     for name in ("static", "elastic"):
         run = document[name]
@@ -127,6 +132,7 @@ def test_the_whole_demo(demo, tmp_path):
     assert document["tokens_identical"] is True
     limit, kill = document["limit"], document["kill"]
     assert limit["held_bytes"] <= limit["requested_bytes"] < limit["before_bytes"]
+    assert 0 < limit["ms"] < 10_000
     assert 0 < kill["bytes_returned"] <= budget
     assert 0 < kill["ms"] < 10_000
     assert kill["survivor_bytes"] > budget - kill["bytes_returned"]

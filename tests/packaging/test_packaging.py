@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import statistics
 import subprocess
 import sys
 import tarfile
@@ -139,14 +138,14 @@ def test_import_works_without_any_other_package(empty_venv):
 
 
 def test_import_costs_next_to_nothing(empty_venv):
-    """15 ms is the promise; on a busy machine the ratio to bare Python stands in for it."""
+    """15 ms over bare Python is the promise. The fastest of 15 has met no other process."""
     code = "import time; a = time.perf_counter(); {}; print(time.perf_counter() - a)"
 
     def seconds(statement: str) -> float:
         command = (empty_venv, "-I", "-c", code.format(statement))
-        return statistics.median(float(_run(*command)) for _ in range(7))
+        return min(float(_run(*command)) for _ in range(15))
 
-    assert seconds("import kvcached") <= max(0.015, 3 * seconds("import json"))
+    assert seconds("import kvcached") - seconds("pass") <= 0.015
 
 
 def test_commands_start_in_an_environment_with_the_dependencies(wheel, tmp_path):

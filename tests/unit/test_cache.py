@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from kvcached.config import Config
 from kvcached.errors import BudgetExceeded, ClosedError, OutOfPages, OwnershipError
 from kvcached.layout import CacheSpec
 from kvcached.memory.host import HostBackend
-from kvcached.testing import FakeBackend, ManualFence, model_specs
+from kvcached.testing import FakeBackend, ManualFence
 
 
 def test_a_new_cache_backs_the_null_block_and_nothing_else():
@@ -70,6 +71,20 @@ def test_a_salt_separates_and_another_token_ends_the_match():
         cache.extend(cache.new_sequence(salt="a"), list(range(10)))
         assert cache.new_sequence(list(range(10)), salt="b").num_cached_tokens == 0
         assert cache.new_sequence([0, 1, 2, 3, 9, 5, 6, 7, 8], salt="a").num_cached_tokens == 4
+
+
+def test_prefixes_of_another_model_dtype_or_salt_have_other_keys():
+    def keys(salt="", **options):
+        with tiny_cache(**options) as cache:
+            sequence = cache.new_sequence(salt=salt)
+            cache.extend(sequence, list(range(8)))
+            return tuple(sequence.keys)
+
+    others = [{"salt": "a"}, {"model": "qwen"}, {"model": "llama"},
+              {"spec": tiny_spec(dtype="uint8")}]  # fmt: skip
+    found = [keys(), *(keys(**other) for other in others)]
+    assert keys() == found[0]
+    assert len({key for chain in found for key in chain}) == 2 * len(found)
 
 
 def test_without_prefix_caching_nothing_is_kept():
@@ -249,34 +264,18 @@ def test_layer_views_alias_the_slots(layout):
         ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["SmolLM2-135M", "Llama-3.1-8B"])
-def test_trim_ends_at_the_packed_floor_with_ids_and_contents_unchanged(name):
-    import torch
-
-    spec = model_specs()[name]
-    with KVCache(spec, name="trim", max_tokens=16 * 400, budget=LocalBudget(1 << 30),
-                 config=FOREVER) as cache:  # fmt: skip
-        kept, filler = [], []
-        for i in range(6):  # extents of eight blocks, of which one stays in use
+def test_with_check_on_a_corrupted_cache_is_found_by_the_next_call():
+    checking = Config.from_env({"KVCACHED_CHECK": "1", "KVCACHED_BROKER": "0"})
+    for config in (checking, Config(broker=False)):
+        with tiny_cache(config=config) as cache:
             sequence = cache.new_sequence()
-            cache.extend(sequence, 16)
-            keys, values = cache.layer(0)
-            keys[sequence.block_ids[0]], values[sequence.block_ids[0]] = i, -i
-            kept.append(sequence)
-            filler.append(cache.new_sequence())
-            cache.extend(filler[-1], 16 * 7)
-        for sequence in filler:
-            cache.free(sequence)
-        ids = [sequence.block_ids for sequence in kept]
-        cache.trim()
-        stats = cache.stats()
-        assert stats.backed_bytes <= 1.02 * stats.packed_floor_bytes
-        assert [sequence.block_ids for sequence in kept] == ids
-        for i, sequence in enumerate(kept):
-            keys, values = (view[sequence.block_ids[0]] for view in cache.layer(0))
-            assert torch.all(keys == i)
-            assert torch.all(values == -i)
-        cache.check()
+            cache.extend(sequence, 4)
+            references = cache._blocks.blk[cache._blocks.hot.REFS]
+            references[sequence.block_ids[0]] += 1
+            with pytest.raises(AssertionError, match="I2") if config.check else nullcontext():
+                cache.new_sequence()
+            references[sequence.block_ids[0]] -= 1
+            cache.new_sequence()
 
 
 def test_spares_are_gone_about_a_second_after_the_last_growth():

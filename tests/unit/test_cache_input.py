@@ -25,6 +25,28 @@ BAD_CONSTRUCTION = {
     "negative limit": ({"limit": -1}, "-1"),
     "percent": ({"limit": "140%"}, "140%"),
     "limit below a block": ({"limit": 3}, "3 B"),
+    "floor": ({"floor": "some"}, "'some' is not a size"),
+    "negative floor": ({"floor": -1}, "-1"),
+    "floor type": ({"floor": None}, "None is not a size"),
+    "floor above the limit": ({"floor": "2GiB", "limit": "1GiB"}, "2.0 GiB is above the limit"),
+    "share above the limit": ({"floor": "60%", "limit": "50%"}, "above the limit"),
+    "floor above the device": ({"floor": 1 << 60}, "above the limit"),
+    "no weight": ({"weight": 0}, "weight is 0"),
+    "negative weight": ({"weight": -1.0}, "weight is -1.0"),
+    "weight type": ({"weight": "x"}, "weight is 'x'"),
+    "weight bool": ({"weight": True}, "weight is True"),
+    "weight nan": ({"weight": float("nan")}, "weight is nan"),
+    "endless weight": ({"weight": float("inf")}, "weight is inf"),
+    "weight with more digits than a float": ({"weight": 10**400}, "weight is 1000"),
+    "budget": ({"budget": 5}, "budget is 5"),
+    "budget class": ({"budget": LocalBudget}, "budget is <class"),
+    "floor beside a budget": ({"budget": LocalBudget(1 << 20), "floor": 5}, "floor is 5"),
+    "weight beside a budget": ({"budget": LocalBudget(1 << 20), "weight": 2.0}, "weight 2.0"),
+    "backend": ({"backend": "cpu"}, "backend is 'cpu'"),
+    "backend class": ({"backend": FakeBackend}, "backend is <class"),
+    "model": ({"model": b"llama"}, "model is b'llama'"),
+    "config": ({"config": {"broker": False}}, "config is {'broker': False}"),
+    "page of the host": ({"config": Config(broker=False, host_page="3000")}, "3000"),
 }
 
 
@@ -34,6 +56,20 @@ def test_a_cache_that_cannot_be_is_refused_and_leaves_nothing(options, says):
     with pytest.raises(KvcachedError) as error:
         KVCache(options.pop("spec"), **options)
     assert says in str(error.value)
+
+
+@pytest.mark.parametrize("terms", [{"weight": -1}, {"floor": "2MiB", "limit": "1MiB"}], ids=str)
+def test_bad_terms_are_input_and_no_broker_is_asked(terms, runtime_dir):
+    with pytest.raises(InvalidInput, match=next(iter(terms))) as error:
+        KVCache(tiny_spec(), name="bad", config=Config(runtime_dir=str(runtime_dir)), **terms)
+    assert error.value.hint
+    assert not list(runtime_dir.iterdir()), "a broker was started for it"
+
+
+def test_a_floor_that_fits_is_met_without_a_broker():
+    config = Config(broker=False, budget="64MiB")
+    with KVCache(tiny_spec(), name="alone", floor="50%", weight=2, config=config) as cache:
+        assert cache.stats().limit_bytes == 64 << 20
 
 
 def test_a_refused_construction_gives_back_the_backend_and_the_budget():
@@ -55,12 +91,50 @@ def test_per_layer_needs_keys_and_values_of_one_size():
 @pytest.mark.parametrize(
     "changes",
     [{"num_layers": 0}, {"num_kv_heads": -1}, {"head_dim": 2.0}, {"block_size": "16"},
-     {"dtype": "int4"}, {"layout": "rows"}, {"head_dim_v": -1}, {"mla_value_dim": 1}],
+     {"dtype": "int4"}, {"layout": "rows"}, {"head_dim_v": -1}, {"mla_value_dim": 1},
+     {"mla_value_dim": "x"}, {"mla_value_dim": -1}],
     ids=str,
 )  # fmt: skip
 def test_a_spec_that_cannot_be_names_the_field(changes):
     with pytest.raises(InvalidInput, match=next(iter(changes))):
         CacheSpec(**({"num_layers": 2, "num_kv_heads": 1, "head_dim": 4} | changes))
+
+
+GQA = {"num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 2,
+       "hidden_size": 64}  # fmt: skip
+MLA = {"num_hidden_layers": 2, "kv_lora_rank": 16, "qk_rope_head_dim": 8}
+BAD_MODELS = {
+    "nothing": (None, {}, "no attention heads"),
+    "no mapping": ("llama", {}, "no attention heads"),
+    "no layers": (GQA | {"num_hidden_layers": None}, {}, "num_hidden_layers is None"),
+    "layers": (GQA | {"num_hidden_layers": "2"}, {}, "num_hidden_layers is '2'"),
+    "no heads": (GQA | {"num_attention_heads": 0}, {}, "num_attention_heads is 0"),
+    "heads": (GQA | {"num_attention_heads": [8, 4]}, {}, r"num_attention_heads is \[8, 4\]"),
+    "no heads of keys": (GQA | {"num_key_value_heads": 0}, {}, "num_kv_heads is 0"),
+    "no width": (GQA | {"hidden_size": None}, {}, "hidden_size is None"),
+    "fewer elements than heads": (GQA | {"hidden_size": 4}, {}, "head_dim is 0"),
+    "head": (GQA | {"head_dim": "64"}, {}, "head_dim is '64'"),
+    "dtype": (GQA | {"dtype": "auto"}, {}, "dtype 'auto'"),
+    "rank": (MLA | {"kv_lora_rank": "16"}, {}, "kv_lora_rank is '16'"),
+    "rope": (MLA | {"qk_rope_head_dim": -8}, {}, "qk_rope_head_dim is -8"),
+    "linear": (GQA | {"layer_types": ["linear_attention", "full_attention"]}, {}, "linear_att"),
+    "override": (GQA, {"num_heads": 4}, "no field num_heads"),
+    "value of an override": (GQA, {"block_size": 0}, "block_size is 0"),
+}
+
+
+@pytest.mark.parametrize(("config", "changes", "says"), BAD_MODELS.values(), ids=BAD_MODELS)
+def test_a_model_that_cannot_be_read_says_what_is_missing(config, changes, says):
+    with pytest.raises(InvalidInput, match=says):
+        CacheSpec.from_hf(config, **changes)
+
+
+def test_an_override_stands_in_for_what_cannot_be_read():
+    assert CacheSpec.from_hf(GQA) == CacheSpec(2, 2, 8)
+    assert CacheSpec.from_hf(MLA) == CacheSpec(2, 1, 24, head_dim_v=0, mla_value_dim=16)
+    assert CacheSpec.from_hf(GQA | {"dtype": "auto"}, dtype="float16").dtype == "float16"
+    hybrid = GQA | {"layer_types": ["linear_attention", "full_attention"]}
+    assert CacheSpec.from_hf(hybrid, num_layers=1).num_layers == 1
 
 
 @pytest.mark.parametrize(

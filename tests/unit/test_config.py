@@ -53,6 +53,7 @@ def test_a_share_needs_a_whole():
         "101%",
         "nan",
         "8G8",
+        "9" * 400,
         "٣G",
         -1,
         True,
@@ -112,7 +113,6 @@ def test_every_field_has_a_variable():
         "KVCACHED_SPARE_SECONDS": "0.25",
         "KVCACHED_AHEAD": "64MiB",
         "KVCACHED_ZERO": "always",
-        "KVCACHED_LOG_LEVEL": "DEBUG",
         "KVCACHED_SOMETHING_ELSE": "is left alone",
     }
     config = Config.from_env(given)
@@ -121,7 +121,7 @@ def test_every_field_has_a_variable():
     assert (config.broker, config.check) == (False, True)
     assert (config.host_page, config.host_memory) == ("64KiB", "memfd")
     assert (config.max_handle, config.ahead) == ("64MiB", "64MiB")
-    assert (config.spare_seconds, config.zero, config.log_level) == (0.25, "always", "DEBUG")
+    assert (config.spare_seconds, config.zero) == (0.25, "always")
     changed = {name for name, value in dataclasses.asdict(Config()).items()
                if getattr(config, name) != value}  # fmt: skip
     assert changed == {field.name for field in dataclasses.fields(Config)}
@@ -157,6 +157,37 @@ def test_a_bad_value_names_its_variable(variable, text):
         Config.from_env({variable: text})
     assert variable in caught.value.message
     assert repr(text) in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("runtime_dir", 7),
+        ("runtime_dir", "a\0b"),
+        ("budget", 1 << 30),
+        ("budget", "lots"),
+        ("headroom", ""),
+        ("headroom", None),
+        ("broker", "no"),
+        ("check", 1),
+        ("host_page", "40%"),
+        ("host_page", 4096),
+        ("host_memory", "shm"),
+        ("host_memory", []),
+        ("max_handle", ""),
+        ("max_handle", 1 << 20),
+        ("spare_seconds", -3),
+        ("spare_seconds", float("nan")),
+        ("spare_seconds", "1"),
+        ("spare_seconds", True),
+        ("zero", "x"),
+    ],
+)
+def test_a_bad_field_is_named_with_what_it_may_be(field, value):
+    with pytest.raises(InvalidConfig) as caught:
+        Config(**{field: value})
+    assert f"{field}={value!r}" in caught.value.message
+    assert caught.value.hint
 
 
 def test_the_configuration_is_frozen():

@@ -23,3 +23,25 @@ def test_examples_in_the_documents_run(page):
     )
     assert results.attempted > 5
     assert results.failed == 0
+
+
+@pytest.mark.slow
+def test_the_notebook_lines_of_the_readme_run(tmp_path):
+    pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")  # so that the file is read without it too
+    from tiny_models import make_model, padded
+
+    text = (ROOT / "README.md").read_text("utf-8").partition("## In a notebook\n")[2]
+    lines = text.partition("```\n")[2].partition("```")[0]
+    assert lines.count("\n") == 3
+    os.environ["KVCACHED_BROKER"] = "0"
+    stock = make_model()
+    stock.save_pretrained(tmp_path)
+    batch = {**padded([5, 20]), "max_new_tokens": 8, "do_sample": False}
+    *first, last = lines.strip().split("\n")
+    given = {"AutoModelForCausalLM": transformers.AutoModelForCausalLM}
+    names = given | {"path": tmp_path, "batch": batch}
+    exec("\n".join(first), names)
+    tokens = eval(last, names)
+    assert tokens.tolist() == stock.generate(**batch).tolist()
+    assert names["model"].config._attn_implementation == "kvcached"

@@ -1,10 +1,14 @@
 """``PrefixIndex``: keys, names, eviction."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from cache_rig import Clock, block_pool
 
-from kvcached.prefix import PrefixIndex, child_key, root_key
+from kvcached.errors import InvalidInput
+from kvcached.layout import CacheSpec
+from kvcached.prefix import PrefixIndex, child_key, contents_key, root_key
 from kvcached.testing import FakeBackend
 
 TOKENS = np.arange(9, dtype=np.int64)
@@ -41,6 +45,22 @@ def test_a_key_stands_for_the_whole_prefix_and_the_salt():
     assert len(keys) == 6
     assert {len(key) for key in keys} == {32}
     assert root_key("\ud800")  # whatever a string holds
+
+
+def test_a_key_stands_for_the_model_and_for_what_a_block_holds():
+    spec = CacheSpec(2, 4, 64)
+    changes = [{"num_layers": 3}, {"num_kv_heads": 2}, {"head_dim": 32}, {"dtype": "float16"},
+               {"block_size": 32}, {"head_dim_v": 32}, {"layout": "per_layer"},
+               {"head_dim_v": 0}, {"head_dim_v": 0, "mla_value_dim": 16}]  # fmt: skip
+    contents = {contents_key(spec, model) for model in ("llama", "qwen", "")}
+    contents |= {contents_key(replace(spec, **change), "llama") for change in changes}
+    assert len(contents) == 3 + len(changes)
+    assert contents_key(replace(spec, head_dim_v=64), "llama") in contents  # says the same
+    roots = {root_key(salt, each) for salt in ("", "a", "llama") for each in contents}
+    assert len(roots) == 3 * len(contents)
+    assert not roots & {root_key(), root_key("a")}
+    with pytest.raises(InvalidInput, match="model is 7"):
+        contents_key(spec, 7)
 
 
 def test_a_match_takes_a_reference_and_leaves_a_token(pool, index):
