@@ -1,11 +1,13 @@
-"""Compiled scans over the blocks of an extent, and slot arithmetic. Arrays as in ``_hot.py``.
+"""Compiled loops over the blocks of an extent, and slot arithmetic. Arrays as in ``_hot.py``.
 
-These run when memory is given back, not when blocks are taken; ``slots`` runs at every ``extend``.
+These run when what is backed changes, not when blocks are taken; only ``slots`` runs at every
+``extend``.
 """
 
 from __future__ import annotations
 
 from kvcached._hot import (
+    _ARRAYS,
     _BLK,
     _EXT,
     _I,
@@ -13,15 +15,32 @@ from kvcached._hot import (
     _V,
     _VEC,
     CACHED,
+    FREE,
     M_BB,
+    M_FREE,
     M_LRU_OLD,
     M_PB,
+    M_SPARE,
     NEXT,
     STATE,
+    UNBACKED,
     USED,
+    X_BLOCKS,
+    X_CACHED,
     X_FIRST,
+    X_FREE,
+    X_HEAD,
+    X_LEVEL,
     X_PAGES,
+    X_QUARANTINED,
+    X_USED,
+    _drop_free,
+    _is_backed,
     _jit,
+    _level_remove,
+    _link_free,
+    _push_free,
+    _relevel,
     span,
 )  # fmt: skip
 
@@ -98,3 +117,54 @@ def slots(table, first, block_size, out):
     for i in range(out.shape[0]):
         position = first + i
         out[i] = table[position // block_size] * block_size + position % block_size
+
+
+@_jit(_V(_I, _I, _I, *_ARRAYS))
+def attach(e, first_page, num_pages, blk, page, ext, meta):
+    """Back pages by extent ``e``: count the claims on it, make newly complete blocks free."""
+    for row in range(ext.shape[1]):
+        ext[e, row] = 0
+    ext[e, X_FIRST], ext[e, X_PAGES] = first_page, num_pages
+    for p in range(first_page, first_page + num_pages):
+        page[p] = e
+    first, end = span(e, blk, ext, meta)
+    ext[e, X_BLOCKS] = max(1, end - first)
+    for b in range(first, end):
+        if blk[b, STATE] >= USED:
+            ext[e, blk[b, STATE]] += 1  # the counters are numbered like the states
+    if ext[e, X_USED] + ext[e, X_CACHED] + ext[e, X_QUARANTINED] == 0:
+        meta[M_SPARE] += 1
+    bb, low, high = meta[M_BB], first_page * meta[M_PB], (first_page + num_pages) * meta[M_PB]
+    for b in range(end - 1, first - 1, -1):  # pushed last, taken first: low ids first
+        if b == 0 or blk[b, STATE] != UNBACKED:
+            continue
+        if b * bb >= low and (b + 1) * bb <= high:
+            _link_free(b, e, blk, ext, meta)
+        elif _is_backed(b, page, meta):
+            _push_free(b, blk, page, ext, meta)
+    _relevel(e, ext, meta)
+
+
+@_jit(_V(_I, *_ARRAYS))
+def detach(e, blk, page, ext, meta):
+    """Take extent ``e`` away: its pages are backed no more, free blocks on them cannot be used.
+
+    Blocks in use, cached or quarantined keep their state: a split re-attaches their pages.
+    """
+    first_page, num_pages = ext[e, X_FIRST], ext[e, X_PAGES]
+    first, end = span(e, blk, ext, meta)
+    low = first_page * meta[M_PB]
+    for b in range(first, end):
+        if blk[b, STATE] == FREE:
+            if b * meta[M_BB] < low:  # at home in the extent before; the others' list goes whole
+                _drop_free(b, blk, page, ext, meta)
+            blk[b, STATE] = UNBACKED
+    meta[M_FREE] -= ext[e, X_FREE]
+    ext[e, X_FREE] = ext[e, X_HEAD] = 0
+    if ext[e, X_USED] + ext[e, X_CACHED] + ext[e, X_QUARANTINED] == 0:
+        meta[M_SPARE] -= 1
+    if ext[e, X_LEVEL]:
+        _level_remove(e, ext, meta)
+    for p in range(first_page, first_page + num_pages):
+        page[p] = 0
+    ext[e, X_PAGES] = 0

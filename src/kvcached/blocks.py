@@ -73,7 +73,7 @@ class BlockPool:
 
         self.hot: Any = _hot
         self._m_free = _hot.M_FREE
-        self._oldest: Any = _scan.oldest
+        self._scan: Any = _scan
         self.pages, self.geometry = pages, pages.geometry
         self.clock, self._epoch0 = clock, clock()
         self.spares = spares if spares is not None else SparePolicy()
@@ -247,20 +247,20 @@ class BlockPool:
         for extent in extents:
             while extent.id >= len(self.ext):
                 self.ext = np.concatenate([self.ext, np.zeros_like(self.ext)])
-            self.hot.attach(
+            self._scan.attach(
                 extent.id, extent.first, extent.pages, self.blk, self.page, self.ext, self.meta
             )
 
     def detach(self, extent: Extent) -> None:
         """Count the free blocks of an extent out; those with a claim keep their state."""
-        self.hot.detach(extent.id, self.blk, self.page, self.ext, self.meta)
+        self._scan.detach(extent.id, self.blk, self.page, self.ext, self.meta)
 
     # --- giving memory back --------------------------------------------------------------------
 
     def evict_oldest(self, count: int) -> int:
         """Turn the ``count`` least recently used cached blocks into free ones; how many it did."""
         out = np.empty(min(count, self.num_cached), np.int32)
-        self._oldest(out, self.blk, self.meta)
+        self._scan.oldest(out, self.blk, self.meta)
         self.evict(out)
         return len(out)
 

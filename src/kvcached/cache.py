@@ -28,7 +28,7 @@ from kvcached.memory.base import Fence, MemoryBackend
 from kvcached.memory.fences import PassedFence, fence_on, wait_for
 from kvcached.pages import PagePool
 from kvcached.prefix import PrefixIndex, contents_key
-from kvcached.resources import make_backend, make_budget
+from kvcached.resources import make_backend, make_budget, make_pages, release
 from kvcached.sequence import Sequence, read_tokens, token_array
 from kvcached.sequences import SequenceStore
 from kvcached.snapshot import free_blocks_hint, take_report, take_stats
@@ -42,8 +42,6 @@ if TYPE_CHECKING:
 
 __all__ = ["CacheSpec", "KVCache", "Sequence"]
 _log = logging.getLogger(__name__)
-_BOUNCE_BYTES = 64 << 20
-"""Buffer of a split on a GPU (``splits.py``); memory of the host is remapped cheaply."""
 _LEAVE_SECONDS = 5.0
 """How long ``close`` waits for the calls of other threads."""
 
@@ -122,7 +120,7 @@ class KVCache:
         self._views: Any = None
         own = self.backend if self._owns_backend else None
         parts = self._pid, self._blocks, self._budget, own
-        self._finalizer = weakref.finalize(self, _release, *parts)
+        self._finalizer = weakref.finalize(self, release, *parts)
         self._caretaker = Caretaker(self)
         self._blocks.on_low = self._caretaker.hurry
 
@@ -137,9 +135,7 @@ class KVCache:
         try:
             if budget is not None and terms["limit"] is not None:
                 self._budget.set_limit(parse_size(terms["limit"], total=budget.limit_bytes))
-            longest = max(1, parse_size(self.config.max_handle) // page_bytes)
-            bounce = 0 if self.backend.device == "cpu" else _BOUNCE_BYTES // page_bytes
-            pages = PagePool(self.backend, self.geometry, self._budget, longest, bounce)
+            pages = make_pages(self.backend, self.geometry, self._budget, self.config)
             self._make_blocks(pages)
         except BaseException:  # as in __init__
             self._budget.close()
@@ -147,15 +143,12 @@ class KVCache:
 
     def _make_blocks(self, pages: PagePool) -> None:
         ahead = parse_size(self.config.ahead, total=self._budget.limit_bytes)
+        spares = SparePolicy(self.config.spare_seconds)
         try:
-            self._blocks = BlockPool(
-                pages, spares=SparePolicy(self.config.spare_seconds), lock=self._lock,
-                most_ahead=ahead,
-            )  # fmt: skip
+            self._blocks = BlockPool(pages, spares=spares, lock=self._lock, most_ahead=ahead)
             self._prefixes = PrefixIndex(self._blocks, self.spec.block_size)
             named = self._prefixes if self.prefix_caching else None
-            size, contents = self.spec.block_size, self._contents
-            self._store = SequenceStore(self._blocks, named, size, contents)
+            self._store = SequenceStore(self._blocks, named, self.spec.block_size)
             self._budget.attach(WeakTenant(self), self._lock)  # last: it may be called at once
         except BaseException:  # the reservation, and what the budget granted, too
             pages.close()
@@ -303,18 +296,15 @@ class KVCache:
                 return 0
             try:
                 self._blocks.spares.forget()  # or growth ahead would take it again
-                may_split = self._idle is not None and self._idle.passed()
-                return self._blocks.reclaim(nbytes, may_split=may_split)
+                idle = self._idle is not None and self._idle.passed()
+                return self._blocks.reclaim(nbytes, may_split=idle)
             except KvcachedError:  # the peer that asks can do nothing about it; the owner will see
                 _log.exception("%s: reclaim of %d bytes failed", self.name, nbytes)
                 return 0
 
     def take_care(self, *, urgent: bool = False) -> bool:
         """For the caretaker, without the lock: see ``BlockPool.tend``."""
-        with self._lock:
-            if self._closed or os.getpid() != self._pid:
-                return False
-        return self._blocks.tend(urgent=urgent)
+        return self.state == "open" and self._blocks.tend(urgent=urgent)
 
     def report(self) -> TenantReport:
         """For the budget (``Tenant.report``): what is held."""
@@ -362,7 +352,7 @@ class KVCache:
         with self._closing:
             if self._finalizer.alive:
                 own = self.backend if self._owns_backend else None
-                _release(self._pid, self._blocks, self._budget, own)
+                release(self._pid, self._blocks, self._budget, own)
                 self._finalizer.detach()
 
     def __enter__(self) -> Self:
@@ -372,20 +362,21 @@ class KVCache:
         self.close()
 
     def __repr__(self) -> str:
-        if self._closed or os.getpid() != self._pid:
-            state = "closed" if self._closed else f"of process {self._pid}"
-            return f"<KVCache {self.name!r}, {state}>"
-        from kvcached.display import summary
+        from kvcached.display import line
 
-        return summary(self.stats())
+        return line(self)
 
     def _repr_html_(self) -> str:
-        from html import escape
-
         from kvcached.display import page_map_html
 
-        usable = not self._closed and os.getpid() == self._pid
-        return page_map_html(self) if usable else escape(repr(self))
+        return page_map_html(self)
+
+    @property
+    def state(self) -> str:
+        """``"open"``, ``"closed"``, or ``"of process <pid>"`` in a child of it."""
+        if os.getpid() != self._pid:
+            return f"of process {self._pid}"
+        return "closed" if self._closed else "open"
 
     @contextmanager
     def _entered(self) -> Iterator[None]:
@@ -409,13 +400,3 @@ class KVCache:
             )
         if self._closed:
             raise ClosedError(f"cache {self.name!r} is closed")
-
-
-def _release(pid: int, blocks: BlockPool, budget: Budget, backend: MemoryBackend | None) -> None:
-    """Give everything back, also when the cache was dropped without ``close()``."""
-    if os.getpid() != pid:
-        return  # a forked child ends: the memory is the parent's
-    blocks.close()
-    budget.close()
-    if backend is not None:
-        backend.shutdown()

@@ -34,8 +34,17 @@ def summary(stats: CacheStats) -> str:
     )
 
 
+def line(cache: KVCache) -> str:
+    """The line for ``repr``, whatever state the cache is in."""
+    if cache.state != "open":
+        return f"<KVCache {cache.name!r}, {cache.state}>"
+    return summary(cache.stats())
+
+
 def page_map_html(cache: KVCache) -> str:
     """The line above, a table of bytes, and the page map as inline SVG with a text alternative."""
+    if cache.state != "open":
+        return escape(line(cache))
     stats, runs = cache.stats(), cache.page_runs()
     sizes = zip(
         _STATES,

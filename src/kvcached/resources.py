@@ -6,13 +6,17 @@ import os
 from typing import Any
 
 from kvcached.arguments import read_terms
+from kvcached.blocks import BlockPool
 from kvcached.broker.budget import Budget, LocalBudget
 from kvcached.config import Config, parse_size
 from kvcached.errors import InvalidInput
-from kvcached.layout import CacheSpec
+from kvcached.layout import CacheSpec, Geometry
 from kvcached.memory.base import MemoryBackend
+from kvcached.pages import PagePool
 
 _LARGEST_HOST_PAGE = 2 << 20
+_BOUNCE_BYTES = 64 << 20
+"""Buffer of a split on a GPU (``splits.py``); memory of the host is remapped cheaply."""
 
 
 def make_backend(device: str, spec: CacheSpec, config: Config) -> MemoryBackend:
@@ -63,6 +67,15 @@ def make_budget(
     )
 
 
+def make_pages(
+    backend: MemoryBackend, geometry: Geometry, budget: Budget, config: Config
+) -> PagePool:
+    """The page pool of a cache."""
+    longest = max(1, parse_size(config.max_handle) // geometry.page_bytes)
+    bounce = 0 if backend.device == "cpu" else _BOUNCE_BYTES // geometry.page_bytes
+    return PagePool(backend, geometry, budget, longest, bounce)
+
+
 def device_slug(backend: MemoryBackend) -> str:
     """How the broker calls the backend's device: ``cpu``, or a GPU's UUID."""
     uuid = getattr(backend, "uuid", "")
@@ -79,3 +92,13 @@ def device_capacity(backend: MemoryBackend, config: Config) -> int:
     if config.budget:
         return parse_size(config.budget, total=total)
     return max(0, total - parse_size(config.headroom, total=total))
+
+
+def release(pid: int, blocks: BlockPool, budget: Budget, backend: MemoryBackend | None) -> None:
+    """Give everything back, also when the cache was dropped without ``close()``."""
+    if os.getpid() != pid:
+        return  # a forked child ends: the memory is the parent's
+    blocks.close()
+    budget.close()
+    if backend is not None:
+        backend.shutdown()

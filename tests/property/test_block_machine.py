@@ -243,7 +243,7 @@ class BlockMachine(RuleBasedStateMachine):
         assert pool.num_cached == len(self.cached)
         assert all(pool.refs(block) == refs for block, refs in self.refs.items())
         lru = np.zeros(len(self.cached), np.int32)
-        pool._oldest(lru, pool.blk, pool.meta)
+        pool._scan.oldest(lru, pool.blk, pool.meta)
         assert lru.tolist() == self.cached
         for block, planes in self.bytes.items():
             for plane, data in enumerate(planes):
