@@ -118,9 +118,8 @@ class KVCache:
                 self.backend.shutdown()
             raise
         self._views: Any = None
-        own = self.backend if self._owns_backend else None
-        parts = self._pid, self._blocks, self._budget, own
-        self._finalizer = weakref.finalize(self, release, *parts)
+        self._parts = self._pid, self._blocks, self._budget, self._owns_backend
+        self._finalizer = weakref.finalize(self, release, *self._parts)
         self._caretaker = Caretaker(self)
         self._blocks.on_low = self._caretaker.hurry
 
@@ -135,8 +134,7 @@ class KVCache:
         try:
             if budget is not None and terms["limit"] is not None:
                 self._budget.set_limit(parse_size(terms["limit"], total=budget.limit_bytes))
-            pages = make_pages(self.backend, self.geometry, self._budget, self.config)
-            self._make_blocks(pages)
+            self._make_blocks(make_pages(self.backend, self.geometry, self._budget, self.config))
         except BaseException:  # as in __init__
             self._budget.close()
             raise
@@ -146,9 +144,10 @@ class KVCache:
         spares = SparePolicy(self.config.spare_seconds)
         try:
             self._blocks = BlockPool(pages, spares=spares, lock=self._lock, most_ahead=ahead)
-            self._prefixes = PrefixIndex(self._blocks, self.spec.block_size)
+            size = self.spec.block_size
+            self._prefixes = PrefixIndex(self._blocks, size)
             named = self._prefixes if self.prefix_caching else None
-            self._store = SequenceStore(self._blocks, named, self.spec.block_size)
+            self._store = SequenceStore(self._blocks, named, size, self._contents)
             self._budget.attach(WeakTenant(self), self._lock)  # last: it may be called at once
         except BaseException:  # the reservation, and what the budget granted, too
             pages.close()
@@ -294,8 +293,8 @@ class KVCache:
         with self._lock:
             if self._closed:
                 return 0
+            self._blocks.spares.forget()  # or growth ahead would take it again
             try:
-                self._blocks.spares.forget()  # or growth ahead would take it again
                 idle = self._idle is not None and self._idle.passed()
                 return self._blocks.reclaim(nbytes, may_split=idle)
             except KvcachedError:  # the peer that asks can do nothing about it; the owner will see
@@ -333,8 +332,8 @@ class KVCache:
             self._prefixes.check()
             self._store.check()
             self._budget.check()
-            pages = self._blocks.pages
-            assert pages.backed_bytes <= self._budget.lease_bytes, "I1: backed more than leased"
+            backed = self._blocks.pages.backed_bytes
+            assert backed <= self._budget.lease_bytes, "I1: backed more than leased"
 
     def close(self) -> None:
         """Give back everything: memory, addresses, the lease. Views and sequences die.
@@ -351,8 +350,7 @@ class KVCache:
         self._caretaker.join()
         with self._closing:
             if self._finalizer.alive:
-                own = self.backend if self._owns_backend else None
-                release(self._pid, self._blocks, self._budget, own)
+                release(*self._parts)
                 self._finalizer.detach()
 
     def __enter__(self) -> Self:

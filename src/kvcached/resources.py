@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from typing import Any
 
 from kvcached.arguments import read_terms
 from kvcached.blocks import BlockPool
 from kvcached.broker.budget import Budget, LocalBudget
 from kvcached.config import Config, parse_size
-from kvcached.errors import InvalidInput
+from kvcached.errors import InvalidInput, KvcachedError
 from kvcached.layout import CacheSpec, Geometry
 from kvcached.memory.base import MemoryBackend
+from kvcached.memory.fences import fence_on, wait_for
 from kvcached.pages import PagePool
 
 _LARGEST_HOST_PAGE = 2 << 20
+_DRAIN_SECONDS = 5.0
 _BOUNCE_BYTES = 64 << 20
 """Buffer of a split on a GPU (``splits.py``); memory of the host is remapped cheaply."""
 
@@ -94,11 +97,17 @@ def device_capacity(backend: MemoryBackend, config: Config) -> int:
     return max(0, total - parse_size(config.headroom, total=total))
 
 
-def release(pid: int, blocks: BlockPool, budget: Budget, backend: MemoryBackend | None) -> None:
-    """Give everything back, also when the cache was dropped without ``close()``."""
+def release(pid: int, blocks: BlockPool, budget: Budget, owns_backend: bool) -> None:  # noqa: FBT001
+    """Give everything back, also when the cache was dropped without ``close()``.
+
+    Work that is queued on the default stream may still use the memory, so that comes first.
+    """
     if os.getpid() != pid:
         return  # a forked child ends: the memory is the parent's
+    backend = blocks.pages.backend
+    with suppress(KvcachedError):  # a device that has failed runs nothing any more
+        wait_for(fence_on(backend, 0), _DRAIN_SECONDS)
     blocks.close()
     budget.close()
-    if backend is not None:
+    if owns_backend:
         backend.shutdown()

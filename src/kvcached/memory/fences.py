@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -82,9 +83,9 @@ def fence_on(backend: Any, stream: int | None) -> Fence:
     return fence
 
 
-def wait_for(fence: Fence | None) -> None:
-    """Poll until the fence has passed: the rest of the device is not waited for."""
-    pause = _SHORTEST_POLL
-    while fence is not None and not fence.passed():
+def wait_for(fence: Fence | None, seconds: float = math.inf) -> None:
+    """Poll until the fence has passed, or ``seconds`` have: no other work is waited for."""
+    pause, until = _SHORTEST_POLL, time.monotonic() + seconds
+    while fence is not None and not fence.passed() and time.monotonic() < until:
         time.sleep(pause)
         pause = min(2 * pause, _LONGEST_POLL)
