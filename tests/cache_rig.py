@@ -56,11 +56,23 @@ class HollowBackend(FakeBackend):
         self._books.check()
 
 
+class YieldingBudget(LocalBudget):
+    """As a broker's: while it waits for an answer others get the lock, and do something."""
+
+    meanwhile = None
+
+    def claim(self, nbytes, *, transient=False):
+        if self.meanwhile is not None:
+            do, self.meanwhile = self.meanwhile, None
+            do()
+        super().claim(nbytes, transient=transient)
+
+
 def page_pool(
     backend, *, block_bytes=64, planes=1, num_blocks=16, limit=1 << 40, longest=4, bounce=0
 ):
     geometry = Geometry(block_bytes, planes, num_blocks, backend.page_bytes)
-    return PagePool(backend, geometry, LocalBudget(limit), longest, bounce)
+    return PagePool(backend, geometry, YieldingBudget(limit), longest, bounce)
 
 
 def block_pool(backend, *, clock=None, decay=1.0, ahead=0, **geometry):

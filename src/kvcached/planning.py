@@ -62,18 +62,22 @@ def plan(g: Geometry, page: Any, runs: FreeRuns, wanted: int) -> list[tuple[int,
         missing -= got.blocks
         if missing <= 0:
             return [(f.first, f.pages) for f in chosen]
-    return _patch(g, page, wanted)
+    return _patch(g, page, runs, wanted)
 
 
-def _patch(g: Geometry, page: Any, wanted: int) -> list[tuple[int, int]]:
+def _patch(g: Geometry, page: Any, runs: FreeRuns, wanted: int) -> list[tuple[int, int]]:
     """As ``plan``, block by block, those that need the fewest pages first.
 
-    Finds also a block that needs pages of two runs, with something backed between them.
+    Finds also a block that needs pages of two runs, with something backed between them. Pages that
+    are neither backed nor free are in transit: blocks on them cannot be had now.
     """
-    holes = np.concatenate(([0], np.cumsum(page == 0)))
+    free = np.zeros(g.num_pages, np.bool_)
+    for start, count in runs:
+        free[start : start + count] = True
     edges = np.arange(g.num_blocks + 1, dtype=np.int64) * g.block_bytes
     first, end = edges[:-1] // g.page_bytes, -(-edges[1:] // g.page_bytes)
-    missing = holes[end] - holes[first]
+    holes, transit = _sums(page == 0), _sums((page == 0) & ~free)
+    missing = np.where(transit[end] == transit[first], holes[end] - holes[first], 0)
     blocks = np.flatnonzero(missing)
     if len(blocks) < wanted:
         raise _no_room(g, wanted)
@@ -82,6 +86,11 @@ def _patch(g: Geometry, page: Any, wanted: int) -> list[tuple[int, int]]:
         wants[first[block] : end[block]] = True
     edge = np.flatnonzero(np.diff(wants & (page == 0), prepend=False, append=False))
     return [(int(a), int(b - a)) for a, b in zip(edge[::2], edge[1::2], strict=True)]
+
+
+def _sums(mask: Any) -> Any:
+    """How many are set before each index, and in all."""
+    return np.concatenate(([0], np.cumsum(mask)))
 
 
 def _no_room(g: Geometry, wanted: int) -> OutOfPages:
