@@ -243,6 +243,16 @@ def _stamp(ids, fence, blk):
         blk[ids[i], STAMP] = fence
 
 
+@_jit(_V(_I, _I, _I, _I, _I, _EXT, _META))
+def _end_of_extent(e, before, head, used, freed, ext, meta):
+    """Write what ``free`` has counted for extent ``e``; ``before``: the claims on it till then."""
+    ext[e, X_USED] -= used
+    ext[e, X_FREE] += freed
+    ext[e, X_HEAD] = head
+    meta[M_FREE] += freed
+    _settle(e, before, ext, meta)
+
+
 @_jit(_I(_VEC, _I, _I, *_ARRAYS))
 def free(ids, stamp, fence, blk, page, ext, meta):
     """Drop a reference of each block; what has none left becomes cached or free.
@@ -257,39 +267,44 @@ def free(ids, stamp, fence, blk, page, ext, meta):
     bb, pb = meta[M_BB], meta[M_PB]
     if fence > 0:
         _stamp(ids, fence, blk)
-    e, low, end, before, quarantined = 0, 0, 0, 0, 0
+    # What changes with every block of one extent is counted here, and written when it ends.
+    e, low, high, before, head, used, freed, total = 0, 0, 0, 0, 0, 0, 0, 0
     for i in range(ids.shape[0]):
         b = ids[i]
         if blk[b, REFS] or blk[b, STATE] != USED:  # shared; or listed twice, and retired before
             continue
         start = b * bb
-        if start < low or start >= end * pb:  # another home extent than the block before
+        if start < low or start >= high:  # another home extent than the block before
             if e:
-                _settle(e, before, ext, meta)
+                _end_of_extent(e, before, head, used, freed, ext, meta)
             e = page[start // pb]
-            low, end = ext[e, X_FIRST] * pb, ext[e, X_FIRST] + ext[e, X_PAGES]
-            before = _claims(e, ext)
+            low, high = ext[e, X_FIRST] * pb, (ext[e, X_FIRST] + ext[e, X_PAGES]) * pb
+            before, head, used, freed = _claims(e, ext), ext[e, X_HEAD], 0, 0
         state = QUARANTINED if blk[b, STAMP] else (CACHED if blk[b, KEEP] else FREE)
         blk[b, STATE] = state
-        meta[M_USED] -= 1
-        ext[e, X_USED] -= 1
-        straddles = start + bb > end * pb
+        used += 1
+        total += 1
+        straddles = start + bb > high
         if straddles:
-            _count_from(end, b, X_USED, -1, page, ext, meta)
+            _count_from(high // pb, b, X_USED, -1, page, ext, meta)
         if state == FREE:
-            _link_free(b, e, blk, ext, meta)
+            blk[b, NEXT], blk[b, PREV] = head, 0
+            if head:
+                blk[head, PREV] = b
+            head = b
+            freed += 1
             continue
         ext[e, state] += 1
         if straddles:
-            _count_from(end, b, state, 1, page, ext, meta)
+            _count_from(high // pb, b, state, 1, page, ext, meta)
         if state == CACHED:
             _lru_push(b, stamp, blk, meta)
             meta[M_CACHED] += 1
         else:
-            quarantined += 1
+            meta[M_QUARANTINED] += 1
     if e:
-        _settle(e, before, ext, meta)
-    meta[M_QUARANTINED] += quarantined
+        _end_of_extent(e, before, head, used, freed, ext, meta)
+    meta[M_USED] -= total
     return OK
 
 

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     Ids = NDArray[np.int32]
 
+_INT32 = np.dtype(np.int32)
 _MOST_FENCES = (1 << 31) - 1  # their numbers are int32, and start again
 
 
@@ -72,7 +73,9 @@ class BlockPool:
         from kvcached import _hot, _scan  # here, at the first hot call: numba takes 0.3 s to import
 
         self.hot: Any = _hot
-        self._m_free = _hot.M_FREE
+        self._alloc, self._free, self._m_free = _hot.alloc, _hot.free, _hot.M_FREE
+        self._num_blocks = pages.geometry.num_blocks
+        self._named = False  # whether a prefix has ever named a block
         self._scan: Any = _scan
         self.pages, self.geometry = pages, pages.geometry
         self.clock, self._epoch0 = clock, clock()
@@ -169,16 +172,17 @@ class BlockPool:
         All or nothing. Raises ``BudgetExceeded`` or ``OutOfPages`` (both ``MemoryError``), or
         ``DriverError``.
         """
-        self.pages.require_usable()
-        if count >= self.geometry.num_blocks:
+        if not self.pages.usable:
+            self.pages.require_usable()
+        if count >= self._num_blocks:
             raise OutOfPages(
-                f"{count} blocks wanted, but the cache has only {self.geometry.num_blocks - 1}",
+                f"{count} blocks wanted, but the cache has only {self._num_blocks - 1}",
                 hint="Make the cache with a larger max_tokens.",
             )
-        out = np.empty(count, np.int32)
-        if self.hot.alloc(out, self.blk, self.page, self.ext, self.meta):
+        out = np.empty(count, _INT32)
+        if self._alloc(out, self.blk, self.page, self.ext, self.meta):
             self.grower.make_room(count)
-            code = self.hot.alloc(out, self.blk, self.page, self.ext, self.meta)
+            code = self._alloc(out, self.blk, self.page, self.ext, self.meta)
             assert code == 0, "BlockPool: made room, but not enough"
         elif self.meta[self._m_free] < self._low_water:
             self.on_low()
@@ -197,7 +201,8 @@ class BlockPool:
         be evicted first, first. Raises ``OwnershipError`` and changes nothing if one is not owned.
         """
         number = self._next_fence if fence is not None else 0
-        code = self.hot.free(ids, self.now(), number, self.blk, self.page, self.ext, self.meta)
+        stamp = self.now() if self._named else 0  # only cached blocks are stamped
+        code = self._free(ids, stamp, number, self.blk, self.page, self.ext, self.meta)
         if code:
             raise self._not_owned(int(ids[~code]), "freed")
         if fence is not None and len(ids):
@@ -206,6 +211,7 @@ class BlockPool:
 
     def keep(self, block: int, *, named: bool) -> None:
         """Note whether a prefix names a block in use."""
+        self._named = True
         self.blk[block, self.hot.KEEP] = named
 
     def acquire(self, ids: Ids) -> None:

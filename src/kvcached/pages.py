@@ -70,6 +70,7 @@ class PagePool:
         self._kept = 0  # claims that a broken pool cannot return before it is closed
         self._broken: str = ""
         self._closed = False
+        self.usable = True  # neither closed nor broken; a plain attribute: every alloc looks
         self._ledger = Ledger(backend)
         self.reservation = self._ledger.reserve(geometry.reserved_bytes)
         self._splitter = Splitter(self, self._ledger, bounce_pages)
@@ -83,11 +84,6 @@ class PagePool:
             handles = [handle for group in [*extents, self._limbo] for handle in group]
             nbytes += sum(handle.num_pages for handle in handles) * self.geometry.page_bytes
         return nbytes
-
-    @property
-    def usable(self) -> bool:
-        """Whether the pool is neither closed nor broken."""
-        return not (self._closed or self._broken)
 
     def require_usable(self) -> None:
         """Raise if the pool is closed or broken: what the page table says may not be so."""
@@ -263,18 +259,26 @@ class PagePool:
             self._unwind(undo, cause)
             raise
         freed = handles[0].num_pages * self.geometry.page_bytes + self._release_late(handles[1:])
-        for extent, _ in jobs:
-            extent.handles = ()
-            self.withdraw(extent)
-            self.unstage([extent])
+        for extent, keep in jobs:
+            self._forget(extent, keep)
         for piece in new:
-            self.runs.take(piece.first, piece.pages)
             piece.id = self._new_id()
             self.in_transit[piece.id] = piece
         self.admit(new)
         self.budget.give_back(freed)
         self.splits.add(started, len(jobs))
         return new
+
+    def _forget(self, extent: Extent, keep: Sequence[Run]) -> None:
+        """Strike an extent that was split; the pages that are not kept are free."""
+        del self.extents[extent.id]
+        self._free_ids.append(extent.id)
+        self.backed_pages -= extent.pages
+        start = extent.first
+        for first, count in (*keep, (extent.first + extent.pages, 0)):
+            if first > start:
+                self.runs.give(start, first - start)
+            start = first + count
 
     def check(self) -> None:
         """Extents, runs and the record of handles agree (I1, I4)."""
@@ -300,7 +304,7 @@ class PagePool:
         """Unmap and release everything, whatever state the pool is in. Idempotent."""
         if self._closed and not self._ledger.reservations:
             return
-        self._closed = True
+        self._closed, self.usable = True, False
         self._ledger.close_all()
         freed, self._kept = self.backed_bytes + self._kept, 0
         self.extents.clear()
@@ -319,6 +323,7 @@ class PagePool:
         try:
             undo.run()
         except BaseException as error:  # noqa: BLE001 - whatever it was, the state is unknown
+            self.usable = False
             self._broken = f"{cause!r}, and undoing it failed: {error!r}"
             raise PoolBroken(
                 f"the page pool is broken: {self._broken}", hint="Close the cache."

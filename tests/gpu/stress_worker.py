@@ -99,7 +99,6 @@ class Worker:
             self.end(self.rng.choice([1, 1, 3]))
         elif roll < 0.97:
             self.cache.trim(fence=self.cache.fence())
-            self.prefixes.clear()
             self.tally("trims")
         elif roll < 0.985:
             with self.cache.idle(fence=self.cache.fence()):
