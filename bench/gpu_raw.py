@@ -56,6 +56,17 @@ def one_handle_s(nbytes: int) -> float:
     return taken
 
 
+def settle(pause_s: float) -> None:
+    """Let the driver finish with what was released, then wake it and this core again.
+
+    The driver clears freed memory in the background, and what is created meanwhile waits for it.
+    After a pause its calls take three times as long at first; an engine at work does not pause.
+    """
+    time.sleep(pause_s)
+    for _ in range(30):
+        one_handle_s(2 << 20)
+
+
 def up_and_down_s(nbytes: int, handle_bytes: int) -> tuple[float, float]:
     """Seconds to back ``nbytes``, one access call over all, and to give them back."""
     cu, (prop, access), base = _driver(), _props(), _reserved(nbytes)
@@ -78,7 +89,7 @@ def _median_ms(nbytes: int, repeats: int, which: int, pause_s: float) -> dict[st
         samples = []
         for _ in range(repeats + 1):
             samples.append(up_and_down_s(nbytes, size)[which])
-            time.sleep(pause_s)
+            settle(pause_s)
         samples = samples[1:]
         name = f"raw driver, {size >> 20} MiB handles"
         figures[name] = round(statistics.median(samples) * 1e3, 4)

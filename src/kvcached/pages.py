@@ -102,6 +102,8 @@ class PagePool:
 
     def bytes_of(self, runs: Sequence[Run]) -> int:
         """Physical bytes of runs, all planes."""
+        if len(runs) == 1:
+            return runs[0][1] * self.geometry.page_group_bytes
         return sum(count for _, count in runs) * self.geometry.page_group_bytes
 
     def chop(self, run: Run) -> Iterator[Run]:

@@ -50,6 +50,10 @@ def plan(g: Geometry, page: Any, runs: FreeRuns, wanted: int) -> list[tuple[int,
     Raises ``OutOfPages`` if the address space has no room for them.
     """
     pages = max(1, cdiv(wanted * g.block_bytes, g.page_bytes) - 1)  # a straddling page may exist
+    best = runs.best(pages)
+    got = fit(g, page, best, wanted) if best else None
+    if got is not None and got.blocks >= wanted:
+        return [(got.first, got.pages)]
     chosen: list[Fit] = []
     missing = wanted
     for run in runs.candidates(pages):

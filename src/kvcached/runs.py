@@ -60,6 +60,18 @@ class FreeRuns:
             if self._classes[cls]:  # most are empty, and this runs at every growth
                 yield from self._in_class(cls)
 
+    def best(self, count: int) -> tuple[int, int] | None:
+        """The first of ``candidates``, if it may have ``count`` indices: what nearly always does."""
+        for cls in range(count.bit_length(), len(self._classes)):
+            heap = self._classes[cls]
+            while heap:
+                first = heap[0]
+                found = self._count_at.get(first, 0)
+                if found.bit_length() == cls:
+                    return first, found
+                heapq.heappop(heap)
+        return None
+
     def take(self, first: int, count: int) -> None:
         """Remove ``[first, first + count)``, which lies in the run that starts at or before it."""
         run_first = first if first in self._count_at else self._run_before(first)

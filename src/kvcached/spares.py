@@ -6,7 +6,7 @@ Pure arithmetic: the time is passed in.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(slots=True)
@@ -29,6 +29,7 @@ class SparePolicy:
     _rate: float = 0.0  # bytes per second
     _last_growth: float = -math.inf
     _updated: float = -math.inf
+    _time_constant: float = field(init=False)
 
     def grew(self, nbytes: int, now: float) -> None:
         """Extents of ``nbytes`` went from empty, or unbacked, into use at time ``now``."""
@@ -47,9 +48,8 @@ class SparePolicy:
         self._advance(now)
         return int(self._rate * self.horizon)
 
-    @property
-    def _time_constant(self) -> float:
-        return max(self.decay / 4, 1e-3)
+    def __post_init__(self) -> None:
+        self._time_constant = max(self.decay / 4, 1e-3)
 
     def _advance(self, now: float) -> None:
         elapsed = now - self._updated
