@@ -36,8 +36,7 @@ from kvcached.pages import PagePool
 
 GIB, MIB = 1 << 30, 1 << 20
 SCRUB_S = 0.05
-"""The driver clears what is released in the background; what is created meanwhile waits for it. So
-cold growth, ours and the raw calls', is measured this long after a release."""
+"""Cold growth, ours and the raw calls', is measured this long after a release; see ``settle``."""
 SPEC = CacheSpec(num_layers=32, num_kv_heads=8, head_dim=128)
 ROWS: list[dict[str, Any]] = []
 _SCALE = {"ms": 1e3, "us": 1e6}
@@ -103,7 +102,7 @@ def growth(backend: CudaBackend) -> None:
         while held:
             pool.free(held.pop())
         pool.trim(may_split=False)
-        time.sleep(SCRUB_S)
+        gpu_raw.settle(SCRUB_S)
 
     def full() -> None:
         empty()
@@ -114,13 +113,8 @@ def growth(backend: CudaBackend) -> None:
         samples = timed(lambda gib=gib: held.append(pool.alloc(gib * 512)), 15, before=empty)
         add(f"grow_{gib}gib_ms", samples, "ms", target, peers=raw)
     samples = timed(pool.drop_spares, 15, before=full)
-    add(
-        "shrink_1gib_ms",
-        samples,
-        "ms",
-        0.9,
-        peers=gpu_raw.shrink_ms(GIB, repeats=9, pause_s=SCRUB_S),
-    )
+    raw = gpu_raw.shrink_ms(GIB, repeats=9, pause_s=SCRUB_S)
+    add("shrink_1gib_ms", samples, "ms", 0.9, peers=raw)
     empty()
     one_block(backend, pool)
     take_and_give(pool)
@@ -162,8 +156,16 @@ def decode(backend: CudaBackend) -> None:
     """256 blocks a step for 10,000 steps, the memory grown ahead by the caretaker.
 
     A wave is a prefill (not counted), 80 steps that take 40 GiB, and a release. A step is followed
-    by 5 ms, the time in which this card reads the model's weights once: no forward pass is faster.
+    by 5 ms of work on the GPU, waited for as an engine does: in that time the card reads the model's
+    weights once, so no forward pass is faster.
     """
+    work = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+
+    def forward() -> None:
+        for _ in range(4):
+            torch.mm(work, work)
+        torch.cuda.synchronize()
+
     steps: list[float] = []
     config = Config(broker=False)
     with KVCache(SPEC, backend=backend, max_tokens=64 * GIB // SPEC.token_bytes, name="decode",
@@ -171,12 +173,12 @@ def decode(backend: CudaBackend) -> None:
         pool = cache._blocks  # noqa: SLF001 - an engine's step takes blocks, not tokens
         for _ in range(125):
             held = [pool_alloc(cache, 1024)]
-            time.sleep(0.005)
+            forward()
             for _ in range(80):
                 start = time.perf_counter()
                 held.append(pool_alloc(cache, 256))
                 steps.append(time.perf_counter() - start)
-                time.sleep(0.005)
+                forward()
             with pool.lock:
                 for ids in held:
                     pool.free(ids)
