@@ -156,8 +156,8 @@ def decode(backend: CudaBackend) -> None:
     """256 blocks a step for 10,000 steps, the memory grown ahead by the caretaker.
 
     A wave is a prefill (not counted), 80 steps that take 40 GiB, and a release. A step is followed
-    by 5 ms of work on the GPU, waited for as an engine does: in that time the card reads the model's
-    weights once, so no forward pass is faster.
+    by 5 ms of work on the GPU, waited for as an engine does: in that time the card reads the
+    model's weights once, so no forward pass is faster.
     """
     work = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
 

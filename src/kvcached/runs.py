@@ -61,7 +61,7 @@ class FreeRuns:
                 yield from self._in_class(cls)
 
     def best(self, count: int) -> tuple[int, int] | None:
-        """The first of ``candidates`` if that may hold ``count`` indices, as it nearly always does."""
+        """The first of ``candidates``, if it may hold ``count`` indices: it nearly always does."""
         for cls in range(count.bit_length(), len(self._classes)):
             heap = self._classes[cls]
             while heap:
