@@ -88,8 +88,7 @@ def tiny_spec(**changes):
 
 def stop_caretaker(cache):
     """From now on only the test's own calls change what is backed."""
-    cache._caretaker.stop()
-    cache._caretaker.join()
+    cache._caretaker.end()
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from kvcached.layout import CacheSpec, Geometry, cdiv
 from kvcached.memory.base import Fence, MemoryBackend
 from kvcached.memory.fences import PassedFence, fence_on, wait_for
 from kvcached.pages import PagePool
+from kvcached.pauses import Pauses
 from kvcached.prefix import PrefixIndex, contents_key
 from kvcached.resources import make_backend, make_budget, make_pages, release
 from kvcached.sequence import Sequence, read_tokens, token_array
@@ -38,7 +39,6 @@ from kvcached.stats import CacheStats, LimitRecord, TenantReport
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
-
 
 __all__ = ["CacheSpec", "KVCache", "Sequence"]
 _log = logging.getLogger(__name__)
@@ -105,7 +105,7 @@ class KVCache:
         self.spec, self.name = spec, name if name is not None else f"pid-{os.getpid()}"
         self.prefix_caching, self._contents = prefix_caching, contents_key(spec, model)
         self._lock, self._pid = threading.RLock(), os.getpid()
-        self._idle: Fence | None = None
+        self._pauses = Pauses(self._lock)
         self._closed = False
         self._inside, self._left = 0, threading.Condition(self._lock)
         self._closing = threading.Lock()
@@ -276,17 +276,16 @@ class KVCache:
 
     @contextmanager
     def idle(self, *, fence: Fence | None = None) -> Iterator[None]:
-        """Inside, no kernel reads or writes this cache, so reclaim may also split extents.
+        """Inside, no kernel reads or writes this cache, so extents may be split for a peer.
 
-        With a ``fence`` that is so once it has passed; until then nothing is split.
+        With a ``fence`` that is so once it has passed. An engine that does this between its steps
+        is waited for: a peer's request for memory is met at the next such pause.
         """
-        with self._lock:
-            before, self._idle = self._idle, fence if fence is not None else PassedFence()
+        before = self._pauses.enter(fence if fence is not None else PassedFence())
         try:
             yield
         finally:
-            with self._lock:
-                self._idle = before
+            self._pauses.leave(before)
 
     def reclaim(self, nbytes: int) -> int:
         """For the budget (``Tenant.reclaim``): give back up to ``nbytes`` now."""
@@ -295,8 +294,11 @@ class KVCache:
                 return 0
             self._blocks.spares.forget()  # or growth ahead would take it again
             try:
-                idle = self._idle is not None and self._idle.passed()
-                return self._blocks.reclaim(nbytes, may_split=idle)
+                freed = self._blocks.reclaim(nbytes, may_split=self._pauses.now())
+                # Not while a call is under way: the thread that pauses may be waiting for us.
+                if freed < nbytes and not self._inside and self._pauses.wait() and not self._closed:
+                    freed += self._blocks.reclaim(nbytes - freed, may_split=True)
+                return freed
             except KvcachedError:  # the peer that asks can do nothing about it; the owner will see
                 _log.exception("%s: reclaim of %d bytes failed", self.name, nbytes)
                 return 0
@@ -308,7 +310,7 @@ class KVCache:
     def report(self) -> TenantReport:
         """For the budget (``Tenant.report``): what is held."""
         with self._lock:
-            return take_report(self._blocks)
+            return take_report(self._blocks, idle=self._pauses.expected())
 
     def stats(self) -> CacheStats:
         """A snapshot; see ``CacheStats``."""
@@ -342,12 +344,10 @@ class KVCache:
         """
         if os.getpid() != self._pid:
             return  # the memory is the parent's
-        with self._lock:
+        with self._lock:  # another thread's call may be waiting for the budget, without the lock
             self._closed, self._views = True, None
-            # Another thread's call may be waiting for the budget, without the lock.
             self._left.wait_for(lambda: self._inside == 0, _LEAVE_SECONDS)
-        self._caretaker.stop()
-        self._caretaker.join()
+        self._caretaker.end()
         with self._closing:
             if self._finalizer.alive:
                 release(*self._parts)

@@ -74,8 +74,9 @@ class Caretaker:
         with contextlib.suppress(RuntimeError):  # somebody else has rung, and is not heard yet
             self._bell.release()
 
-    def join(self) -> None:
-        """Wait for the thread's end."""
+    def end(self) -> None:
+        """End the thread, and wait for that."""
+        self.stop()
         if threading.current_thread() is not self._thread:
             self._thread.join()
 

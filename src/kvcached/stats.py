@@ -119,6 +119,8 @@ class TenantReport:
     packed_floor_bytes: int = 0
     oldest_cached_age_s: float = 0.0
     """Seconds since the least recently used cached prefix was used."""
+    idle: bool = True
+    """Whether extents in use can be split, now or at the engine's next pause."""
 
     def to_dict(self) -> dict[str, Any]:
         """A plain dict, ready for JSON."""

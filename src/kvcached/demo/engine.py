@@ -122,17 +122,25 @@ class Engine:
 
     def step(self) -> bool:
         """Compute one token for everything that can run; whether anything did."""
-        self.obey_limit()
-        # Running ones first: what is admitted in this step is never preempted in it, so no block
-        # becomes matchable as a prefix before its keys and values are computed.
-        running = len(self.running)
-        work = self._extend_running()
-        if len(work) == running:  # none was preempted, so there may be room for more
-            work += self._admit(self.step_tokens - len(work))
+        with self.cache.idle():  # no kernel runs: extents may be split for a peer that asks
+            work = self._schedule()
         if work:
             for item, token in zip(work, self._forward(work), strict=True):
                 self._advance(item.task, token)
         return bool(work)
+
+    def _schedule(self) -> list[_Work]:
+        """What this step computes, with its slots.
+
+        Running ones first: what is admitted in this step is never preempted in it, so no block
+        becomes matchable as a prefix before its keys and values are computed.
+        """
+        self.obey_limit()
+        running = len(self.running)
+        work = self._extend_running()
+        if len(work) == running:  # none was preempted, so there may be room for more
+            work += self._admit(self.step_tokens - len(work))
+        return work
 
     def obey_limit(self) -> None:
         """Give back until what is backed fits the limit; preempts if it must."""
