@@ -6,7 +6,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
-from kvcached.broker.ledger import CLAIM_S, GRACE_S, LIVE, Grant, Ledger, Reclaim, Report
+from kvcached.broker.lease import LIVE, Report
+from kvcached.broker.ledger import CLAIM_S, GRACE_S, Grant, Ledger, Reclaim
 
 CAPACITY = 1000
 BYTES = st.integers(0, 400)
@@ -23,6 +24,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.names = 0
         self.held = {}  # what the engine may hold: it knows of every grant and of no other
         self.floors = {}
+        self.limits = {}  # what the last word allows, and what the administrator's last word did
         self.pending = {}
         self.asked = {}
 
@@ -55,6 +57,7 @@ class LedgerMachine(RuleBasedStateMachine):
         if tenant is None:
             return -1
         self.held[tenant.ident], self.floors[tenant.ident] = 0, floor
+        self.limits[tenant.ident] = (min(limit, CAPACITY), CAPACITY)
         return tenant.ident
 
     @rule(tenant=tenants, need=st.integers(1, 400), more=BYTES)
@@ -95,11 +98,13 @@ class LedgerMachine(RuleBasedStateMachine):
                 backed, cached_bytes, spare_bytes, floor, age
             )
 
-    @rule(tenant=tenants, limit=st.integers(0, 1200))
-    def limit(self, tenant, limit):
+    @rule(tenant=tenants, limit=st.integers(0, 1200), by_admin=st.booleans())
+    def limit(self, tenant, limit, by_admin):
         if self.is_live(tenant):
             before = self.ledger.tenants[tenant].revision
-            assert self.ledger.set_limit(tenant, limit) == before + 1
+            ceiling = min(limit, CAPACITY) if by_admin else self.limits[tenant][1]
+            self.limits[tenant] = (min(limit, ceiling), ceiling)
+            assert self.ledger.set_limit(tenant, limit, by_admin=by_admin).revision == before + 1
             self.pump()
 
     @rule(tenant=tenants, nbytes=BYTES)
@@ -130,16 +135,22 @@ class LedgerMachine(RuleBasedStateMachine):
             assert self.ledger.credit(tenant) == self.held.pop(tenant)
             self.pump()
 
-    @rule(target=tenants, tenant=consumes(tenants), lost=BYTES)
-    def come_back(self, tenant, lost):
-        """A lost socket: the engine knows what it holds, which may be less than the lease."""
+    @rule(target=tenants, tenant=consumes(tenants), lost=BYTES, behind=st.integers(-2, 2))
+    def come_back(self, tenant, lost, behind):
+        """A lost socket: the engine knows what it holds, which may be less than the lease.
+
+        Its word about its limit counts if it is not older than the broker's.
+        """
         if not self.is_live(tenant):
             return tenant
         old = self.ledger.tenants[tenant]
         held = max(0, self.held.pop(tenant) - lost)
+        known = max(0, old.revision - behind)
         new = self.ledger.join(
-            old.name, self.now, limit=old.limit, floor=old.floor, weight=old.weight, lease=held
-        )
+            old.name, self.now, limit=900, floor=old.floor, weight=old.weight, lease=held,
+            revision=known,
+        )  # fmt: skip
+        limit, ceiling = self.limits[tenant]
         if new is None:  # nothing held and the floors are full: it is a newcomer like any other
             self.ledger.revoke(tenant)
             self.pending = {k: v for k, v in self.pending.items() if k[0] != tenant}
@@ -149,6 +160,9 @@ class LedgerMachine(RuleBasedStateMachine):
         self.ledger.succeed(tenant, new.ident)
         self.pending = {k: v for k, v in self.pending.items() if k[0] != tenant}
         self.held[new.ident], self.floors[new.ident] = held, old.floor
+        self.limits[new.ident] = (min(900, ceiling) if known >= old.revision else limit, ceiling)
+        assert new.revision >= old.revision
+        assert new.revision > old.revision or new.limit == old.limit, "one revision, two limits"
         self.pump()
         return new.ident
 
@@ -161,6 +175,8 @@ class LedgerMachine(RuleBasedStateMachine):
         self.ledger.check()
         assert {t.ident: t.lease for t in self.ledger.tenants.values()} == self.held
         assert self.ledger.leased == sum(self.held.values()) <= CAPACITY
+        for tenant in self.ledger.live():
+            assert (tenant.limit, tenant.ceiling) == self.limits[tenant.ident]
         waiting = {(c.tenant, c.request) for c in self.ledger.queue}
         assert waiting == set(self.pending)
 

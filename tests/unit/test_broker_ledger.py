@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvcached.broker.ledger import ASK_S, CLAIM_S, GRACE_S, OOM_S, Grant, Ledger, Reclaim, Report
+from kvcached.broker.lease import Report
+from kvcached.broker.ledger import ASK_S, CLAIM_S, GRACE_S, OOM_S, Grant, Ledger, Reclaim
 from kvcached.broker.plan import Holding, fair_shares, plan_reclaim
 from kvcached.broker.protocol import LATE, REFUSED
 
@@ -79,7 +80,7 @@ def test_who_does_not_answer_gets_nothing_until_it_does():
     assert ledger.pump(ASK_S) == [Grant(1, 7, 0, REFUSED)]
     assert ledger.b.late
     assert claim(ledger, ledger.b, 1, now=ASK_S) == [Grant(2, 7, 0, REFUSED)]  # nothing is free
-    ledger.capacity = 2000
+    ledger.capacity = ledger.b.ceiling = ledger.b.limit = 2000
     assert claim(ledger, ledger.b, 1, now=ASK_S) == [Grant(2, 7, 0, LATE)]
     ledger.answer(ask.request)
     ledger.answered_late(ledger.b.ident)
@@ -183,6 +184,42 @@ def test_a_returning_engine_takes_over_its_old_lease():
     again = add(ledger, "a", lease=450, limit=900)
     ledger.succeed(ledger.a.ident, again.ident)
     assert (ledger.leased, again.limit, again.revision) == (450, 600, 3)
+
+
+def test_an_engine_lowers_its_limit_and_raises_it_no_further_than_an_administrator_allows():
+    ledger = ledger_of(a=0)
+    ident = ledger.a.ident
+
+    def limit(nbytes, *, by_admin):
+        tenant = ledger.set_limit(ident, nbytes, by_admin=by_admin)
+        ledger.check()
+        return tenant.limit, tenant.revision
+
+    assert limit(5000, by_admin=False) == (1000, 1)  # the capacity
+    assert limit(300, by_admin=True) == (300, 2)
+    assert limit(900, by_admin=False) == (300, 3)
+    assert limit(200, by_admin=False) == (200, 4)
+    assert limit(250, by_admin=False) == (250, 5)
+    assert limit(600, by_admin=True) == (600, 6)  # the administrator's word replaces the engine's
+    assert limit(5000, by_admin=True) == (1000, 7)
+
+
+def test_a_returning_engine_may_not_have_heard_what_the_administrator_said():
+    for known, said in ((0, (300, 1)), (1, (300, 1)), (2, (300, 2))):
+        ledger = ledger_of(a=0)
+        ledger.set_limit(ledger.a.ident, 300, by_admin=True)
+        again = ledger.join("a", 0.0, limit=900, floor=0, weight=1.0, lease=0, revision=known)
+        ledger.succeed(ledger.a.ident, again.ident)
+        ledger.check()
+        assert (again.limit, again.revision) == said
+        assert ledger.set_limit(again.ident, 900, by_admin=False).limit == 300
+
+
+def test_a_new_broker_is_told_what_an_administrator_allows():
+    ledger = Ledger(1000, 0.0)
+    a = ledger.join("a", 0.0, limit=900, floor=0, weight=1.0, lease=500, ceiling=400, revision=7)
+    assert (a.limit, a.ceiling, a.revision) == (400, 400, 7)
+    ledger.check()
 
 
 def test_the_device_out_of_memory_lowers_the_capacity_for_a_while():

@@ -71,7 +71,10 @@ class Budget(Protocol):
         ...
 
     def set_limit(self, nbytes: int) -> LimitRecord:
-        """Set the limit. Lowering it below what is held makes the owner give back."""
+        """Set the limit. Lowering it below what is held makes the owner give back.
+
+        What an administrator has set is not exceeded: the record says what holds.
+        """
         ...
 
     def limit_record(self) -> LimitRecord:

@@ -12,10 +12,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from kvcached.broker.lease import DRAINING, LIVE, REVOKED, Tenant
 from kvcached.broker.plan import Holding, fair_shares, plan_reclaim
 from kvcached.broker.protocol import LATE, MAX_BYTES, REFUSED
 
-LIVE, REVOKED, DRAINING = "live", "revoked", "draining"
 GRACE_S = 0.5
 """How long a new broker grants nothing while engines of the last one are still missing."""
 ASK_S = 0.5
@@ -24,38 +24,6 @@ CLAIM_S = 1.5
 """How long a claim may wait for others to give back."""
 OOM_S = 5.0
 """How long the capacity stays lowered after the device refused memory that was leased."""
-
-
-class Report(NamedTuple):
-    """What a tenant said about itself last; zeros before the first report."""
-
-    backed: int = 0
-    cached: int = 0
-    spare: int = 0
-    packed_floor: int = 0
-    oldest_cached_s: float = 0.0
-
-
-class Tenant:
-    """One lease."""
-
-    __slots__ = ("asked", "floor", "ident", "late", "lease", "limit", "name",
-                 "report", "revision", "state", "weight")  # fmt: skip
-
-    def __init__(self, ident: int, name: str, *, limit: int, floor: int, weight: float) -> None:
-        self.ident, self.name = ident, name
-        self.limit, self.floor, self.weight = limit, floor, weight
-        self.lease = 0
-        self.revision = 0
-        self.state = LIVE
-        self.report = Report()
-        self.asked = 0
-        self.late = False
-
-    @property
-    def reserved(self) -> int:
-        """Bytes that nobody else may have: the lease, or the floor if that is more."""
-        return max(self.lease, self.floor) if self.state == LIVE else self.lease
 
 
 class Claim:
@@ -133,13 +101,16 @@ class Ledger:
 
     def join(
         self, name: str, now: float, *, limit: int, floor: int, weight: float,
-        lease: int = 0, instance: str = "",
+        lease: int = 0, instance: str = "", ceiling: int = MAX_BYTES, revision: int = 0,
     ) -> Tenant | None:  # fmt: skip
         """Add a tenant; ``None`` if the floors would not fit. A re-asserted lease always does."""
         floors = sum(tenant.floor for tenant in self.live())
         if not lease and floors + floor > self.capacity:
             return None
-        tenant = Tenant(self._next, name, limit=limit, floor=floor, weight=weight)
+        tenant = Tenant(
+            self._next, name, limit=limit, floor=floor, weight=weight,
+            ceiling=min(ceiling, self.capacity), revision=revision,
+        )  # fmt: skip
         self._next += 1
         tenant.lease = lease
         self.tenants[tenant.ident] = tenant
@@ -179,8 +150,7 @@ class Ledger:
         """Tenant ``new`` is ``old`` on a new connection: its own word about its lease counts."""
         previous = self.tenants.pop(old)
         tenant = self.tenants[new]
-        if previous.revision > tenant.revision:
-            tenant.limit, tenant.revision = previous.limit, previous.revision
+        tenant.take_over(previous)
         self.queue = [claim for claim in self.queue if claim.tenant != old]
         self.asks = {key: ask for key, ask in self.asks.items() if ask.tenant != old}
         self._note_over_commitment()
@@ -222,12 +192,11 @@ class Ledger:
         """The tenant answers again; it may claim again."""
         self.tenants[ident].late = False
 
-    def set_limit(self, ident: int, nbytes: int) -> int:
-        """Set a limit and return its revision."""
+    def set_limit(self, ident: int, nbytes: int, *, by_admin: bool, revision: int = 0) -> Tenant:
+        """Set a limit, as far as capacity and, for an engine itself, the administrator allow."""
         tenant = self.tenants[ident]
-        tenant.limit = nbytes
-        tenant.revision += 1
-        return tenant.revision
+        tenant.set_limit(min(nbytes, self.capacity), by_admin=by_admin, revision=revision)
+        return tenant
 
     def out_of_memory(self, nbytes: int, now: float) -> None:
         """The device refused ``nbytes`` that were leased: hand out less for ``OOM_S``."""
@@ -294,6 +263,8 @@ class Ledger:
         assert all(t.lease >= 0 for t in self.tenants.values()), "I7: a negative lease"
         if not self.over_committed:
             assert self.leased <= self.capacity, "I7: leases above the capacity"
+        limits = [(t.limit, t.ceiling, self.capacity) for t in self.tenants.values()]
+        assert all(a <= b <= c for a, b, c in limits), "I7: a limit above what is allowed"
         live = {tenant.ident for tenant in self.live()}
         assert {claim.tenant for claim in self.queue} <= live, "I8: a dead tenant's claim waits"
         assert {ask.tenant for ask in self.asks.values()} <= live, "I8: a dead tenant is asked"

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from kvcached.broker.files import RuntimeDir
-from kvcached.broker.ledger import LIVE, Ledger, Tenant
+from kvcached.broker.lease import LIVE, Tenant
+from kvcached.broker.ledger import Ledger
 from kvcached.broker.peer import Peer
 from kvcached.broker.probe import POLL_S, TIMEOUT_S, MemoryProbe
 

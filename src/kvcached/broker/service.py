@@ -8,7 +8,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from kvcached.broker import protocol as p
-from kvcached.broker.ledger import ASK_S, LIVE, Grant, Ledger, Report
+from kvcached.broker.lease import LIVE, Report, Tenant
+from kvcached.broker.ledger import ASK_S, Grant, Ledger
 from kvcached.broker.members import Member, Members
 from kvcached.broker.mirror import SLOTS, MirrorState, MirrorWriter
 from kvcached.broker.peer import Peer
@@ -157,9 +158,10 @@ class Service:
             raise Refusal(p.BUSY, "no pidfd of this process: Linux 5.3 or later is needed")
         try:
             tenant = self.ledger.join(
-                body["name"], now, limit=min(field(body, "limit"), self.ledger.capacity),
+                body["name"], now, limit=field(body, "limit"),
                 floor=field(body, "floor", 0), weight=float(body.get("weight", 1.0)),
                 lease=field(body, "lease", 0), instance=body["instance"],
+                ceiling=field(body, "ceiling", p.MAX_BYTES), revision=field(body, "revision", 0),
             )  # fmt: skip
         except ProtocolError:
             os.close(pidfd)
@@ -168,7 +170,6 @@ class Service:
             os.close(pidfd)
             capacity = self.ledger.capacity
             raise Refusal(p.REFUSED, f"the floors of all exceed the capacity of {capacity} bytes")
-        tenant.revision = field(body, "revision", 0)
         self._replace(body["instance"], tenant.ident)
         used = {member.slot for member in self.members.by_ident.values()}
         slot = next(i for i in range(SLOTS) if i not in used)
@@ -179,7 +180,8 @@ class Service:
         self.members.write_roster()  # before the first grant: the next broker must know
         self._mirror.write_limit(slot, tenant.limit)
         welcome = {"capacity": self.ledger.capacity, "slot": slot, "limit": tenant.limit,
-                   "revision": tenant.revision, "pid": os.getpid()}  # fmt: skip
+                   "ceiling": tenant.ceiling, "revision": tenant.revision,
+                   "pid": os.getpid()}  # fmt: skip
         self._reply(peer, message, Op.WELCOME, body=welcome, fds=(self._mirror.fd,))
 
     def _replace(self, instance: str, ident: int) -> None:
@@ -215,8 +217,10 @@ class Service:
 
     def _own_limit(self, peer: Peer, message: Message, _fds: list[int], _now: float) -> None:
         member = self.members.by_ident[self._own(peer)]
-        revision = self._change_limit(peer, member, field(message.body, "limit"))
-        self._reply(peer, message, Op.DONE, body={"revision": revision})
+        tenant = self._change_limit(peer, member, message.body, by_admin=False)
+        # The limit too: an administrator's change may be on its way to the engine at this moment.
+        body = {"limit": tenant.limit, "revision": tenant.revision}
+        self._reply(peer, message, Op.DONE, body=body)
 
     def _answer(self, peer: Peer, message: Message, _fds: list[int], _now: float) -> None:
         ident = self._own(peer)
@@ -246,9 +250,8 @@ class Service:
 
     def _set_limit(self, peer: Peer, message: Message, _fds: list[int], now: float) -> None:
         member = self._named(message)
-        nbytes = field(message.body, "limit")
-        revision = self._change_limit(peer, member, nbytes)
-        self._ask(peer, message, member, Op.LIMIT, (nbytes, revision), now)
+        tenant = self._change_limit(peer, member, message.body, by_admin=True)
+        self._ask(peer, message, member, Op.LIMIT, (tenant.limit, tenant.revision), now)
 
     def _ask_reclaim(self, peer: Peer, message: Message, _fds: list[int], now: float) -> None:
         member = self._named(message)
@@ -274,13 +277,18 @@ class Service:
             raise Refusal(p.UNKNOWN_NAME, "no live tenant of that name", names=names)
         return member
 
-    def _change_limit(self, peer: Peer, member: Member, nbytes: int) -> int:
+    def _change_limit(
+        self, peer: Peer, member: Member, body: dict[str, Any], *, by_admin: bool
+    ) -> Tenant:
         old = member.tenant.limit
-        revision = self.ledger.set_limit(member.tenant.ident, nbytes)
-        self._mirror.write_limit(member.slot, nbytes)
-        self._log(f"limit {member.tenant.name} {old} -> {nbytes} revision {revision} "
+        tenant = self.ledger.set_limit(
+            member.tenant.ident, field(body, "limit"), by_admin=by_admin,
+            revision=0 if by_admin else field(body, "revision", 0),
+        )  # fmt: skip
+        self._mirror.write_limit(member.slot, tenant.limit)
+        self._log(f"limit {tenant.name} {old} -> {tenant.limit} revision {tenant.revision} "
                   f"by uid {peer.uid} pid {peer.pid}")  # fmt: skip
-        return revision
+        return tenant
 
     def _ask(
         self, admin: Peer, message: Message, member: Member, op: Op, values: tuple[int, ...],
