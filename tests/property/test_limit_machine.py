@@ -158,8 +158,13 @@ class LimitMachine(RuleBasedStateMachine):
         revision = self.engine.budget.limit_record().revision
         assert revision >= self.revision, "a revision never comes again"
         self.revision = revision
+        if self.wish is not None:
+            assert self.engine.budget.limit_bytes <= self.wish, (
+                "the engine's own word holds at once"
+            )
 
     def teardown(self):
+        self.everything_arrives()
         if self.online():
             self.session.lose()
         self.engine.close()

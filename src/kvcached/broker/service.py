@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import string
 from collections.abc import Callable
@@ -19,7 +20,10 @@ from kvcached.errors import ProtocolError
 _FIRST_ADMIN_REQUEST = 1 << 48
 _ADMIN_WAIT_S = 1.0
 _NAME = frozenset(string.ascii_lowercase + string.digits + "._-")
-_MAX_META = 2048
+_MAX_META, _MAX_REPORT = 2048, 1024
+"""As JSON: with the rest of a tenant's row, both fit one message of a list."""
+_MAX_CLAIMS = 64
+"""Of one tenant that wait at a time: each costs time with every message of anybody."""
 _OBSERVE_S = 0.1
 
 
@@ -27,6 +31,11 @@ def is_name(name: object) -> bool:
     """The rule of ``config.check_name``, without the imports that config needs."""
     fits = isinstance(name, str) and 0 < len(name) <= 64 and name[0] not in "._-"
     return fits and _NAME.issuperset(str(name))
+
+
+def _length(body: dict[str, Any]) -> int:
+    """Bytes of ``body`` when we send it on: what a peer wrote may have been shorter."""
+    return len(json.dumps(body, separators=(",", ":")))
 
 
 class _Waiter(NamedTuple):
@@ -142,7 +151,7 @@ class Service:
             raise ProtocolError("HELLO needs a valid name and an instance")
         if not isinstance(weight, int | float) or not 0 < weight < 1e9:
             raise ProtocolError(f"weight is {weight!r}, but must be a number above 0")
-        if not isinstance(meta, dict) or len(str(meta)) > _MAX_META or peer.ident:
+        if not isinstance(meta, dict) or _length(meta) > _MAX_META or peer.ident:
             raise ProtocolError("meta is too long, or this connection has a tenant already")
         taken = self.members.holder_of(str(name), instance)
         if taken is not None:
@@ -198,6 +207,10 @@ class Service:
     def _claim(self, peer: Peer, message: Message, _fds: list[int], now: float) -> None:
         need, want = message.values
         ident, transient = self._own(peer), message.status == p.TRANSIENT
+        if sum(claim.tenant == ident for claim in self.ledger.queue) >= _MAX_CLAIMS:
+            refusal = Message(Op.GRANT, message.request, self._epoch, p.REFUSED, (0,))
+            peer.send(refusal)
+            return
         self.ledger.claim(ident, message.request, need, want, now, transient=transient)
 
     def _give_back(self, peer: Peer, message: Message, _fds: list[int], _now: float) -> None:
@@ -209,8 +222,9 @@ class Service:
         body = message.body
         names = ("backed_bytes", "cached_bytes", "spare_bytes", "packed_floor_bytes")
         age = body.get("oldest_cached_age_s", 0.0)
-        if not isinstance(age, int | float) or not 0 <= age < 1e12 or len(str(body)) > _MAX_META:
-            raise ProtocolError("REPORT has a bad age, or is too long")
+        numbers = all(isinstance(n, int | float) and 0 <= n <= p.MAX_BYTES for n in body.values())
+        if not numbers or age >= 1e12 or _length(body) > _MAX_REPORT:
+            raise ProtocolError("REPORT has a value that is no size or age, or is too long")
         backed, cached, spare, packed_floor = (field(body, name, 0) for name in names)
         member.tenant.report = Report(backed, cached, spare, packed_floor, float(age))
         member.report = body
@@ -316,7 +330,11 @@ class Service:
 
     def _publish(self) -> None:
         ledger = self.ledger
-        state = MirrorState(ledger.capacity, ledger.leased, ledger.shortfall(), self._epoch)
+        leased = min(
+            ledger.leased, p.MAX_BYTES
+        )  # tenants assert what they like: the field is fixed
+        shortfall = min(ledger.shortfall(), p.MAX_BYTES)
+        state = MirrorState(ledger.capacity, leased, shortfall, self._epoch)
         if state != self._published:
             self._published = state
             self._mirror.write(state)
