@@ -135,11 +135,12 @@ class LedgerMachine(RuleBasedStateMachine):
             assert self.ledger.credit(tenant) == self.held.pop(tenant)
             self.pump()
 
-    @rule(target=tenants, tenant=consumes(tenants), lost=BYTES, behind=st.integers(-2, 2))
-    def come_back(self, tenant, lost, behind):
+    @rule(target=tenants, tenant=consumes(tenants), lost=BYTES, behind=st.integers(-2, 2),
+          own=st.booleans())  # fmt: skip
+    def come_back(self, tenant, lost, behind, own):
         """A lost socket: the engine knows what it holds, which may be less than the lease.
 
-        Its word about its limit counts if it is not older than the broker's.
+        Its word about its limit counts if it is not older than the broker's, or was never heard.
         """
         if not self.is_live(tenant):
             return tenant
@@ -157,10 +158,13 @@ class LedgerMachine(RuleBasedStateMachine):
             self.ledger.drain(tenant)
             self.ledger.credit(tenant)
             return -1
-        self.ledger.succeed(tenant, new.ident)
+        self.ledger.succeed(tenant, new.ident, own_limit=own)
         self.pending = {k: v for k, v in self.pending.items() if k[0] != tenant}
         self.held[new.ident], self.floors[new.ident] = held, old.floor
-        self.limits[new.ident] = (min(900, ceiling) if known >= old.revision else limit, ceiling)
+        self.limits[new.ident] = (
+            min(900, ceiling) if own or known >= old.revision else limit,
+            ceiling,
+        )
         assert new.revision >= old.revision
         assert new.revision > old.revision or new.limit == old.limit, "one revision, two limits"
         self.pump()

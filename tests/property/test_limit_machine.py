@@ -18,6 +18,7 @@ from kvcached.errors import BudgetExceeded
 
 CAPACITY = 1000
 LIMITS = st.integers(0, 1200)
+TURNS = st.lists(st.booleans(), max_size=4)
 
 
 class LimitMachine(RuleBasedStateMachine):
@@ -30,7 +31,7 @@ class LimitMachine(RuleBasedStateMachine):
         self.greeted = True  # else the broker's answer to the hello is still on its way
         self.allowed = self.heard = CAPACITY  # the administrator's last word; what got through
         self.wish = None  # the engine's own last word, if it came after the administrator's
-        self.revision = 0
+        self.least = self.revision = 0
 
     def online(self):
         return self.session.connected
@@ -44,6 +45,8 @@ class LimitMachine(RuleBasedStateMachine):
     def engine_sets_its_own(self, nbytes):
         record = self.engine.budget.set_limit(nbytes)
         self.wish = nbytes
+        # Without a connection it is cut to what is known, though more may be allowed meanwhile.
+        self.least = nbytes if self.online() else min(nbytes, self.heard)
         assert record.desired_bytes == min(nbytes, self.heard), "it knows what it was told"
 
     @rule(nbytes=LIMITS)
@@ -87,6 +90,19 @@ class LimitMachine(RuleBasedStateMachine):
         if message is not None and message.op is Op.LIMIT:
             self.heard = message.values[0]
         return message
+
+    @precondition(online)
+    @rule(own=LIMITS, admins=LIMITS, engine_first=st.booleans(), to_engine=TURNS)
+    def both_change_it(self, own, admins, engine_first, to_engine):
+        """What chance seldom brings together."""
+        if engine_first:
+            self.engine_sets_its_own(own)
+        self.administrator(admins)
+        if not engine_first:
+            self.engine_sets_its_own(own)
+        for turn in to_engine:
+            self.next_to_engine() if turn else self.session.wire.deliver()
+            self.the_books_are_right()
 
     @precondition(online)
     @rule(noticed=st.booleans())
@@ -148,7 +164,7 @@ class LimitMachine(RuleBasedStateMachine):
         assert record.applied, "all that it holds is cached, so a limit can be obeyed"
         assert tenant.limit <= self.allowed == tenant.ceiling == budget._limit.ceiling
         if self.wish is not None:
-            assert tenant.limit == min(self.wish, self.allowed)
+            assert min(self.least, self.allowed) <= tenant.limit <= self.wish
         assert self.desk.published_limit(self.member()) == tenant.limit
 
     @invariant()
@@ -164,12 +180,14 @@ class LimitMachine(RuleBasedStateMachine):
             )
 
     def teardown(self):
-        self.everything_arrives()
-        if self.online():
-            self.session.lose()
-        self.engine.close()
-        self.desk.close()
-        self.folder.cleanup()
+        try:
+            self.everything_arrives()
+        finally:
+            if self.online():
+                self.session.lose()
+            self.engine.close()
+            self.desk.close()
+            self.folder.cleanup()
 
 
 TestLimitMachine = LimitMachine.TestCase

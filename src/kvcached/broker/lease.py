@@ -54,14 +54,16 @@ class Tenant:
         self.limit = min(nbytes, self.ceiling)
         self.revision = max(self.revision + 1, revision)
 
-    def take_over(self, previous: Tenant) -> None:
+    def take_over(self, previous: Tenant, *, own: bool) -> None:
         """Go on with the record of the same engine's last connection, as far as it is newer.
 
-        The engine may not have heard of the administrator's last word, so that counts as it is.
+        The engine may not have heard of the administrator's last word, so that counts as it is;
+        and ``own`` says that we may not have heard of the engine's.
         """
         self.ceiling = previous.ceiling
-        if previous.revision > self.revision:
-            self.limit, self.revision = previous.limit, previous.revision
+        if previous.revision > self.revision and not own:
+            self.limit = previous.limit
         self.limit = min(self.limit, self.ceiling)
+        self.revision = max(self.revision, previous.revision)
         if previous.revision == self.revision and previous.limit != self.limit:
             self.revision += 1  # one revision never means two limits

@@ -146,11 +146,14 @@ class Ledger:
         self._note_over_commitment()
         return tenant.lease
 
-    def succeed(self, old: int, new: int) -> None:
-        """Tenant ``new`` is ``old`` on a new connection: its own word about its lease counts."""
+    def succeed(self, old: int, new: int, *, own_limit: bool = False) -> None:
+        """Tenant ``new`` is ``old`` on a new connection: its own word about its lease counts.
+
+        ``own_limit``: it has changed its limit, and does not know whether that was heard.
+        """
         previous = self.tenants.pop(old)
         tenant = self.tenants[new]
-        tenant.take_over(previous)
+        tenant.take_over(previous, own=own_limit)
         self.queue = [claim for claim in self.queue if claim.tenant != old]
         self.asks = {key: ask for key, ask in self.asks.items() if ask.tenant != old}
         self._note_over_commitment()

@@ -16,18 +16,18 @@ from kvcached.errors import InvalidInput
 class EngineLimit:
     """Bytes and revision. The caller holds the owner's lock."""
 
-    __slots__ = ("_unanswered", "ceiling", "nbytes", "revision", "unsaid")
+    __slots__ = ("_own", "_unanswered", "ceiling", "nbytes", "revision", "unsaid")
 
     def __init__(self, nbytes: int | None) -> None:
         self.nbytes = MAX_BYTES if nbytes is None else checked_size("limit", nbytes)
         self.ceiling, self.revision = MAX_BYTES, 0
         self.unsaid: int | None = None
         """A change of one's own that no broker has been told yet."""
-        self._unanswered = 0
+        self._own = self._unanswered = 0
 
     def set_own(self, nbytes: int) -> None:
         """Change it oneself: not above what the administrator allows, as far as that is known."""
-        self.nbytes, self.unsaid = min(nbytes, self.ceiling), nbytes
+        self.nbytes, self._own, self.unsaid = min(nbytes, self.ceiling), nbytes, nbytes
         self.revision += 1
 
     def to_change(self) -> dict[str, int] | None:
@@ -39,10 +39,17 @@ class EngineLimit:
         self.unsaid = None
         self._unanswered += 1
 
-    def to_hello(self) -> dict[str, int]:
-        """What a broker has to know, one that is new too."""
-        self.unsaid = None
-        return {"limit": self.nbytes, "ceiling": self.ceiling, "revision": self.revision}
+    @property
+    def _pending(self) -> bool:
+        return self._unanswered > 0 or self.unsaid is not None
+
+    def to_hello(self) -> dict[str, int | bool]:
+        """What a broker has to know, one that is new too. ``own``: it may not have heard of it."""
+        said = {"limit": self.nbytes, "ceiling": self.ceiling, "revision": self.revision}
+        pending = self._pending
+        if self.unsaid is not None:  # should this hello be lost, the next one has to say it again
+            self.said()
+        return {**said, "own": pending}
 
     def welcomed(self, nbytes: int, ceiling: int, revision: int) -> None:
         """A broker has answered the hello; nothing that its predecessor was told is under way.
@@ -63,8 +70,8 @@ class EngineLimit:
     def set_by_admin(self, nbytes: int, revision: int) -> None:
         """An administrator has changed it: before whatever of our own is not answered yet."""
         self.ceiling = nbytes
-        if self._unanswered:
-            nbytes, revision = min(nbytes, self.nbytes), max(revision, self.revision)
+        if self._pending:
+            nbytes, revision = min(nbytes, self._own), max(revision, self.revision)
         self.nbytes, self.revision = nbytes, revision
 
 

@@ -179,7 +179,7 @@ class Service:
             os.close(pidfd)
             capacity = self.ledger.capacity
             raise Refusal(p.REFUSED, f"the floors of all exceed the capacity of {capacity} bytes")
-        self._replace(body["instance"], tenant.ident)
+        self._replace(body["instance"], tenant.ident, own_limit=body.get("own") is True)
         used = {member.slot for member in self.members.by_ident.values()}
         slot = next(i for i in range(SLOTS) if i not in used)
         member = Member(tenant, peer, pidfd, slot, now)
@@ -193,7 +193,7 @@ class Service:
                    "pid": os.getpid()}  # fmt: skip
         self._reply(peer, message, Op.WELCOME, body=welcome, fds=(self._mirror.fd,))
 
-    def _replace(self, instance: str, ident: int) -> None:
+    def _replace(self, instance: str, ident: int, *, own_limit: bool) -> None:
         """An engine that lost its socket is back: its new connection takes over."""
         earlier = self.members.of_instance(instance)
         if earlier is None:
@@ -201,7 +201,7 @@ class Service:
         if earlier.peer is not None:
             earlier.peer.ident = 0
             earlier.peer.cut()
-        self.ledger.succeed(earlier.tenant.ident, ident)
+        self.ledger.succeed(earlier.tenant.ident, ident, own_limit=own_limit)
         self.members.remove(earlier.tenant.ident)
 
     def _claim(self, peer: Peer, message: Message, _fds: list[int], now: float) -> None:
