@@ -2,15 +2,18 @@
 
 Run as a process: ``broker_engine.py PACKAGE_PATH RUNTIME_DIR NAME TRUTH_FILE SLOT SEED MODE``.
 ``MODE``: ``random`` (until killed, or SIGTERM, then it closes in order), or ``hold:BYTES``.
-Field SLOT of TRUTH_FILE always is at least the bytes of memory that this process has created.
+SIGUSR1: rest, and keep what is held. Field SLOT of TRUTH_FILE is what this process has created.
+Each page is filled with a number of its own, and looked at before it is given back.
 """
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 import random
 import signal
+import struct
 import sys
 import threading
 import time
@@ -30,13 +33,16 @@ CAPACITY = 48 << 20
 class Engine:
     """Handles of one page each; the older half counts as cached prefixes and may be reclaimed."""
 
-    def __init__(self, runtime_dir, name, *, capacity=CAPACITY, limit=None, truth=None, slot=0):
+    def __init__(
+        self, runtime_dir, name, *, capacity=CAPACITY, limit=None, truth=None, slot=0, seed=0
+    ):
         self.lock = threading.RLock()
         self.backend = HostBackend(PAGE, capacity_bytes=1 << 40, memory="memfd")
         self.reservation = self.backend.reserve(capacity)
         self.free = list(range(capacity // PAGE))
         self.held = []
-        self.pinned = 0
+        self.pinned = self.verified = 0
+        self.number = seed << 32
         self.truth, self.slot = truth, slot
         self.budget = BrokerBudget(
             name, device="cpu", limit_bytes=limit, capacity_bytes=capacity,
@@ -55,19 +61,21 @@ class Engine:
                 index = self.free.pop()
                 handle = self.backend.create(1)
                 self.backend.map(self.reservation, index, handle)
-                address = self.reservation.address + index * PAGE
-                self.held.append((index, handle))
+                self.number += 1
+                self.held.append((index, handle, self.number))
                 self.note()
-                self.backend.copy(address, self.backend_zeros(), PAGE)
+                ctypes.memmove(self.address(index), pattern(self.number, PAGE), PAGE)
 
-    def backend_zeros(self):
-        """An address to copy from: touching is what commits host memory."""
-        return _ZEROS
+    def address(self, index):
+        return self.reservation.address + index * PAGE
 
     def shrink(self, pages):
         with self.lock:
             for _ in range(pages):
-                index, handle = self.held.pop(0)
+                index, handle, number = self.held.pop(0)
+                found = ctypes.string_at(self.address(index), PAGE)
+                assert found == pattern(number, PAGE), "somebody else wrote to our memory"
+                self.verified += 1
                 self.backend.unmap(self.reservation, index, handle)
                 self.backend.release(handle)
                 self.free.append(index)
@@ -96,20 +104,36 @@ class Engine:
         self.backend.shutdown()
 
 
-def _zeros():
-    import ctypes
-
-    buffer = ctypes.create_string_buffer(b"\x01" * PAGE, PAGE)
-    return buffer, ctypes.addressof(buffer)
+def pattern(number, nbytes):
+    return struct.pack("<q", number) * (nbytes // 8)
 
 
-_BUFFER, _ZEROS = _zeros()
+class Signals:
+    """``ended`` by SIGTERM, ``resting`` by SIGUSR1."""
+
+    def __init__(self):
+        self.ended, self.resting = threading.Event(), threading.Event()
+        signal.signal(signal.SIGTERM, lambda *_: self.ended.set())
+        signal.signal(signal.SIGUSR1, lambda *_: self.resting.set())
 
 
-def churn(engine, rng, ended):
-    """Random load until ``ended``; refusals are part of it."""
+def open_truth(path):
+    fd = os.open(path, os.O_RDWR)
+    return memoryview(mmap.mmap(fd, 4096)).cast("q")
+
+
+def say(text):
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
+def churn(engine, rng, signals):
+    """Random load until the end; refusals are part of it."""
     refused = 0
-    while not ended.is_set():
+    while not signals.ended.is_set():
+        if signals.resting.is_set() and engine.held:
+            time.sleep(0.01)
+            continue
         with engine.lock:
             held = len(engine.held)
             engine.pinned = held // 3
@@ -123,27 +147,23 @@ def churn(engine, rng, ended):
             refused += 1
             time.sleep(0.002)
         engine.budget.check()
-        time.sleep(0.001)
+        time.sleep(0.003)  # so that eight of them leave two cores time to start others
     return refused
 
 
 def main():
     _, _, runtime_dir, name, truth_file, slot, seed, mode = sys.argv
-    fd = os.open(truth_file, os.O_RDWR)
-    truth = memoryview(mmap.mmap(fd, 4096)).cast("q")
-    ended = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: ended.set())
-    engine = Engine(runtime_dir, name, truth=truth, slot=int(slot))
-    sys.stdout.write("ready\n")
-    sys.stdout.flush()
+    signals = Signals()
+    engine = Engine(runtime_dir, name, truth=open_truth(truth_file), slot=int(slot), seed=int(seed))
+    say("ready")
     if mode == "random":
-        churn(engine, random.Random(int(seed)), ended)
+        churn(engine, random.Random(int(seed)), signals)
     else:
         engine.grow(int(mode.partition(":")[2]) // PAGE)
-        sys.stdout.write("held\n")
-        sys.stdout.flush()
-        ended.wait()
+        say("held")
+        signals.ended.wait()
     engine.close()
+    say(engine.verified)
 
 
 if __name__ == "__main__":

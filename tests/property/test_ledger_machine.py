@@ -24,6 +24,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.names = 0
         self.held = {}  # what the engine may hold: it knows of every grant and of no other
         self.floors = {}
+        self.limits = {}  # what the last word allows, and what the administrator's last word did
         self.pending = {}
         self.asked = {}
         self.seen = None  # the most that may be held, by the last look at the device
@@ -63,6 +64,7 @@ class LedgerMachine(RuleBasedStateMachine):
         if tenant is None:
             return -1
         self.held[tenant.ident], self.floors[tenant.ident] = 0, floor
+        self.limits[tenant.ident] = (min(limit, CAPACITY), CAPACITY)
         return tenant.ident
 
     @rule(tenant=tenants, need=st.integers(1, 400), more=BYTES,
@@ -92,7 +94,7 @@ class LedgerMachine(RuleBasedStateMachine):
             nbytes = min(int(ask.nbytes * share), self.held[ask.tenant])
             self.ledger.give_back(ask.tenant, nbytes)
             self.held[ask.tenant] -= nbytes
-            self.ledger.answer(ask.request)
+            self.ledger.answer(ask.request, nbytes)
             self.pump()
 
     @rule(tenant=tenants, spare=st.floats(0, 1), cached=st.floats(0, 1), age=st.floats(0, 100))
@@ -106,11 +108,13 @@ class LedgerMachine(RuleBasedStateMachine):
                 backed, cached_bytes, spare_bytes, floor, age
             )
 
-    @rule(tenant=tenants, limit=st.integers(0, 1200))
-    def limit(self, tenant, limit):
+    @rule(tenant=tenants, limit=st.integers(0, 1200), by_admin=st.booleans())
+    def limit(self, tenant, limit, by_admin):
         if self.is_live(tenant):
             before = self.ledger.tenants[tenant].revision
-            assert self.ledger.set_limit(tenant, limit) == before + 1
+            ceiling = min(limit, CAPACITY) if by_admin else self.limits[tenant][1]
+            self.limits[tenant] = (min(limit, ceiling), ceiling)
+            assert self.ledger.set_limit(tenant, limit, by_admin=by_admin).revision == before + 1
             self.pump()
 
     @rule(tenant=tenants, nbytes=BYTES)
@@ -154,26 +158,39 @@ class LedgerMachine(RuleBasedStateMachine):
             self.seen = None if credited else self.seen
             self.pump()
 
-    @rule(target=tenants, tenant=consumes(tenants), lost=BYTES)
-    def come_back(self, tenant, lost):
-        """A lost socket: the engine knows what it holds, which may be less than the lease."""
+    @rule(target=tenants, tenant=consumes(tenants), lost=BYTES, behind=st.integers(-2, 2),
+          own=st.booleans())  # fmt: skip
+    def come_back(self, tenant, lost, behind, own):
+        """A lost socket: the engine knows what it holds, which may be less than the lease.
+
+        Its word about its limit counts if it is not older than the broker's, or was never heard.
+        """
         if not self.is_live(tenant):
             return tenant
         old = self.ledger.tenants[tenant]
         held = max(0, self.held.pop(tenant) - lost)
+        known = max(0, old.revision - behind)
         new = self.ledger.join(
-            old.name, self.now, limit=old.limit, floor=old.floor, weight=old.weight, lease=held
-        )
+            old.name, self.now, limit=900, floor=old.floor, weight=old.weight, lease=held,
+            revision=known,
+        )  # fmt: skip
+        limit, ceiling = self.limits[tenant]
         if new is None:  # nothing held and the floors are full: it is a newcomer like any other
             self.ledger.revoke(tenant)
             self.pending = {k: v for k, v in self.pending.items() if k[0] != tenant}
             self.ledger.drain(tenant)
             self.seen = None if self.ledger.credit(tenant) else self.seen
             return -1
-        self.ledger.succeed(tenant, new.ident)
+        self.ledger.succeed(tenant, new.ident, own_limit=own)
         self.seen = None
         self.pending = {k: v for k, v in self.pending.items() if k[0] != tenant}
         self.held[new.ident], self.floors[new.ident] = held, old.floor
+        self.limits[new.ident] = (
+            min(900, ceiling) if own or known >= old.revision else limit,
+            ceiling,
+        )
+        assert new.revision >= old.revision
+        assert new.revision > old.revision or new.limit == old.limit, "one revision, two limits"
         self.pump()
         return new.ident
 
@@ -186,6 +203,8 @@ class LedgerMachine(RuleBasedStateMachine):
         self.ledger.check()
         assert {t.ident: t.lease for t in self.ledger.tenants.values()} == self.held
         assert self.ledger.leased == sum(self.held.values()) <= CAPACITY
+        for tenant in self.ledger.live():
+            assert (tenant.limit, tenant.ceiling) == self.limits[tenant.ident]
         waiting = {(c.tenant, c.request) for c in self.ledger.queue}
         assert waiting == set(self.pending)
         assert all(t.limit <= CAPACITY for t in self.ledger.tenants.values())

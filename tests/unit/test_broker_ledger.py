@@ -81,7 +81,7 @@ def test_who_does_not_answer_gets_nothing_until_it_does():
     assert ledger.pump(ASK_S) == [Grant(1, 7, 0, REFUSED)]
     assert ledger.b.late
     assert claim(ledger, ledger.b, 1, now=ASK_S) == [Grant(2, 7, 0, REFUSED)]  # nothing is free
-    ledger.capacity = ledger.b.limit = 2000
+    ledger.capacity = ledger.b.ceiling = ledger.b.limit = 2000
     assert claim(ledger, ledger.b, 1, now=ASK_S) == [Grant(2, 7, 0, LATE)]
     ledger.answer(ask.request)
     ledger.answered_late(ledger.b.ident)
@@ -187,6 +187,42 @@ def test_a_returning_engine_takes_over_its_old_lease():
     assert (ledger.leased, again.limit, again.revision) == (450, 600, 3)
 
 
+def test_an_engine_lowers_its_limit_and_raises_it_no_further_than_an_administrator_allows():
+    ledger = ledger_of(a=0)
+    ident = ledger.a.ident
+
+    def limit(nbytes, *, by_admin):
+        tenant = ledger.set_limit(ident, nbytes, by_admin=by_admin)
+        ledger.check()
+        return tenant.limit, tenant.revision
+
+    assert limit(5000, by_admin=False) == (1000, 1)  # the capacity
+    assert limit(300, by_admin=True) == (300, 2)
+    assert limit(900, by_admin=False) == (300, 3)
+    assert limit(200, by_admin=False) == (200, 4)
+    assert limit(250, by_admin=False) == (250, 5)
+    assert limit(600, by_admin=True) == (600, 6)  # the administrator's word replaces the engine's
+    assert limit(5000, by_admin=True) == (1000, 7)
+
+
+def test_a_returning_engine_may_not_have_heard_what_the_administrator_said():
+    for known, said in ((0, (300, 1)), (1, (300, 1)), (2, (300, 2))):
+        ledger = ledger_of(a=0)
+        ledger.set_limit(ledger.a.ident, 300, by_admin=True)
+        again = ledger.join("a", 0.0, limit=900, floor=0, weight=1.0, lease=0, revision=known)
+        ledger.succeed(ledger.a.ident, again.ident)
+        ledger.check()
+        assert (again.limit, again.revision) == said
+        assert ledger.set_limit(again.ident, 900, by_admin=False).limit == 300
+
+
+def test_a_new_broker_is_told_what_an_administrator_allows():
+    ledger = Ledger(1000, 0.0)
+    a = ledger.join("a", 0.0, limit=900, floor=0, weight=1.0, lease=500, ceiling=400, revision=7)
+    assert (a.limit, a.ceiling, a.revision) == (400, 400, 7)
+    ledger.check()
+
+
 def test_the_device_out_of_memory_lowers_the_capacity_for_a_while():
     ledger = ledger_of(a=500, b=0)
     holds(ledger.a)
@@ -257,7 +293,7 @@ def test_a_look_is_worthless_once_a_lease_came_or_went_in_another_way():
 def test_limits_end_at_the_capacity():
     ledger = ledger_of(a=0)
     assert ledger.a.limit == 1000
-    assert ledger.set_limit(ledger.a.ident, 5000) == 1
+    assert ledger.set_limit(ledger.a.ident, 5000, by_admin=True).revision == 1
     assert ledger.a.limit == 1000
 
 
@@ -330,3 +366,35 @@ def test_no_plan_asks_for_more_than_is_there_or_below_a_floor(rows, shortfall):
     can = [min(h.spare + h.cached + h.split, h.above_floor) for h in make()]
     assert sum(asks.values()) == min(shortfall, sum(can))
     assert all(0 < nbytes <= can[tenant] for tenant, nbytes in asks.items())
+
+
+def test_a_report_that_was_not_made_good_is_not_asked_by_again():
+    ledger = ledger_of(a=0, b=1000)
+    holds(ledger.b, cached=600)
+    (ask,) = claim(ledger, ledger.a, 500)
+    assert ask == Reclaim(ledger.b.ident, ask.request, 500)
+    ledger.answer(ask.request, 0)  # kernels ran, say
+    (once,) = ledger.pump(0.0)  # for all that may be asked, since reports are old
+    ledger.answer(once.request, 0)
+    assert ledger.pump(0.0) == [Grant(ledger.a.ident, 7, 0, REFUSED)]
+    assert [type(e) for e in claim(ledger, ledger.a, 500, request=8)] == [Reclaim], "once a claim"
+    ledger.check()
+
+
+def test_a_new_report_is_asked_by():
+    ledger = ledger_of(a=0, b=1000)
+    holds(ledger.b, cached=600)
+    (ask,) = claim(ledger, ledger.a, 500)
+    ledger.answer(ask.request, 100)
+    ledger.give_back(ledger.b.ident, 100)
+    holds(ledger.b, cached=500)
+    (again,) = ledger.pump(0.0)
+    assert again == Reclaim(ledger.b.ident, again.request, 400)
+
+
+def test_what_only_a_split_can_give_is_asked_of_engines_that_pause():
+    ledger = ledger_of(a=0, b=500, c=500)
+    for tenant, idle in ((ledger.b, False), (ledger.c, True)):
+        tenant.report = Report(500, 0, 0, 100, 0.0, idle)
+    (ask,) = claim(ledger, ledger.a, 300)
+    assert ask.tenant == ledger.c.ident

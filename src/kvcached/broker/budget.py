@@ -85,7 +85,10 @@ class Budget(Protocol):
         ...
 
     def set_limit(self, nbytes: int) -> LimitRecord:
-        """Set the limit, to the device's capacity at most. The owner gives back what is above."""
+        """Set the limit, to the device's capacity at most. The owner gives back what is above.
+
+        What an administrator has set is not exceeded: the record says what holds.
+        """
         ...
 
     def limit_record(self) -> LimitRecord:

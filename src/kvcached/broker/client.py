@@ -20,17 +20,13 @@ from typing import Any
 from kvcached.broker import protocol as p
 from kvcached.broker.admin import list_tenants, request_reclaim, set_tenant_limit
 from kvcached.broker.budget import Tenant
+from kvcached.broker.limits import EngineLimit, checked_size
 from kvcached.broker.link import Welcome
 from kvcached.broker.protocol import Message, Op
 from kvcached.broker.session import Session
 from kvcached.broker.waiting import LOST, Waiting
 from kvcached.config import Config, check_name, format_size
-from kvcached.errors import (
-    BudgetExceeded,
-    ClosedError,
-    ForkedProcessError,
-    InvalidInput,
-)
+from kvcached.errors import BudgetExceeded, ClosedError, ForkedProcessError
 from kvcached.stats import LimitRecord, TenantReport
 
 __all__ = ["BrokerBudget", "list_tenants", "request_reclaim", "set_tenant_limit"]
@@ -80,11 +76,11 @@ class BrokerBudget:
         meta: dict[str, Any] | None = None,
     ) -> None:  # fmt: skip
         self._name = check_name(name)
-        self._floor, self._weight = _size("floor", floor_bytes), weight
-        self._limit = p.MAX_BYTES if limit_bytes is None else _size("limit", limit_bytes)
+        self._floor, self._weight = checked_size("floor", floor_bytes), weight
+        self._limit = EngineLimit(limit_bytes)
         self._meta = meta or {}
         self._instance = secrets.token_hex(16)
-        self._revision = self._claimed = self._lease = 0
+        self._claimed = self._lease = 0
         self._tenant: Tenant | None = None
         self._changed = threading.Condition(threading.RLock())
         self._waiting = Waiting()
@@ -111,7 +107,7 @@ class BrokerBudget:
     @property
     def limit_bytes(self) -> int:
         """See ``Budget.limit_bytes``."""
-        return self._limit
+        return self._limit.nbytes
 
     @property
     def capacity_bytes(self) -> int:
@@ -131,7 +127,7 @@ class BrokerBudget:
         Without a broker this grants what the lease still covers, and raises beyond.
         """
         self._require_usable()
-        _size("claim", nbytes)
+        checked_size("claim", nbytes)
         with self._changed:
             self._busy_at = time.monotonic()
             if self._fits(nbytes, transient=transient):
@@ -144,7 +140,7 @@ class BrokerBudget:
     def claim_if_free(self, nbytes: int, *, ask: bool) -> bool:
         """See ``Budget.claim_if_free``. Not while others wait for memory."""
         with self._changed:
-            if self._closed or self._forked or self._claimed + nbytes > self._limit:
+            if self._closed or self._forked or self._claimed + nbytes > self.limit_bytes:
                 return False
             if self._fits(nbytes):
                 self._claimed += nbytes
@@ -160,24 +156,24 @@ class BrokerBudget:
             assert 0 <= nbytes <= self._claimed, "I1: gave back more than was claimed"
             self._claimed -= nbytes
             self._busy_at = time.monotonic()
-            urgent = self._lease > self._limit or self._session.pressure
+            urgent = self._lease > self.limit_bytes or self._session.pressure
             if urgent and not self._reclaiming:
                 self._return_slack()
 
     def set_limit(self, nbytes: int) -> LimitRecord:
         """See ``Budget.set_limit``. Reclaims at once, on the caller's thread."""
         self._require_usable()
-        _size("limit", nbytes)
+        checked_size("limit", nbytes)
         with self._changed:
-            self._limit = min(nbytes, self.capacity_bytes)
-            self._revision += 1
-            self._session.send(Message(Op.OWN_LIMIT, body={"limit": nbytes}))
+            self._limit.set_own(min(nbytes, self.capacity_bytes))
+            self._say_limit()
             self._apply_limit()
             return self.limit_record()
 
     def limit_record(self) -> LimitRecord:
         """See ``Budget.limit_record``."""
-        return LimitRecord(self._limit, self._revision, self._lease, self._floor, self._weight)
+        nbytes, revision = self._limit.nbytes, self._limit.revision
+        return LimitRecord(nbytes, revision, self._lease, self._floor, self._weight)
 
     def report_out_of_memory(self, nbytes: int) -> bool:
         """See ``Budget.report_out_of_memory``. The broker hands out less for a while."""
@@ -220,8 +216,8 @@ class BrokerBudget:
         deadline = time.monotonic() + _CLAIM_S
         while True:
             self._require_usable()
-            if self._claimed + nbytes > self._limit:
-                raise self._refused(nbytes, f"the limit is {format_size(self._limit)}")
+            if self._claimed + nbytes > self.limit_bytes:
+                raise self._refused(nbytes, f"the limit is {format_size(self.limit_bytes)}")
             if self._fits(nbytes):
                 self._claimed += nbytes
                 return
@@ -238,7 +234,7 @@ class BrokerBudget:
 
     def _fits(self, nbytes: int, *, transient: bool = False) -> bool:
         """Whether lease and limit cover ``nbytes`` more."""
-        most = self._lease if transient else min(self._lease, self._limit)
+        most = self._lease if transient else min(self._lease, self.limit_bytes)
         return self._claimed + nbytes <= most
 
     def _ask(self, nbytes: int, deadline: float, *, transient: bool = False) -> int | None:
@@ -299,8 +295,13 @@ class BrokerBudget:
         return max(0, aim + nbytes - self._lease)
 
     def _apply_limit(self) -> None:
-        if self._lease > self._limit:
-            self._reclaim(self._lease - self._limit)
+        if self._lease > self.limit_bytes:
+            self._reclaim(self._lease - self.limit_bytes)
+
+    def _say_limit(self) -> None:
+        change = self._limit.to_change()
+        if change is not None and self._session.send(Message(Op.OWN_LIMIT, body=change)):
+            self._limit.said()
 
     # --- Client: what the session's thread calls -------------------------------------------------
 
@@ -319,7 +320,8 @@ class BrokerBudget:
             elif op is Op.LIMIT:
                 self._on_limit(message)
             elif op is Op.DONE:
-                self._revision = max(self._revision, p.field(message.body, "revision", 0))
+                self._limit.answered(message.body)
+                self._apply_limit()
             elif op is Op.ERROR:
                 _LOG.warning("%s: the broker says: %s", self._name, message.body.get("error"))
 
@@ -333,11 +335,9 @@ class BrokerBudget:
         self._changed.notify_all()
 
     def _on_limit(self, message: Message) -> None:
-        nbytes, revision = message.values
         before = self._lease
-        if revision >= self._revision:
-            self._limit, self._revision = nbytes, revision
-            self._apply_limit()
+        self._limit.set_by_admin(*message.values)
+        self._apply_limit()
         self._session.send(
             Message(Op.ANSWER, message.request, values=(max(0, before - self._lease),))
         )
@@ -348,8 +348,8 @@ class BrokerBudget:
         if self._closed or not self._changed.acquire(blocking=False):
             return  # the owner is at work; the next round comes soon
         try:
-            if self._lease > self._limit:
-                self._apply_limit()
+            self._say_limit()
+            self._apply_limit()
             if time.monotonic() - self._busy_at > _IDLE_S:
                 self._return_slack()
             self._send_report()
@@ -370,17 +370,15 @@ class BrokerBudget:
         with self._changed:
             self._lease = self._claimed
             return {
-                "name": self._name, "instance": self._instance, "limit": self._limit,
-                "floor": self._floor, "weight": self._weight, "lease": self._lease,
-                "revision": self._revision, "meta": self._meta,
+                "name": self._name, "instance": self._instance, "floor": self._floor,
+                "weight": self._weight, "lease": self._lease, "meta": self._meta,
+                **self._limit.to_hello(),
             }  # fmt: skip
 
     def welcomed(self, welcome: Welcome) -> None:
         """See ``Client.welcomed``."""
         with self._changed:
-            self._limit = min(self._limit, welcome.capacity)
-            if welcome.revision > self._revision:
-                self._limit, self._revision = welcome.limit, welcome.revision
+            self._limit.welcomed(welcome.limit, welcome.ceiling, welcome.revision)
             self._reported = None
             self._changed.notify_all()
 
@@ -399,9 +397,3 @@ class BrokerBudget:
             )
         if self._closed:
             raise ClosedError(f"the budget {self._name!r} is closed")
-
-
-def _size(what: str, nbytes: int) -> int:
-    if isinstance(nbytes, bool) or not isinstance(nbytes, int) or not 0 <= nbytes <= p.MAX_BYTES:
-        raise InvalidInput(f"{what} is {nbytes!r}, but must be a number of bytes >= 0")
-    return nbytes

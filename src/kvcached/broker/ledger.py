@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from kvcached.broker.ceiling import Ceiling
 from kvcached.broker.lease import DRAINING, LIVE, REVOKED, Ask, Claim, Grant, Reclaim, Tenant
 from kvcached.broker.plan import Holding, fair_shares, plan_reclaim
-from kvcached.broker.protocol import LATE, REFUSED
+from kvcached.broker.protocol import LATE, MAX_BYTES, REFUSED
 
 GRACE_S = 0.5
 """How long a new broker grants nothing while engines of the last one are still missing."""
@@ -60,13 +60,15 @@ class Ledger:
 
     def join(
         self, name: str, now: float, *, limit: int, floor: int, weight: float,
-        lease: int = 0, instance: str = "",
+        lease: int = 0, instance: str = "", ceiling: int = MAX_BYTES, revision: int = 0,
     ) -> Tenant | None:  # fmt: skip
         """Add a tenant; ``None`` if the floors would not fit. A re-asserted lease always does."""
         if not lease and self._floors() + floor > self.capacity:
             return None
-        limit = min(limit, self.capacity)
-        tenant = Tenant(self._next, name, limit=limit, floor=floor, weight=weight)
+        tenant = Tenant(
+            self._next, name, limit=min(limit, self.capacity), floor=floor, weight=weight,
+            ceiling=min(ceiling, self.capacity), revision=revision,
+        )  # fmt: skip
         self._next += 1
         tenant.lease = lease
         self.tenants[tenant.ident] = tenant
@@ -106,12 +108,14 @@ class Ledger:
         self._note_over_commitment()
         return tenant.lease
 
-    def succeed(self, old: int, new: int) -> None:
-        """Tenant ``new`` is ``old`` on a new connection: its own word about its lease counts."""
+    def succeed(self, old: int, new: int, *, own_limit: bool = False) -> None:
+        """Tenant ``new`` is ``old`` on a new connection: its own word about its lease counts.
+
+        ``own_limit``: it has changed its limit, and does not know whether that was heard.
+        """
         previous = self.tenants.pop(old)
         tenant = self.tenants[new]
-        if previous.revision > tenant.revision:
-            tenant.limit, tenant.revision = previous.limit, previous.revision
+        tenant.take_over(previous, own=own_limit)
         self.queue = [claim for claim in self.queue if claim.tenant != old]
         self.asks = {key: ask for key, ask in self.asks.items() if ask.tenant != old}
         self.ceiling.forget()
@@ -142,11 +146,13 @@ class Ledger:
         self._note_over_commitment()
         return True
 
-    def answer(self, request: int) -> None:
-        """The tenant has done what it could for this ``Reclaim``."""
+    def answer(self, request: int, given: int | None = None) -> None:
+        """The tenant has done what it could for this ``Reclaim``: it gave ``given`` bytes."""
         ask = self.asks.pop(request, None)
         if ask is not None:
             tenant = self.tenants[ask.tenant]
+            if given is not None and given < ask.nbytes:
+                tenant.spent = tenant.report
             tenant.asked = max(0, tenant.asked - ask.nbytes)
             tenant.late = False
 
@@ -154,12 +160,11 @@ class Ledger:
         """The tenant answers again; it may claim again."""
         self.tenants[ident].late = False
 
-    def set_limit(self, ident: int, nbytes: int) -> int:
-        """Set a limit, to the capacity at most, and return its revision."""
+    def set_limit(self, ident: int, nbytes: int, *, by_admin: bool, revision: int = 0) -> Tenant:
+        """Set a limit, as far as capacity and, for an engine itself, the administrator allow."""
         tenant = self.tenants[ident]
-        tenant.limit = min(nbytes, self.capacity)
-        tenant.revision += 1
-        return tenant.revision
+        tenant.set_limit(min(nbytes, self.capacity), by_admin=by_admin, revision=revision)
+        return tenant
 
     def out_of_memory(self, nbytes: int, now: float) -> None:
         """The device refused ``nbytes`` that were leased: hand out less for a while."""
@@ -231,6 +236,8 @@ class Ledger:
         assert all(t.lease >= 0 for t in self.tenants.values()), "I7: a negative lease"
         if not self.over_committed:
             assert self.leased <= self.capacity, "I7: leases above the capacity"
+        limits = [(t.limit, t.ceiling, self.capacity) for t in self.tenants.values()]
+        assert all(a <= b <= c for a, b, c in limits), "I7: a limit above what is allowed"
         live = {tenant.ident for tenant in self.live()}
         assert {claim.tenant for claim in self.queue} <= live, "I8: a dead tenant's claim waits"
         assert {ask.tenant for ask in self.asks.values()} <= live, "I8: a dead tenant is asked"
@@ -307,9 +314,12 @@ class Ledger:
     @staticmethod
     def _holding(tenant: Tenant, share: int) -> Holding:
         report, rest = tenant.report, tenant.lease - tenant.asked
-        unused = max(0, tenant.lease - report.backed)
-        kinds = [unused + report.spare, report.cached]
-        kinds.append(max(0, report.backed - report.spare - report.cached - report.packed_floor))
+        kinds = [max(0, tenant.lease - report.backed), 0, 0]
+        if report != tenant.spent:
+            kinds[0] += report.spare
+            kinds[1] = report.cached
+        if report != tenant.spent and report.idle:
+            kinds[2] = report.backed - report.spare - report.cached - report.packed_floor
         over = tenant.asked
         for index, kind in enumerate(kinds):  # what is asked for already comes off in that order
             kinds[index] = max(0, kind - over)

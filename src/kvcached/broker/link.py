@@ -43,6 +43,7 @@ _HINTS = {
     p.NAME_TAKEN: "Give each engine of a device its own name=.",
     p.REFUSED: "Lower the floors, or raise the budget.",
 }
+_SAID = ("capacity", "slot", "limit", "ceiling", "revision")
 _open_fds: set[int] = set()
 
 
@@ -147,6 +148,7 @@ class Welcome(NamedTuple):
     capacity: int
     slot: int
     limit: int
+    ceiling: int
     revision: int
     epoch: int
 
@@ -189,7 +191,7 @@ def _enter_once(
             for fd in fds:
                 os.close(fd)
             raise ProtocolError(f"{reply.op.name} is no answer to HELLO")
-        said = {key: p.field(reply.body, key) for key in ("capacity", "slot", "limit", "revision")}
+        said = {key: p.field(reply.body, key) for key in _SAID}
         return Welcome(connection, MirrorReader(fds[0]), epoch=reply.epoch, **said)
     except BaseException:
         connection.close()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import string
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from kvcached.broker import protocol as p
-from kvcached.broker.lease import LIVE, Grant, Report
+from kvcached.broker.lease import LIVE, Grant, Report, Tenant
 from kvcached.broker.ledger import ASK_S, Ledger
 from kvcached.broker.members import Member, Members
 from kvcached.broker.mirror import SLOTS, MirrorState, MirrorWriter
@@ -19,7 +20,10 @@ from kvcached.errors import ProtocolError
 _FIRST_ADMIN_REQUEST = 1 << 48
 _ADMIN_WAIT_S = 1.0
 _NAME = frozenset(string.ascii_lowercase + string.digits + "._-")
-_MAX_META = 2048
+_MAX_META, _MAX_REPORT = 2048, 1024
+"""As JSON: with the rest of a tenant's row, both fit one message of a list."""
+_MAX_CLAIMS = 64
+"""Of one tenant that wait at a time: each costs time with every message of anybody."""
 _OBSERVE_S = 0.1
 _LOOK_S = 0.03
 """How long a look at the device counts: a burst of claims costs one call of its library."""
@@ -29,6 +33,11 @@ def is_name(name: object) -> bool:
     """The rule of ``config.check_name``, without the imports that config needs."""
     fits = isinstance(name, str) and 0 < len(name) <= 64 and name[0] not in "._-"
     return fits and _NAME.issuperset(str(name))
+
+
+def _length(body: dict[str, Any]) -> int:
+    """Bytes of ``body`` when we send it on: what a peer wrote may have been shorter."""
+    return len(json.dumps(body, separators=(",", ":")))
 
 
 class _Waiter(NamedTuple):
@@ -157,7 +166,7 @@ class Service:
             raise ProtocolError("HELLO needs a valid name and an instance")
         if not isinstance(weight, int | float) or not 0 < weight < 1e9:
             raise ProtocolError(f"weight is {weight!r}, but must be a number above 0")
-        if not isinstance(meta, dict) or len(str(meta)) > _MAX_META or peer.ident:
+        if not isinstance(meta, dict) or _length(meta) > _MAX_META or peer.ident:
             raise ProtocolError("meta is too long, or this connection has a tenant already")
         taken = self.members.holder_of(str(name), instance)
         if taken is not None:
@@ -176,6 +185,7 @@ class Service:
                 body["name"], now, limit=field(body, "limit"),
                 floor=field(body, "floor", 0), weight=float(body.get("weight", 1.0)),
                 lease=field(body, "lease", 0), instance=body["instance"],
+                ceiling=field(body, "ceiling", p.MAX_BYTES), revision=field(body, "revision", 0),
             )  # fmt: skip
         except ProtocolError:
             os.close(pidfd)
@@ -184,8 +194,7 @@ class Service:
             os.close(pidfd)
             capacity = self.ledger.capacity
             raise Refusal(p.REFUSED, f"the floors of all exceed the capacity of {capacity} bytes")
-        tenant.revision = field(body, "revision", 0)
-        self._replace(body["instance"], tenant.ident)
+        self._replace(body["instance"], tenant.ident, own_limit=body.get("own") is True)
         used = {member.slot for member in self.members.by_ident.values()}
         slot = next(i for i in range(SLOTS) if i not in used)
         member = Member(tenant, peer, pidfd, slot, now)
@@ -195,10 +204,11 @@ class Service:
         self.members.write_roster()  # before the first grant: the next broker must know
         self._mirror.write_limit(slot, tenant.limit)
         welcome = {"capacity": self.ledger.capacity, "slot": slot, "limit": tenant.limit,
-                   "revision": tenant.revision, "pid": os.getpid()}  # fmt: skip
+                   "ceiling": tenant.ceiling, "revision": tenant.revision,
+                   "pid": os.getpid()}  # fmt: skip
         self._reply(peer, message, Op.WELCOME, body=welcome, fds=(self._mirror.fd,))
 
-    def _replace(self, instance: str, ident: int) -> None:
+    def _replace(self, instance: str, ident: int, *, own_limit: bool) -> None:
         """An engine that lost its socket is back: its new connection takes over."""
         earlier = self.members.of_instance(instance)
         if earlier is None:
@@ -206,12 +216,16 @@ class Service:
         if earlier.peer is not None:
             earlier.peer.ident = 0
             earlier.peer.cut()
-        self.ledger.succeed(earlier.tenant.ident, ident)
+        self.ledger.succeed(earlier.tenant.ident, ident, own_limit=own_limit)
         self.members.remove(earlier.tenant.ident)
 
     def _claim(self, peer: Peer, message: Message, _fds: list[int], now: float) -> None:
         need, want = message.values
         ident, transient = self._own(peer), message.status == p.TRANSIENT
+        if sum(claim.tenant == ident for claim in self.ledger.queue) >= _MAX_CLAIMS:
+            refusal = Message(Op.GRANT, message.request, self._epoch, p.REFUSED, (0,))
+            peer.send(refusal)
+            return
         self.ledger.claim(ident, message.request, need, want, now, transient=transient)
 
     def _give_back(self, peer: Peer, message: Message, _fds: list[int], _now: float) -> None:
@@ -223,16 +237,20 @@ class Service:
         body = message.body
         names = ("backed_bytes", "cached_bytes", "spare_bytes", "packed_floor_bytes")
         age = body.get("oldest_cached_age_s", 0.0)
-        if not isinstance(age, int | float) or not 0 <= age < 1e12 or len(str(body)) > _MAX_META:
-            raise ProtocolError("REPORT has a bad age, or is too long")
+        numbers = all(isinstance(n, int | float) and 0 <= n <= p.MAX_BYTES for n in body.values())
+        if not numbers or age >= 1e12 or _length(body) > _MAX_REPORT:
+            raise ProtocolError("REPORT has a value that is no size or age, or is too long")
         backed, cached, spare, packed_floor = (field(body, name, 0) for name in names)
-        member.tenant.report = Report(backed, cached, spare, packed_floor, float(age))
+        idle = body.get("idle") is not False
+        member.tenant.report = Report(backed, cached, spare, packed_floor, float(age), idle)
         member.report = body
 
     def _own_limit(self, peer: Peer, message: Message, _fds: list[int], _now: float) -> None:
         member = self.members.by_ident[self._own(peer)]
-        revision = self._change_limit(peer, member, field(message.body, "limit"))
-        self._reply(peer, message, Op.DONE, body={"revision": revision})
+        tenant = self._change_limit(peer, member, message.body, by_admin=False)
+        # The limit too: an administrator's change may be on its way to the engine at this moment.
+        body = {"limit": tenant.limit, "revision": tenant.revision}
+        self._reply(peer, message, Op.DONE, body=body)
 
     def _answer(self, peer: Peer, message: Message, _fds: list[int], _now: float) -> None:
         ident = self._own(peer)
@@ -244,7 +262,7 @@ class Service:
         if ask is None:
             self.ledger.answered_late(ident)
         elif ask.tenant == ident:
-            self.ledger.answer(message.request)
+            self.ledger.answer(message.request, message.values[0])
 
     def _out_of_memory(self, peer: Peer, message: Message, _fds: list[int], now: float) -> None:
         name = self.members.by_ident[self._own(peer)].tenant.name
@@ -262,8 +280,8 @@ class Service:
 
     def _set_limit(self, peer: Peer, message: Message, _fds: list[int], now: float) -> None:
         member = self._named(message)
-        revision = self._change_limit(peer, member, field(message.body, "limit"))
-        self._ask(peer, message, member, Op.LIMIT, (member.tenant.limit, revision), now)
+        tenant = self._change_limit(peer, member, message.body, by_admin=True)
+        self._ask(peer, message, member, Op.LIMIT, (tenant.limit, tenant.revision), now)
 
     def _ask_reclaim(self, peer: Peer, message: Message, _fds: list[int], now: float) -> None:
         member = self._named(message)
@@ -289,14 +307,18 @@ class Service:
             raise Refusal(p.UNKNOWN_NAME, "no live tenant of that name", names=names)
         return member
 
-    def _change_limit(self, peer: Peer, member: Member, nbytes: int) -> int:
+    def _change_limit(
+        self, peer: Peer, member: Member, body: dict[str, Any], *, by_admin: bool
+    ) -> Tenant:
         old = member.tenant.limit
-        revision = self.ledger.set_limit(member.tenant.ident, nbytes)
-        new = member.tenant.limit
-        self._mirror.write_limit(member.slot, new)
-        self._log(f"limit {member.tenant.name} {old} -> {new} revision {revision} "
+        tenant = self.ledger.set_limit(
+            member.tenant.ident, field(body, "limit"), by_admin=by_admin,
+            revision=0 if by_admin else field(body, "revision", 0),
+        )  # fmt: skip
+        self._mirror.write_limit(member.slot, tenant.limit)
+        self._log(f"limit {tenant.name} {old} -> {tenant.limit} revision {tenant.revision} "
                   f"by uid {peer.uid} pid {peer.pid}")  # fmt: skip
-        return revision
+        return tenant
 
     def _ask(
         self, admin: Peer, message: Message, member: Member, op: Op, values: tuple[int, ...],
@@ -324,7 +346,11 @@ class Service:
 
     def _publish(self) -> None:
         ledger = self.ledger
-        state = MirrorState(ledger.capacity, ledger.leased, ledger.shortfall(), self._epoch)
+        leased = min(
+            ledger.leased, p.MAX_BYTES
+        )  # tenants assert what they like: the field is fixed
+        shortfall = min(ledger.shortfall(), p.MAX_BYTES)
+        state = MirrorState(ledger.capacity, leased, shortfall, self._epoch)
         if state != self._published:
             self._published = state
             self._mirror.write(state)
