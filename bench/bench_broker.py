@@ -23,16 +23,22 @@ import sys
 from kvcached import CacheSpec, KVCache
 from kvcached.memory.views import tensor_from_address
 cache = KVCache(CacheSpec(**{SPEC!r}), name=sys.argv[1], max_tokens=1 << 20)
+
+def fill(tokens, at_once):
+    batch = [cache.new_sequence() for _ in range(1 if at_once else 8)]
+    step = tokens if at_once else cache.spec.block_size
+    for start in range(0, tokens // len(batch), step):  # as decode does: a block each, in turn
+        for number, sequence in enumerate(batch):
+            cache.extend(sequence, [number + token for token in range(start, start + step)])
+    for first, count, _ in cache.page_runs():
+        tensor_from_address(base + first * page, count * page).fill_(1)
+    return batch
+
+base, page = cache.layer(0)[0].data_ptr(), cache.backend.page_bytes
 for line in sys.stdin:
-    tokens = {BYTES} // cache.spec.token_bytes
-    sequence = cache.new_sequence()
-    cache.extend(sequence, list(range(tokens)))
-    first, count, _ = max(cache.page_runs(), key=lambda run: run[1])
-    base = cache.layer(0)[0].data_ptr()
-    tensor_from_address(base + first * cache.backend.page_bytes,
-                        count * cache.backend.page_bytes).fill_(1)
-    if line.strip() == "cached":
-        cache.free(sequence)
+    for sequence in fill({BYTES} // cache.spec.token_bytes, line.strip() != "decoded"):
+        if line.strip() != "used":
+            cache.free(sequence)
     print("ready", flush=True)
 cache.close()
 """
@@ -85,14 +91,17 @@ def claims() -> list[dict[str, Any]]:
             row("give back and claim within the lease", covered, unit="us")]  # fmt: skip
 
 
-def peer_claims(repeats: int = 9) -> dict[str, Any]:
-    """Seconds until 256 MiB of an idle peer's cached prefixes are ours."""
+def peer_claims(how: str, repeats: int = 15) -> dict[str, Any]:
+    """Seconds until 256 MiB of an idle peer's cached prefixes are ours.
+
+    ``how`` they came: ``cached``, all at once, or ``decoded``, block by block.
+    """
     from kvcached import CacheSpec, KVCache
 
     peer, samples = Peer("idle"), []
     with KVCache(CacheSpec(**SPEC), name="claimer", max_tokens=1 << 20) as cache:
         for _ in range(repeats):
-            peer.fill("cached")
+            peer.fill(how)
             sequence = cache.new_sequence()
             start = time.perf_counter()
             cache.extend(sequence, BYTES // cache.spec.token_bytes)
@@ -100,7 +109,8 @@ def peer_claims(repeats: int = 9) -> dict[str, Any]:
             cache.free(sequence)
             cache.trim()
     peer.end()
-    return row("claim 256 MiB from an idle peer's prefixes", samples, unit="ms")
+    came = "that came at once" if how == "cached" else "that decode filled block by block"
+    return row(f"claim 256 MiB of an idle peer's prefixes {came}", samples, unit="ms")
 
 
 def kills(repeats: int = 7) -> dict[str, Any]:
@@ -133,7 +143,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="kvc-") as folder:
         os.environ["KVCACHED_RUNTIME_DIR"] = f"{folder}/r"
         os.environ["KVCACHED_BUDGET"] = str(BYTES + (16 << 20))
-        rows = [*claims(), peer_claims(), kills()]
+        rows = [*claims(), peer_claims("cached"), peer_claims("decoded"), kills()]
     write("broker", "budget between processes, host backend", rows)
 
 

@@ -47,7 +47,7 @@ class CountingTenant:
     def report(self):
         return TenantReport(
             backed_bytes=self.in_use + self.cached, in_use_bytes=self.in_use,
-            cached_bytes=self.cached, packed_floor_bytes=self.in_use,
+            cached_bytes=self.cached, split_floor_bytes=self.in_use,
             oldest_cached_age_s=self.age if self.cached else 0.0,
         )  # fmt: skip
 

@@ -45,6 +45,19 @@ from kvcached._hot import (
 )  # fmt: skip
 
 
+@_jit(_I(_BLK, _META))
+def touched_pages(blk, meta):
+    """How many pages have a byte of a block in use, in address order each once."""
+    bb, pb = meta[M_BB], meta[M_PB]
+    count, end = 0, 0
+    for b in range(blk.shape[0]):
+        if blk[b, STATE] == USED:
+            low = max(end, b * bb // pb)
+            end = (b * bb + bb - 1) // pb + 1
+            count += max(0, end - low)
+    return count
+
+
 @_jit(_I(_I, _VEC, _BLK, _EXT, _META))
 def live_runs(e, out, blk, ext, meta):
     """Runs of pages of extent ``e`` under blocks that are not free, as (first, count) pairs.

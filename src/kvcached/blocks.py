@@ -150,6 +150,11 @@ class BlockPool:
         kept = int(size[~used & ~waiting & cached].sum()) * group
         return in_use, kept, self.pages.backed_bytes - in_use - kept - quarantined, quarantined
 
+    def split_floor_bytes(self) -> int:
+        """Bytes of the pages that blocks in use lie on, the null block's too."""
+        pages = int(self._scan.touched_pages(self.blk, self.meta))
+        return pages * self.geometry.page_group_bytes
+
     def page_runs(self) -> list[tuple[int, int, str]]:
         """See ``KVCache.page_runs``."""
         h, runs = self.hot, list[tuple[int, int, str]]()

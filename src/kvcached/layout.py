@@ -10,7 +10,7 @@ every plane at the same offset. In both, the address of a block is linear in its
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from kvcached.errors import InvalidInput
@@ -199,10 +199,17 @@ class Geometry:
     num_planes: int
     num_blocks: int
     page_bytes: int
+    num_pages: int = field(init=False, compare=False)
+    """Pages of one plane."""
+    page_group_bytes: int = field(init=False, compare=False)
+    """Physical bytes behind one page index: a page in every plane."""
 
     def __post_init__(self) -> None:
         for name in ("block_bytes", "num_planes", "num_blocks", "page_bytes"):
             _positive(name, getattr(self, name))
+        pages = cdiv(self.num_blocks * self.block_bytes, self.page_bytes)
+        object.__setattr__(self, "num_pages", pages)  # frozen, and read at every growth
+        object.__setattr__(self, "page_group_bytes", self.num_planes * self.page_bytes)
 
     @classmethod
     def of(cls, spec: CacheSpec, *, page_bytes: int, num_blocks: int) -> Geometry:
@@ -215,11 +222,6 @@ class Geometry:
         return cls(spec.key_bytes, planes, num_blocks, page_bytes)
 
     @property
-    def num_pages(self) -> int:
-        """Pages of one plane."""
-        return cdiv(self.num_blocks * self.block_bytes, self.page_bytes)
-
-    @property
     def plane_bytes(self) -> int:
         """Bytes of address space of one plane."""
         return self.num_pages * self.page_bytes
@@ -228,11 +230,6 @@ class Geometry:
     def reserved_bytes(self) -> int:
         """Bytes of address space of all planes."""
         return self.num_planes * self.plane_bytes
-
-    @property
-    def page_group_bytes(self) -> int:
-        """Physical bytes behind one page index: a page in every plane."""
-        return self.num_planes * self.page_bytes
 
     def pages_of(self, block: int) -> range:
         """The pages that ``block`` touches."""

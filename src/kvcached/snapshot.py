@@ -13,7 +13,7 @@ def take_report(blocks: BlockPool, *, idle: bool = True) -> TenantReport:
     return TenantReport(
         backed_bytes=blocks.pages.backed_bytes, in_use_bytes=in_use, cached_bytes=cached,
         spare_bytes=spare, quarantined_bytes=quarantined,
-        packed_floor_bytes=blocks.geometry.packed_floor_bytes(blocks.num_used + 1),  # null block
+        split_floor_bytes=blocks.split_floor_bytes(),
         oldest_cached_age_s=blocks.oldest_cached_seconds(), idle=idle,
     )  # fmt: skip
 
@@ -49,7 +49,9 @@ def take_stats(name: str, spec: CacheSpec, blocks: BlockPool, sequences: int) ->
         backed_bytes=report.backed_bytes, in_use_bytes=report.in_use_bytes,
         cached_bytes=report.cached_bytes, spare_bytes=report.spare_bytes,
         quarantined_bytes=report.quarantined_bytes, lease_bytes=pages.budget.lease_bytes,
-        limit_bytes=pages.budget.limit_bytes, packed_floor_bytes=report.packed_floor_bytes,
+        limit_bytes=pages.budget.limit_bytes,
+        packed_floor_bytes=g.packed_floor_bytes(blocks.num_used + 1),  # and the null block
+        split_floor_bytes=report.split_floor_bytes,
         spare_target_bytes=blocks.spares.target(blocks.clock()),
         blocks_total=g.num_blocks - 1, blocks_usable=usable, blocks_in_use=blocks.num_used,
         blocks_cached=blocks.num_cached, blocks_quarantined=blocks.num_quarantined,

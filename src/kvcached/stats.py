@@ -48,7 +48,7 @@ class CacheStats:
     under the strongest claim on it: a block in use, else a fence not yet passed (quarantined),
     else a cached prefix, else it is spare. So each figure says what an action can give back:
     spare at once, cached by eviction, quarantined by waiting, in use by a split, down to
-    ``packed_floor_bytes``.
+    ``split_floor_bytes``.
     """
 
     schema_version: int
@@ -67,6 +67,12 @@ class CacheStats:
     limit_bytes: int
     packed_floor_bytes: int
     """The fewest whole pages that could hold the blocks in use."""
+    split_floor_bytes: int
+    """The whole pages that the blocks in use lie on: what splits can get down to.
+
+    The packed floor where a block is whole pages; else up to two partial pages more for each run of
+    blocks, since a split keeps block ids and so addresses.
+    """
     spare_target_bytes: int
     """What may stay spare now: it follows the growth of the last second, and decays to zero."""
     blocks_total: int
@@ -116,7 +122,7 @@ class TenantReport:
     cached_bytes: int = 0
     spare_bytes: int = 0
     quarantined_bytes: int = 0
-    packed_floor_bytes: int = 0
+    split_floor_bytes: int = 0
     oldest_cached_age_s: float = 0.0
     """Seconds since the least recently used cached prefix was used."""
     idle: bool = True

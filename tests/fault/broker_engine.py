@@ -92,7 +92,7 @@ class Engine:
         pinned = min(self.pinned, len(self.held)) * PAGE
         return TenantReport(
             backed_bytes=held, in_use_bytes=pinned, cached_bytes=held - pinned,
-            packed_floor_bytes=pinned, oldest_cached_age_s=1.0 if held > pinned else 0.0,
+            split_floor_bytes=pinned, oldest_cached_age_s=1.0 if held > pinned else 0.0,
         )  # fmt: skip
 
     def close(self):

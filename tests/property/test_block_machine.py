@@ -223,6 +223,8 @@ class BlockMachine(RuleBasedStateMachine):
         g = self.pool.geometry
         pages = {p for b in {0, *self.refs, *self.waiting} for p in g.pages_of(b)}
         assert self.pool.pages.backed_pages == len(pages), "trim left more than what is in use"
+        if not self.waiting:
+            assert self.pool.split_floor_bytes() == self.pool.pages.backed_bytes
 
     @rule(seconds=st.floats(0, 2))
     def time_passes(self, seconds):

@@ -69,6 +69,24 @@ def test_at_most_two_percent_are_lost(spec):
 
 
 @pytest.mark.parametrize("spec", CASES)
+def test_a_split_ends_at_the_pages_that_blocks_in_use_lie_on(spec):
+    """Ids stay, so scattered blocks of odd sizes cost up to two partial pages a run: no more."""
+    g = Geometry.of(spec, page_bytes=PAGE, num_blocks=4000)
+    pool = block_pool(HollowBackend(PAGE), block_bytes=g.block_bytes, num_blocks=4000, longest=128)
+    ids = pool.alloc(3000)
+    kept = ids[::40]
+    pool.free(np.setdiff1d(ids, kept))
+    pool.trim()
+    backed = pool.pages.backed_bytes
+    assert backed == pool.split_floor_bytes()
+    floor = g.packed_floor_bytes(len(kept) + 1)
+    assert floor <= backed <= floor + 2 * PAGE * (len(kept) + 1)
+    if spec.block_bytes % PAGE == 0:
+        assert backed == floor
+    pool.close()
+
+
+@pytest.mark.parametrize("spec", CASES)
 def test_addresses_are_linear_in_the_id(spec):
     backend = HollowBackend(PAGE)
     g = Geometry.of(spec, page_bytes=PAGE, num_blocks=1000)

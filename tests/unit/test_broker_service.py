@@ -92,7 +92,7 @@ JSON = st.recursive(
 )
 KEYS = st.sampled_from([
     "name", "instance", "limit", "floor", "weight", "lease", "revision", "ceiling", "meta",
-    "backed_bytes", "cached_bytes", "spare_bytes", "packed_floor_bytes", "in_use_bytes",
+    "backed_bytes", "cached_bytes", "spare_bytes", "split_floor_bytes", "in_use_bytes",
     "oldest_cached_age_s",
 ])  # fmt: skip
 

@@ -23,6 +23,8 @@ FIELDS = [
     "lease_bytes",
     "limit_bytes",
     "packed_floor_bytes",
+    "split_floor_bytes",
+    "spare_target_bytes",
     "blocks_total",
     "blocks_usable",
     "blocks_in_use",
@@ -43,6 +45,8 @@ COUNTERS = [
     "reclaim",
     "reclaim_ns",
     "evicted_blocks",
+    "ahead",
+    "ahead_ns",
 ]
 
 
@@ -76,6 +80,7 @@ def test_claims_add_up_and_each_extent_counts_once():
         assert (stats.in_use_bytes, stats.cached_bytes, stats.spare_bytes) == (96, 64, 96)
         assert stats.backed_bytes == 256 == stats.lease_bytes
         assert stats.packed_floor_bytes == 96  # two blocks and the null block
+        assert stats.split_floor_bytes == 96
         assert stats.blocks_usable == 7
         report = cache.report()
         assert report.backed_bytes == 256

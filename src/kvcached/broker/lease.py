@@ -15,7 +15,7 @@ class Report(NamedTuple):
     backed: int = 0
     cached: int = 0
     spare: int = 0
-    packed_floor: int = 0
+    split_floor: int = 0
     oldest_cached_s: float = 0.0
     idle: bool = True
 

@@ -319,7 +319,7 @@ class Ledger:
             kinds[0] += report.spare
             kinds[1] = report.cached
         if report != tenant.spent and report.idle:
-            kinds[2] = report.backed - report.spare - report.cached - report.packed_floor
+            kinds[2] = report.backed - report.spare - report.cached - report.split_floor
         over = tenant.asked
         for index, kind in enumerate(kinds):  # what is asked for already comes off in that order
             kinds[index] = max(0, kind - over)

@@ -235,14 +235,14 @@ class Service:
     def _report(self, peer: Peer, message: Message, _fds: list[int], _now: float) -> None:
         member = self.members.by_ident[self._own(peer)]
         body = message.body
-        names = ("backed_bytes", "cached_bytes", "spare_bytes", "packed_floor_bytes")
+        names = ("backed_bytes", "cached_bytes", "spare_bytes", "split_floor_bytes")
         age = body.get("oldest_cached_age_s", 0.0)
         numbers = all(isinstance(n, int | float) and 0 <= n <= p.MAX_BYTES for n in body.values())
         if not numbers or age >= 1e12 or _length(body) > _MAX_REPORT:
             raise ProtocolError("REPORT has a value that is no size or age, or is too long")
-        backed, cached, spare, packed_floor = (field(body, name, 0) for name in names)
+        backed, cached, spare, split_floor = (field(body, name, 0) for name in names)
         idle = body.get("idle") is not False
-        member.tenant.report = Report(backed, cached, spare, packed_floor, float(age), idle)
+        member.tenant.report = Report(backed, cached, spare, split_floor, float(age), idle)
         member.report = body
 
     def _own_limit(self, peer: Peer, message: Message, _fds: list[int], _now: float) -> None:

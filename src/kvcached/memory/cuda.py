@@ -68,10 +68,14 @@ class CudaBackend:
         self._closed = self._forked = False
         self._call.init()
         self._ordinal, self._cu_device = find_device(self._call, device)
+        self.device = f"cuda:{self._ordinal}"
+        """Where tensors over this memory live."""
         self._context = open_context(self._call, self._cu_device, self.device)
         try:
             self._prop = self._make_prop(exportable=exportable)
-            self._books = Mappings(self._granularity())
+            self.page_bytes = self._granularity()
+            """The driver's minimum granularity in bytes."""
+            self._books = Mappings(self.page_bytes)
             with self._call.in_context(self._context):
                 flags = self._call.driver.CUstream_flags.CU_STREAM_NON_BLOCKING
                 (self._stream,) = self._call("cuStreamCreate", int(flags))
@@ -81,19 +85,9 @@ class CudaBackend:
         forks.watch(self)
 
     @property
-    def device(self) -> str:
-        """``"cuda:0"``: where tensors over this memory live."""
-        return f"cuda:{self._ordinal}"
-
-    @property
     def can_alias(self) -> bool:
         """Always: a handle is the driver's, and mappings refer to it."""
         return True
-
-    @property
-    def page_bytes(self) -> int:
-        """The driver's minimum granularity in bytes."""
-        return self._books.page_bytes
 
     @property
     def exportable(self) -> bool:
