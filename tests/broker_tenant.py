@@ -37,7 +37,7 @@ class CountingTenant:
             self.in_use -= nbytes
             self.budget.give_back(nbytes)
 
-    def reclaim(self, nbytes):
+    def reclaim(self, nbytes, *, patient):
         self.reclaims += 1
         nbytes = min(nbytes, self.cached)
         self.cached -= nbytes

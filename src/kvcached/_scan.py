@@ -22,6 +22,7 @@ from kvcached._hot import (
     M_PB,
     M_SPARE,
     NEXT,
+    QUARANTINED,
     STATE,
     UNBACKED,
     USED,
@@ -47,11 +48,11 @@ from kvcached._hot import (
 
 @_jit(_I(_BLK, _META))
 def touched_pages(blk, meta):
-    """How many pages have a byte of a block in use, in address order each once."""
+    """How many pages have a byte of a block in use or in quarantine, in address order each once."""
     bb, pb = meta[M_BB], meta[M_PB]
     count, end = 0, 0
     for b in range(blk.shape[0]):
-        if blk[b, STATE] == USED:
+        if blk[b, STATE] == USED or blk[b, STATE] == QUARANTINED:
             low = max(end, b * bb // pb)
             end = (b * bb + bb - 1) // pb + 1
             count += max(0, end - low)
@@ -60,7 +61,7 @@ def touched_pages(blk, meta):
 
 @_jit(_I(_I, _VEC, _BLK, _EXT, _META))
 def live_runs(e, out, blk, ext, meta):
-    """Runs of pages of extent ``e`` under blocks that are not free, as (first, count) pairs.
+    """Runs of pages of extent ``e`` under blocks in use or in quarantine, as (first, count) pairs.
 
     Returns the number of pairs; ``out`` must hold ``2 * pages``.
     """
@@ -69,7 +70,7 @@ def live_runs(e, out, blk, ext, meta):
     n, run_first, run_end = 0, -1, -1
     first, end = span(e, blk, ext, meta)
     for b in range(first, end):
-        if blk[b, STATE] < USED:
+        if blk[b, STATE] != USED and blk[b, STATE] != QUARANTINED:
             continue
         lo = max(start, (b * bb) // pb)
         hi = min(stop, ((b + 1) * bb - 1) // pb + 1)

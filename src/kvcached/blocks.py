@@ -151,9 +151,13 @@ class BlockPool:
         return in_use, kept, self.pages.backed_bytes - in_use - kept - quarantined, quarantined
 
     def split_floor_bytes(self) -> int:
-        """Bytes of the pages that blocks in use lie on, the null block's too."""
+        """Bytes of the pages that blocks in use or in quarantine lie on, the null block's too."""
         pages = int(self._scan.touched_pages(self.blk, self.meta))
         return pages * self.geometry.page_group_bytes
+
+    def splits_would_help(self) -> bool:
+        """Whether anything is backed that no block in use or in quarantine needs."""
+        return self.pages.backed_bytes > self.split_floor_bytes()
 
     def page_runs(self) -> list[tuple[int, int, str]]:
         """See ``KVCache.page_runs``."""

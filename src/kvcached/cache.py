@@ -42,8 +42,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CacheSpec", "KVCache", "Sequence"]
 _log = logging.getLogger(__name__)
-_LEAVE_SECONDS = 5.0
-"""How long ``close`` waits for the calls of other threads."""
+_LEAVE_SECONDS = 5.0  # how long ``close`` waits for the calls of other threads
 
 
 class KVCache:
@@ -287,16 +286,18 @@ class KVCache:
         finally:
             self._pauses.leave(before)
 
-    def reclaim(self, nbytes: int) -> int:
+    def reclaim(self, nbytes: int, *, patient: bool = False) -> int:
         """For the budget (``Tenant.reclaim``): give back up to ``nbytes`` now."""
         with self._lock:
             if self._closed:
                 return 0
             self._blocks.spares.forget()  # or growth ahead would take it again
+            busy = self._inside > 0  # a call is under way; its thread may be waiting for us
             try:
-                freed = self._blocks.reclaim(nbytes, may_split=self._pauses.now())
-                # Not while a call is under way: the thread that pauses may be waiting for us.
-                if freed < nbytes and not self._inside and self._pauses.wait() and not self._closed:
+                now = self._pauses.now() and (patient or not busy)
+                freed = self._blocks.reclaim(nbytes, may_split=now)
+                wait = patient and not busy and freed < nbytes and self._blocks.splits_would_help()
+                if wait and self._pauses.wait() and not self._closed:
                     freed += self._blocks.reclaim(nbytes - freed, may_split=True)
                 return freed
             except KvcachedError:  # the peer that asks can do nothing about it; the owner will see
@@ -310,7 +311,8 @@ class KVCache:
     def report(self) -> TenantReport:
         """For the budget (``Tenant.report``): what is held."""
         with self._lock:
-            return take_report(self._blocks, idle=self._pauses.expected())
+            idle = self._pauses.now() and not self._inside
+            return take_report(self._blocks, idle=idle, pauses=self._pauses.expected())
 
     def stats(self) -> CacheStats:
         """A snapshot; see ``CacheStats``."""
@@ -334,8 +336,8 @@ class KVCache:
             self._prefixes.check()
             self._store.check()
             self._budget.check()
-            backed = self._blocks.pages.backed_bytes
-            assert backed <= self._budget.lease_bytes, "I1: backed more than leased"
+            held = self._blocks.pages.backed_bytes
+            assert held <= self._budget.lease_bytes, "I1: backed more than leased"
 
     def close(self) -> None:
         """Give back everything: memory, addresses, the lease. Views and sequences die.

@@ -29,10 +29,10 @@ class WeakTenant:
     def __init__(self, cache: KVCache) -> None:
         self._cache = weakref.ref(cache)
 
-    def reclaim(self, nbytes: int) -> int:
+    def reclaim(self, nbytes: int, *, patient: bool) -> int:
         """See ``Tenant.reclaim``."""
         cache = self._cache()
-        return 0 if cache is None else cache.reclaim(nbytes)
+        return 0 if cache is None else cache.reclaim(nbytes, patient=patient)
 
     def report(self) -> TenantReport:
         """See ``Tenant.report``."""

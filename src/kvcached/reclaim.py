@@ -2,7 +2,7 @@
 
 Spare extents are unmapped. Extents that hold only cached prefixes are emptied whole, least
 recently used first. Extents that hold blocks in use are split, those that need the least copying
-first. Every step is all or nothing.
+first; the cached prefixes in them go. Every step is all or nothing.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kvcached.layout import cdiv
 from kvcached.runs import Extent, Run
 from kvcached.splits import Job
 from kvcached.stats import Timer
@@ -129,24 +130,27 @@ class Reclaimer:
         jobs.sort(key=lambda job: (_length(job[1]), job[0].first))
         freed = 0
         try:
-            for batch in self._batches(jobs):
+            for batch in self._batches(jobs, nbytes):
                 if freed < nbytes:
                     freed += self._split_batch(batch)
         except MemoryError:  # ours: not even for a moment can there be room to copy into
             _log.info("no room to split more extents")
         return freed
 
-    def _batches(self, jobs: Sequence[Job]) -> Iterator[list[Job]]:
-        """As many jobs at once as go through the bounce buffer; else one at a time."""
-        most, planes = self._blocks.pages.bounce_pages, self._blocks.geometry.num_planes
-        batch, pages = list[Job](), 0
-        for job in jobs:
-            size = _length(job[1]) * planes
-            if batch and pages + size > most:
+    def _batches(self, jobs: Sequence[Job], nbytes: int) -> Iterator[list[Job]]:
+        """As many jobs at once as go through the bounce buffer, or give ``nbytes``; else one."""
+        pool = self._blocks
+        most, planes = pool.pages.bounce_pages, pool.geometry.num_planes
+        wanted = cdiv(nbytes, pool.geometry.page_group_bytes)
+        batch, pages, gain = list[Job](), 0, 0
+        for extent, keep in jobs:
+            size = _length(keep) * planes
+            if batch and (pages + size > most or gain >= wanted):
                 yield batch
                 batch, pages = [], 0
-            batch.append(job)
+            batch.append((extent, keep))
             pages += size
+            gain += extent.pages - _length(keep)
         if batch:
             yield batch
 
@@ -179,11 +183,13 @@ class Reclaimer:
         if any(self._live_runs(extent) != keep for extent, keep in jobs):
             pages.refund(claim)  # what was planned is not what is there now
             return 0
+        cached = [self._cached_in(extent) for extent, _ in jobs]
         try:
             pieces = pages.split(jobs, bounce=bounce)
         except BaseException:  # the claim goes back, whatever it was
             pages.refund(claim)
             raise
+        pool.evict(np.unique(np.concatenate(cached)))  # a block may lie in two of the extents
         for extent, _ in jobs:
             pool.detach(extent)
         pool.attach(pieces)

@@ -7,14 +7,14 @@ from kvcached.layout import CacheSpec
 from kvcached.stats import SCHEMA_VERSION, CacheStats, PoolCounters, TenantReport
 
 
-def take_report(blocks: BlockPool, *, idle: bool = True) -> TenantReport:
+def take_report(blocks: BlockPool, *, idle: bool = False, pauses: bool = False) -> TenantReport:
     """What is held, by the strongest claim on each extent (I1)."""
     in_use, cached, spare, quarantined = blocks.bytes_by_claim()
     return TenantReport(
         backed_bytes=blocks.pages.backed_bytes, in_use_bytes=in_use, cached_bytes=cached,
         spare_bytes=spare, quarantined_bytes=quarantined,
         split_floor_bytes=blocks.split_floor_bytes(),
-        oldest_cached_age_s=blocks.oldest_cached_seconds(), idle=idle,
+        oldest_cached_age_s=blocks.oldest_cached_seconds(), idle=idle, pauses=pauses,
     )  # fmt: skip
 
 

@@ -125,8 +125,10 @@ class TenantReport:
     split_floor_bytes: int = 0
     oldest_cached_age_s: float = 0.0
     """Seconds since the least recently used cached prefix was used."""
-    idle: bool = True
-    """Whether extents in use can be split, now or at the engine's next pause."""
+    idle: bool = False
+    """No kernel runs and no call is under way: extents in use can be split now."""
+    pauses: bool = False
+    """The engine pauses between its steps: they can be split then."""
 
     def to_dict(self) -> dict[str, Any]:
         """A plain dict, ready for JSON."""

@@ -54,7 +54,7 @@ def _recording(name: str, tokens: list[list[int]]) -> Recording:
 
 def _compare(static, elastic, directory: Path):
     return compare(
-        _recording("static", static), _recording("elastic", elastic), directory, os.environ
+        _recording("static", static), _recording("elastic", elastic), directory, "cpu", os.environ
     )
 
 
@@ -90,4 +90,4 @@ def test_a_stock_run_that_fails_says_its_last_words(tmp_path):
     static, elastic = (_recording(name, [[1, n]]) for n, name in enumerate(("static", "elastic")))
     no_library = {**os.environ, "PYTHONHOME": str(tmp_path)}  # Python itself cannot start
     with pytest.raises(EngineUnsupported, match=r"ended with code 1; its last\s+words:\s+\S"):
-        compare(static, elastic, tmp_path, no_library)
+        compare(static, elastic, tmp_path, "cpu", no_library)

@@ -82,7 +82,7 @@ class Engine:
             self.note()
             self.budget.give_back(pages * PAGE)
 
-    def reclaim(self, nbytes):
+    def reclaim(self, nbytes, *, patient):
         pages = min(-(-nbytes // PAGE), max(0, len(self.held) - self.pinned))
         self.shrink(pages)
         return pages * PAGE

@@ -97,15 +97,16 @@ class LedgerMachine(RuleBasedStateMachine):
             self.ledger.answer(ask.request, nbytes)
             self.pump()
 
-    @rule(tenant=tenants, spare=st.floats(0, 1), cached=st.floats(0, 1), age=st.floats(0, 100))
-    def report(self, tenant, spare, cached, age):
+    @rule(tenant=tenants, spare=st.floats(0, 1), cached=st.floats(0, 1), age=st.floats(0, 100),
+          idle=st.booleans(), pauses=st.booleans())  # fmt: skip
+    def report(self, tenant, spare, cached, age, idle, pauses):
         if self.is_live(tenant):
             backed = self.held[tenant]
             spare_bytes = int(backed * spare)
             cached_bytes = int((backed - spare_bytes) * cached)
             floor = backed - spare_bytes - cached_bytes
             self.ledger.tenants[tenant].report = Report(
-                backed, cached_bytes, spare_bytes, floor, age
+                backed, cached_bytes, spare_bytes, int(floor * 0.7), age, idle, pauses
             )
 
     @rule(tenant=tenants, limit=st.integers(0, 1200), by_admin=st.booleans())

@@ -172,14 +172,14 @@ def test_reclaim_takes_spares_then_cached_and_splits_only_when_told(pool):
     assert pool.reclaimed.count == 3
 
 
-def test_a_split_keeps_cached_and_quarantined_blocks_too(pool):
+def test_a_split_keeps_quarantined_blocks_and_drops_cached_ones(pool):
     fence, own = ManualFence(), pool.alloc(8)
     pool.keep(int(own[1]), named=True)
     pool.free(own[3:])
     pool.free(own[1:2])
     pool.free(own[2:3], fence)
-    assert pool.reclaim(1 << 20, may_split=True) == 5 * PAGE
-    assert (pool.num_used, pool.num_cached, pool.num_quarantined) == (1, 1, 1)
+    assert pool.reclaim(1 << 20, may_split=True) == 6 * PAGE
+    assert (pool.num_used, pool.num_cached, pool.num_quarantined) == (1, 0, 1)
     pool.check()
 
 

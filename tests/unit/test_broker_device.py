@@ -102,6 +102,7 @@ def test_what_others_use_is_not_handed_out(card, tenant):
         b.use(100 * MIB)
     assert time.monotonic() - started < 1.0  # a was asked, and said no
     a.cache()
+    time.sleep(0.15)  # until it has reported that: it was asked in vain just now
     b.use(100 * MIB)
     assert 100 * MIB <= a.cached <= 124 * MIB
     assert card.memory().free >= RESERVE

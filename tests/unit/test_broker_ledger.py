@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from kvcached.broker.ceiling import OOM_S
 from kvcached.broker.lease import Grant, Reclaim, Report
-from kvcached.broker.ledger import ASK_S, CLAIM_S, GRACE_S, Ledger
+from kvcached.broker.ledger import ASK_S, BLIND_S, CLAIM_S, GRACE_S, Ledger, overdraft_bytes
 from kvcached.broker.plan import Holding, fair_shares, plan_reclaim
 from kvcached.broker.protocol import LATE, REFUSED
 
@@ -88,7 +88,7 @@ def test_who_does_not_answer_gets_nothing_until_it_does():
     assert claim(ledger, ledger.b, 1, now=ASK_S) == [Grant(2, 7, 1, 0)]
 
 
-def test_a_transient_claim_passes_its_limit_and_the_queue_but_not_the_capacity():
+def test_a_transient_claim_passes_its_limit_and_the_queue_and_the_capacity_a_little():
     ledger = ledger_of(a=0, b=900)
     ledger.b.limit = 900
     holds(ledger.b, cached=900)
@@ -96,7 +96,14 @@ def test_a_transient_claim_passes_its_limit_and_the_queue_but_not_the_capacity()
     ledger.claim(ledger.b.ident, 2, 60, 60, 0.0, transient=True)
     assert ledger.pump(0.0) == [Grant(ledger.b.ident, 2, 60, 0)]
     ledger.claim(ledger.b.ident, 3, 60, 60, 0.0, transient=True)
-    assert Grant(ledger.b.ident, 3, 0, REFUSED) in ledger.pump(0.0)
+    effects = ledger.pump(0.0)
+    assert Grant(ledger.b.ident, 3, 60, 0) in effects, "beyond the capacity, so that splits can be"
+    ledger.check()
+    most = overdraft_bytes(1000) - 20
+    for need, granted in ((most + 1, 0), (most, most)):
+        ledger.claim(ledger.b.ident, 4, need, need, 0.0, transient=True)
+        status = 0 if granted else REFUSED
+        assert Grant(ledger.b.ident, 4, granted, status) in ledger.pump(0.0)
     ledger.check()
 
 
@@ -239,7 +246,7 @@ def test_what_others_left_of_the_device_is_all_that_is_handed_out():
     assert claim(ledger, ledger.b, 60, 500)[-1].nbytes == 100
     holds(ledger.a)
     effects = claim(ledger, ledger.b, 50)  # not refused: a might give
-    assert effects == [Reclaim(ledger.a.ident, effects[0].request, 50)]
+    assert effects == [Reclaim(ledger.a.ident, effects[0].request, 50, patient=True)]
     ledger.answer(effects[0].request)
     assert ledger.pump(0.0) == [Grant(ledger.b.ident, 7, 0, REFUSED)]  # it gave nothing
     assert claim(ledger, ledger.b, 301) == [Grant(ledger.b.ident, 7, 0, REFUSED)]  # never possible
@@ -372,12 +379,14 @@ def test_a_report_that_was_not_made_good_is_not_asked_by_again():
     ledger = ledger_of(a=0, b=1000)
     holds(ledger.b, cached=600)
     (ask,) = claim(ledger, ledger.a, 500)
-    assert ask == Reclaim(ledger.b.ident, ask.request, 500)
+    assert ask == Reclaim(ledger.b.ident, ask.request, 500, patient=True)
     ledger.answer(ask.request, 0)  # kernels ran, say
     (once,) = ledger.pump(0.0)  # for all that may be asked, since reports are old
     ledger.answer(once.request, 0)
     assert ledger.pump(0.0) == [Grant(ledger.a.ident, 7, 0, REFUSED)]
-    assert [type(e) for e in claim(ledger, ledger.a, 500, request=8)] == [Reclaim], "once a claim"
+    assert claim(ledger, ledger.a, 500, request=8) == [Grant(ledger.a.ident, 8, 0, REFUSED)]
+    later = claim(ledger, ledger.a, 500, request=9, now=BLIND_S)
+    assert [type(effect) for effect in later] == [Reclaim], "but now and then all the same"
     ledger.check()
 
 
@@ -389,12 +398,25 @@ def test_a_new_report_is_asked_by():
     ledger.give_back(ledger.b.ident, 100)
     holds(ledger.b, cached=500)
     (again,) = ledger.pump(0.0)
-    assert again == Reclaim(ledger.b.ident, again.request, 400)
+    assert again == Reclaim(ledger.b.ident, again.request, 400, patient=True)
 
 
 def test_what_only_a_split_can_give_is_asked_of_engines_that_pause():
     ledger = ledger_of(a=0, b=500, c=500)
-    for tenant, idle in ((ledger.b, False), (ledger.c, True)):
-        tenant.report = Report(500, 0, 0, 100, 0.0, idle)
+    for tenant, pauses in ((ledger.b, False), (ledger.c, True)):
+        tenant.report = Report(500, 0, 0, 100, 0.0, idle=False, pauses=pauses)
     (ask,) = claim(ledger, ledger.a, 300)
-    assert ask.tenant == ledger.c.ident
+    assert ask == Reclaim(ledger.c.ident, ask.request, 300, patient=True)
+
+
+def test_who_is_above_its_share_makes_no_engine_at_work_move_its_blocks():
+    ledger = ledger_of(a=500, b=500)
+    ledger.b.blind_until = 1.0
+    ledger.b.report = Report(500, 50, 0, 100, 0.0, idle=False, pauses=True)
+    (ask,) = claim(ledger, ledger.a, 30)
+    assert ask == Reclaim(ledger.b.ident, ask.request, 30, patient=False), "cached, and at once"
+    ledger.answer(ask.request, 0)
+    assert ledger.pump(0.0) == [Grant(ledger.a.ident, 7, 0, REFUSED)]
+    ledger.b.report = Report(500, 0, 0, 100, 0.0, idle=True, pauses=True)
+    (ask,) = claim(ledger, ledger.a, 300, request=8)
+    assert ask.nbytes == 300, "an engine that does nothing loses nothing by a split"

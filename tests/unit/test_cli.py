@@ -35,7 +35,7 @@ class Owner:
         self.budget.attach(self, self.lock)
         self.budget.claim(100 * MIB)
 
-    def reclaim(self, nbytes: int) -> int:
+    def reclaim(self, nbytes: int, *, patient: bool) -> int:
         freed = min(nbytes, self.spare)
         self.spare -= freed
         if freed:

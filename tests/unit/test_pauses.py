@@ -55,9 +55,10 @@ def test_a_reclaim_is_met_at_the_engines_next_pause():
         assert cache.reclaim(7 * 32) == 0, "kernels may be running"
         with cache.idle():
             pass
-        assert cache.report().idle
+        report = cache.report()
+        assert (report.idle, report.pauses) == (False, True)
         freed = []
-        peer = threading.Thread(target=lambda: freed.append(cache.reclaim(7 * 32)))
+        peer = threading.Thread(target=lambda: freed.append(cache.reclaim(7 * 32, patient=True)))
         peer.start()
         time.sleep(0.02)
         with cache.idle():
@@ -65,6 +66,16 @@ def test_a_reclaim_is_met_at_the_engines_next_pause():
         assert freed == [7 * 32]
         assert cache.stats().counters.split == 1
         cache.check()
+
+
+def test_whoever_is_not_patient_gets_what_there_is_at_once():
+    with tiny_cache(page_bytes=32, config=FOREVER) as cache:
+        half_used(cache)
+        with cache.idle():
+            assert cache.report().idle
+        start = time.monotonic()
+        assert cache.reclaim(7 * 32) == 0
+        assert time.monotonic() - start < 0.2
 
 
 def test_the_engines_own_thread_does_not_wait_for_itself():

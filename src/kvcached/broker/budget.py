@@ -23,9 +23,11 @@ from kvcached.stats import LimitRecord, TenantReport
 class Tenant(Protocol):
     """The owner of a lease, as the budget sees it: the cache."""
 
-    def reclaim(self, nbytes: int) -> int:
+    def reclaim(self, nbytes: int, *, patient: bool) -> int:
         """Give back up to ``nbytes`` of physical memory now (spares, cached prefixes, splits).
 
+        ``patient``: if that is not enough, it may wait for the engine's next pause, a moment at
+        which extents in use can be split; it may release the owner's lock meanwhile.
         Calls ``give_back`` on the budget for what it freed, and returns that many bytes.
         Runs with the owner's lock held. Never raises for want of something to give.
         """
@@ -172,7 +174,7 @@ class LocalBudget:
             self._limit = min(nbytes, self._capacity)
             self._revision += 1
             if self._tenant is not None and self._claimed > self._limit:
-                self._tenant.reclaim(self._claimed - self._limit)
+                self._tenant.reclaim(self._claimed - self._limit, patient=True)
             return self.limit_record()
 
     def limit_record(self) -> LimitRecord:

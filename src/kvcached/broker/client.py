@@ -276,7 +276,7 @@ class BrokerBudget:
             return 0
         return nbytes
 
-    def _reclaim(self, nbytes: int) -> int:
+    def _reclaim(self, nbytes: int, *, patient: bool) -> int:
         """Give back up to ``nbytes``: what is not claimed, and what the owner can free.
 
         What is not claimed stays until the owner is done: a split needs room for a moment.
@@ -286,7 +286,7 @@ class BrokerBudget:
         if missing > 0 and self._tenant is not None:
             self._reclaiming = True
             try:
-                self._tenant.reclaim(missing)
+                self._tenant.reclaim(missing, patient=patient)
             except Exception:  # noqa: BLE001 (an owner's bug must not end the thread of its lease)
                 _LOG.exception("%s: reclaiming %d bytes failed", self._name, missing)
             finally:
@@ -296,7 +296,7 @@ class BrokerBudget:
 
     def _apply_limit(self) -> None:
         if self._lease > self.limit_bytes:
-            self._reclaim(self._lease - self.limit_bytes)
+            self._reclaim(self._lease - self.limit_bytes, patient=True)
 
     def _say_limit(self) -> None:
         change = self._limit.to_change()
@@ -315,7 +315,7 @@ class BrokerBudget:
             elif op is Op.GRANT:
                 self._on_grant(message)
             elif op is Op.RECLAIM:
-                given = self._reclaim(message.values[0])
+                given = self._reclaim(message.values[0], patient=message.values[1] > 0)
                 self._session.send(Message(Op.ANSWER, message.request, values=(given,)))
             elif op is Op.LIMIT:
                 self._on_limit(message)

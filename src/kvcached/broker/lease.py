@@ -17,14 +17,15 @@ class Report(NamedTuple):
     spare: int = 0
     split_floor: int = 0
     oldest_cached_s: float = 0.0
-    idle: bool = True
+    idle: bool = False
+    pauses: bool = False
 
 
 class Tenant:
     """One lease."""
 
-    __slots__ = ("asked", "ceiling", "floor", "ident", "late", "lease", "limit", "name",
-                 "report", "revision", "spent", "state", "weight")  # fmt: skip
+    __slots__ = ("asked", "blind_until", "ceiling", "floor", "ident", "late", "lease", "limit",
+                 "name", "report", "revision", "spent", "state", "weight")  # fmt: skip
 
     def __init__(
         self, ident: int, name: str, *, limit: int, floor: int, weight: float,
@@ -41,6 +42,8 @@ class Tenant:
         self.spent: Report | None = None
         """The report that it could not make good: nothing more is asked by it."""
         self.asked = 0
+        self.blind_until = 0.0
+        """When it may again be asked for more than it reports."""
         self.late = False
 
     @property
@@ -103,8 +106,12 @@ class Grant(NamedTuple):
 
 
 class Reclaim(NamedTuple):
-    """Effect: ask ``tenant`` to give back ``nbytes`` and to answer with ``request``."""
+    """Effect: ask ``tenant`` to give back ``nbytes`` and to answer with ``request``.
+
+    ``patient``: at its next pause, if it takes that; else it answers at once.
+    """
 
     tenant: int
     request: int
     nbytes: int
+    patient: bool = False

@@ -20,8 +20,20 @@ GRACE_S = 0.5
 """How long a new broker grants nothing while engines of the last one are still missing."""
 ASK_S = 0.5
 """How long a tenant may take to answer a reclaim."""
+MAX_OVERDRAFT = 256 << 20
+BLIND_S = 0.1
+"""How often a tenant is asked for more than it reports: about as often as it reports."""
 CLAIM_S = 1.5
 """How long a claim may wait for others to give back."""
+
+
+def overdraft_bytes(capacity: int) -> int:
+    """What transient claims may take beyond the capacity: enough to split any one extent.
+
+    Without it, tenants that have claimed all there is could never split an extent to give back
+    (docs/adr/0010). ``resources.make_pages`` makes no extent longer than this.
+    """
+    return min(capacity // 32, MAX_OVERDRAFT)
 
 
 class Ledger:
@@ -257,8 +269,10 @@ class Ledger:
         """Answer a claim if that is possible now. Those behind the first wait, to be fair."""
         tenant = self.tenants[claim.tenant]
         if claim.transient:
-            fits = not self.in_grace(now) and self.available(tenant, now) >= claim.need
+            room = self.available(tenant, now) + overdraft_bytes(self.capacity)
+            fits = not self.in_grace(now) and room >= claim.need
             tenant.lease += claim.need if fits else 0
+            self._note_over_commitment()
             status = 0 if fits else REFUSED
             return Grant(claim.tenant, claim.request, claim.need if fits else 0, status)
         if tenant.lease + claim.need > min(tenant.limit, self._most(tenant, now)):
@@ -284,58 +298,67 @@ class Ledger:
         return bool(self.asks) or any(t.state != LIVE and t.lease for t in self.tenants.values())
 
     def _ask_for(self, claim: Claim, now: float) -> list[Reclaim]:
-        """Ask by the reports first; then once for all that may be asked, as reports are old."""
-        tenant = self.tenants[claim.tenant]
+        """Ask by the reports first; then once for all that may be asked, as reports are old.
+
+        Whoever is, or would be, above its fair share takes what others do not need, but makes no
+        engine at work move its blocks: two that want more than there is would only take turns.
+        """
+        tenant, shares = self.tenants[claim.tenant], self.shares(now)
         missing = claim.need - self.available(tenant, now) - self._coming()
         if missing <= 0:
             return []
-        holdings = self._holdings(claim.tenant, now)
+        over = tenant.lease + claim.need > shares[claim.tenant]
+        holdings = self._holdings(claim.tenant, shares, over=over)
         asks = plan_reclaim(holdings, missing)
         missing -= sum(asks.values())
         for other in holdings:  # plan_reclaim has lowered above_floor by what it asks
-            if missing > 0 and other.tenant not in claim.asked and other.above_floor:
+            blind = self.tenants[other.tenant].blind_until <= now
+            if missing > 0 and blind and other.tenant not in claim.asked and other.above_floor:
                 claim.asked.add(other.tenant)
+                self.tenants[other.tenant].blind_until = now + BLIND_S
                 part = min(missing, other.above_floor)
                 asks[other.tenant] = asks.get(other.tenant, 0) + part
-        return [self._ask(ident, nbytes, now) for ident, nbytes in asks.items()]
+        return [
+            self._ask(t, nbytes, now, patient=not over and self.tenants[t].lease > shares[t])
+            for t, nbytes in asks.items()
+        ]
 
     def _coming(self) -> int:
         asked = sum(ask.nbytes for ask in self.asks.values())
         return asked + sum(t.lease for t in self.tenants.values() if t.state != LIVE)
 
-    def _holdings(self, claimer: int, now: float) -> list[Holding]:
-        shares = self.shares(now)
+    def _holdings(self, claimer: int, shares: dict[int, int], *, over: bool) -> list[Holding]:
         return [
-            self._holding(tenant, shares[tenant.ident])
+            self._holding(tenant, shares[tenant.ident], over=over)
             for tenant in self.live()
             if tenant.ident != claimer and not tenant.late and tenant.lease > tenant.asked
         ]
 
     @staticmethod
-    def _holding(tenant: Tenant, share: int) -> Holding:
+    def _holding(tenant: Tenant, share: int, *, over: bool) -> Holding:
         report, rest = tenant.report, tenant.lease - tenant.asked
         kinds = [max(0, tenant.lease - report.backed), 0, 0]
         if report != tenant.spent:
             kinds[0] += report.spare
             kinds[1] = report.cached
-        if report != tenant.spent and report.idle:
+        if report != tenant.spent and (report.idle or (report.pauses and not over)):
             kinds[2] = report.backed - report.spare - report.cached - report.split_floor
-        over = tenant.asked
+        asked = tenant.asked
         for index, kind in enumerate(kinds):  # what is asked for already comes off in that order
-            kinds[index] = max(0, kind - over)
-            over = max(0, over - kind)
+            kinds[index] = max(0, kind - asked)
+            asked = max(0, asked - kind)
         return Holding(
             tenant.ident, spare=kinds[0], cached=kinds[1], split=kinds[2],
             oldest_s=report.oldest_cached_s,
             above_floor=rest - tenant.floor, above_share=rest - share,
         )  # fmt: skip
 
-    def _ask(self, ident: int, nbytes: int, now: float) -> Reclaim:
+    def _ask(self, ident: int, nbytes: int, now: float, *, patient: bool) -> Reclaim:
         request = self._next
         self._next += 1
         self.asks[request] = Ask(ident, nbytes, now + ASK_S)
         self.tenants[ident].asked += nbytes
-        return Reclaim(ident, request, nbytes)
+        return Reclaim(ident, request, nbytes, patient)
 
     def _expire_asks(self, now: float) -> None:
         for request, ask in list(self.asks.items()):

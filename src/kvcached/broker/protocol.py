@@ -69,7 +69,7 @@ _FIXED = {
     Op.ANSWER: struct.Struct("<q"),  # bytes given back for the request
     Op.OUT_OF_MEMORY: struct.Struct("<q"),  # bytes that the device refused
     Op.GRANT: struct.Struct("<q"),  # bytes granted
-    Op.RECLAIM: struct.Struct("<qq"),  # bytes, milliseconds to answer in
+    Op.RECLAIM: struct.Struct("<qq"),  # bytes, milliseconds to answer in; 0: at once
     Op.LIMIT: struct.Struct("<qq"),  # bytes, revision
 }
 _EMPTY = frozenset({Op.PING, Op.BYE})

@@ -110,7 +110,8 @@ class Service:
             if isinstance(effect, Grant):
                 message = Message(Op.GRANT, status=effect.status, values=(effect.nbytes,))
             else:
-                message = Message(Op.RECLAIM, values=(effect.nbytes, int(ASK_S * 1000)))
+                patience = int(ASK_S * 1000) if effect.patient else 0
+                message = Message(Op.RECLAIM, values=(effect.nbytes, patience))
             member.peer.send(message._replace(request=effect.request, epoch=self._epoch))
         for request, waiter in list(self._waiters.items()):
             if now >= waiter.deadline or waiter.ident not in self.members.by_ident:
@@ -241,8 +242,8 @@ class Service:
         if not numbers or age >= 1e12 or _length(body) > _MAX_REPORT:
             raise ProtocolError("REPORT has a value that is no size or age, or is too long")
         backed, cached, spare, split_floor = (field(body, name, 0) for name in names)
-        idle = body.get("idle") is not False
-        member.tenant.report = Report(backed, cached, spare, split_floor, float(age), idle)
+        pauses = body.get("idle") is True, body.get("pauses") is True
+        member.tenant.report = Report(backed, cached, spare, split_floor, float(age), *pauses)
         member.report = body
 
     def _own_limit(self, peer: Peer, message: Message, _fds: list[int], _now: float) -> None:
