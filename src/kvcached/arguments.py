@@ -1,15 +1,16 @@
-"""The arguments of a ``KVCache``, checked before anything is made of them.
+"""What a ``KVCache`` is made of and called with, checked before anything is done with it.
 
 The broker checks terms too, but answers bad ones as it answers messages that it cannot read.
 """
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from kvcached.broker.budget import Budget
 from kvcached.config import Config, check_name, format_size, parse_size
-from kvcached.errors import InvalidInput
+from kvcached.errors import ClosedError, ForkedProcessError, InvalidInput, KvcachedError
 from kvcached.layout import CacheSpec
 from kvcached.memory.base import MemoryBackend
 
@@ -83,3 +84,13 @@ def read_terms(limit: Any, floor: Any, capacity: int) -> tuple[int | None, int]:
             hint="Lower floor=, or raise limit=.",
         )
     return most, least
+
+
+def not_open(name: str, pid: int) -> KvcachedError:
+    """Why the cache ``name`` of process ``pid`` cannot be used: it is another's, or closed."""
+    if os.getpid() != pid:
+        return ForkedProcessError(
+            f"cache {name!r} belongs to process {pid}, not to this child of it",
+            hint="Make the cache after fork(), or start processes with 'spawn'.",
+        )
+    return ClosedError(f"cache {name!r} is closed")

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from kvcached.arguments import check_arguments, check_terms
+from kvcached.arguments import check_arguments, check_terms, not_open
 from kvcached.blocks import BlockPool
 from kvcached.broker.budget import Budget
 from kvcached.caretaker import Caretaker, WeakTenant
 from kvcached.config import Config, parse_size
-from kvcached.errors import ClosedError, ForkedProcessError, InvalidInput, KvcachedError
+from kvcached.errors import InvalidInput, KvcachedError
 from kvcached.layout import CacheSpec, Geometry, cdiv
 from kvcached.memory.base import Fence, MemoryBackend
 from kvcached.memory.fences import PassedFence, fence_on, wait_for
@@ -393,10 +393,5 @@ class KVCache:
                 self.check()
 
     def _require_open(self) -> None:
-        if os.getpid() != self._pid:
-            raise ForkedProcessError(
-                f"cache {self.name!r} belongs to process {self._pid}, not to this child of it",
-                hint="Make the cache after fork(), or start processes with 'spawn'.",
-            )
-        if self._closed:
-            raise ClosedError(f"cache {self.name!r} is closed")
+        if self._closed or os.getpid() != self._pid:
+            raise not_open(self.name, self._pid)
