@@ -9,7 +9,7 @@ from typing import Any
 from kvcached.arguments import read_terms
 from kvcached.blocks import BlockPool
 from kvcached.broker.budget import Budget, LocalBudget
-from kvcached.broker.ledger import overdraft_bytes
+from kvcached.broker.ledger import reserve_bytes
 from kvcached.config import Config, parse_size
 from kvcached.errors import InvalidInput, KvcachedError
 from kvcached.layout import CacheSpec, Geometry
@@ -75,7 +75,7 @@ def make_pages(
     backend: MemoryBackend, geometry: Geometry, budget: Budget, config: Config
 ) -> PagePool:
     """The page pool of a cache."""
-    most = min(parse_size(config.max_handle), overdraft_bytes(budget.limit_bytes))
+    most = min(parse_size(config.max_handle), reserve_bytes(budget.limit_bytes))
     longest = max(1, most // geometry.page_bytes)
     bounce = 0 if backend.device == "cpu" else _BOUNCE_BYTES // geometry.page_bytes
     return PagePool(backend, geometry, budget, longest, bounce)

@@ -4,7 +4,7 @@ import pytest
 
 from kvcached.broker.ceiling import OOM_S
 from kvcached.broker.lease import Grant, Reclaim, Report
-from kvcached.broker.ledger import ASK_S, BLIND_S, CLAIM_S, GRACE_S, Ledger, overdraft_bytes
+from kvcached.broker.ledger import ASK_S, BLIND_S, CLAIM_S, GRACE_S, Ledger, reserve_bytes
 from kvcached.broker.protocol import LATE, REFUSED
 
 
@@ -85,7 +85,7 @@ def test_who_does_not_answer_gets_nothing_until_it_does():
     assert claim(ledger, ledger.b, 1, now=ASK_S) == [Grant(2, 7, 1, 0)]
 
 
-def test_a_transient_claim_passes_its_limit_and_the_queue_and_the_capacity_a_little():
+def test_a_transient_claim_passes_its_limit_and_the_queue_but_not_the_capacity():
     ledger = ledger_of(a=0, b=900)
     ledger.b.limit = 900
     holds(ledger.b, cached=900)
@@ -93,15 +93,22 @@ def test_a_transient_claim_passes_its_limit_and_the_queue_and_the_capacity_a_lit
     ledger.claim(ledger.b.ident, 2, 60, 60, 0.0, transient=True)
     assert ledger.pump(0.0) == [Grant(ledger.b.ident, 2, 60, 0)]
     ledger.claim(ledger.b.ident, 3, 60, 60, 0.0, transient=True)
-    effects = ledger.pump(0.0)
-    assert Grant(ledger.b.ident, 3, 60, 0) in effects, "beyond the capacity, so that splits can be"
+    assert Grant(ledger.b.ident, 3, 0, REFUSED) in ledger.pump(0.0)
     ledger.check()
-    most = overdraft_bytes(1000) - 20
-    for need, granted in ((most + 1, 0), (most, most)):
-        ledger.claim(ledger.b.ident, 4, need, need, 0.0, transient=True)
-        status = 0 if granted else REFUSED
-        assert Grant(ledger.b.ident, 4, granted, status) in ledger.pump(0.0)
-    ledger.check()
+
+
+def test_who_is_above_its_share_leaves_room_for_a_split():
+    ledger = ledger_of(a=400, b=0)
+    reserve = reserve_bytes(1000)
+    holds(ledger.a)
+    assert claim(ledger, ledger.b, 500, 700)[-1] == Grant(ledger.b.ident, 7, 600 - reserve, 0)
+    ledger.give_back(ledger.b.ident, 100 - reserve)
+    assert ledger.b.lease == 500
+    assert claim(ledger, ledger.a, 100) == [Grant(ledger.a.ident, 7, 100, 0)], "up to its share"
+    ledger.give_back(ledger.a.ident, 100)
+    assert claim(ledger, ledger.b, 100 - reserve) == [Grant(ledger.b.ident, 7, 100 - reserve, 0)]
+    ledger.claim(ledger.a.ident, 8, reserve, reserve, 0.0, transient=True)
+    assert ledger.pump(0.0) == [Grant(ledger.a.ident, 8, reserve, 0)], "the room is for that"
 
 
 def test_claims_are_served_in_turn_but_a_floor_needs_no_turn():
@@ -351,12 +358,13 @@ def test_what_only_a_split_can_give_is_asked_of_engines_that_pause():
 
 def test_who_is_above_its_share_makes_no_engine_at_work_move_its_blocks():
     ledger = ledger_of(a=500, b=500)
-    ledger.b.blind_until = 1.0
+    ledger.b.blind_until, reserve = 1.0, reserve_bytes(1000)
     ledger.b.report = Report(500, 50, 0, 100, 0.0, idle=False, pauses=True)
-    (ask,) = claim(ledger, ledger.a, 30)
-    assert ask == Reclaim(ledger.b.ident, ask.request, 30, patient=False), "cached, and at once"
+    (ask,) = claim(ledger, ledger.a, 10)
+    wanted = 10 + reserve
+    assert ask == Reclaim(ledger.b.ident, ask.request, wanted, patient=False), "cached, at once"
     ledger.answer(ask.request, 0)
     assert ledger.pump(0.0) == [Grant(ledger.a.ident, 7, 0, REFUSED)]
     ledger.b.report = Report(500, 0, 0, 100, 0.0, idle=True, pauses=True)
     (ask,) = claim(ledger, ledger.a, 300, request=8)
-    assert ask.nbytes == 300, "an engine that does nothing loses nothing by a split"
+    assert ask.nbytes == 300 + reserve, "an engine that does nothing loses nothing by a split"

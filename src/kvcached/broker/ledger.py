@@ -20,20 +20,20 @@ GRACE_S = 0.5
 """How long a new broker grants nothing while engines of the last one are still missing."""
 ASK_S = 0.5
 """How long a tenant may take to answer a reclaim."""
-MAX_OVERDRAFT = 256 << 20
+MAX_RESERVE = 256 << 20
 BLIND_S = 0.1
 """How often a tenant is asked for more than it reports: about as often as it reports."""
 CLAIM_S = 1.5
 """How long a claim may wait for others to give back."""
 
 
-def overdraft_bytes(capacity: int) -> int:
-    """What transient claims may take beyond the capacity: enough to split any one extent.
+def reserve_bytes(capacity: int) -> int:
+    """What those above their fair share leave free: enough to split any one extent.
 
-    Without it, tenants that have claimed all there is could never split an extent to give back
+    A split takes room before it gives back more; where all is claimed none could begin
     (docs/adr/0010). ``resources.make_pages`` makes no extent longer than this.
     """
-    return min(capacity // 32, MAX_OVERDRAFT)
+    return min(capacity // 32, MAX_RESERVE)
 
 
 class Ledger:
@@ -269,26 +269,37 @@ class Ledger:
         """Answer a claim if that is possible now. Those behind the first wait, to be fair."""
         tenant = self.tenants[claim.tenant]
         if claim.transient:
-            room = self.available(tenant, now) + overdraft_bytes(self.capacity)
-            fits = not self.in_grace(now) and room >= claim.need
+            fits = not self.in_grace(now) and self.available(tenant, now) >= claim.need
             tenant.lease += claim.need if fits else 0
-            self._note_over_commitment()
             status = 0 if fits else REFUSED
             return Grant(claim.tenant, claim.request, claim.need if fits else 0, status)
-        if tenant.lease + claim.need > min(tenant.limit, self._most(tenant, now)):
+        over = self._is_over(tenant, claim.need, now)
+        reserve = self._reserve_beside(tenant)
+        kept = reserve if over else 0
+        if tenant.lease + claim.need > min(tenant.limit, self._most(tenant, now) - kept):
             return Grant(claim.tenant, claim.request, 0, REFUSED)
         if tenant.late:
             return Grant(claim.tenant, claim.request, 0, LATE)
         under_floor = tenant.lease + claim.need <= tenant.floor
-        available = 0 if self.in_grace(now) else self.available(tenant, now)
+        available = 0 if self.in_grace(now) else self.available(tenant, now) - kept
         if available >= claim.need and (first or under_floor):
             most = claim.want if first and len(self.queue) == 1 else claim.need
-            nbytes = min(most, available, tenant.limit - tenant.lease)
+            ahead = available if over else available - reserve
+            nbytes = min(most, max(claim.need, ahead), tenant.limit - tenant.lease)
             tenant.lease += nbytes
             return Grant(claim.tenant, claim.request, nbytes, 0)
         if now >= claim.deadline:
             return Grant(claim.tenant, claim.request, 0, REFUSED)
         return None
+
+    def _reserve_beside(self, tenant: Tenant) -> int:
+        """Room for splits by the others: none is needed where they have nothing in use."""
+        others = sum(t.report.split_floor for t in self.live() if t is not tenant)
+        return min(reserve_bytes(self.capacity), others)
+
+    def _is_over(self, tenant: Tenant, need: int, now: float) -> bool:
+        """Whether ``need`` more would take a tenant above its fair share."""
+        return tenant.lease + need > self.shares(now)[tenant.ident]
 
     def _most(self, tenant: Tenant, now: float) -> int:
         """What ``tenant`` could hold if all others gave what they can. Asks are spared beyond."""
@@ -304,10 +315,11 @@ class Ledger:
         engine at work move its blocks: two that want more than there is would only take turns.
         """
         tenant, shares = self.tenants[claim.tenant], self.shares(now)
+        over = tenant.lease + claim.need > shares[claim.tenant]
         missing = claim.need - self.available(tenant, now) - self._coming()
+        missing += self._reserve_beside(tenant) if over else 0
         if missing <= 0:
             return []
-        over = tenant.lease + claim.need > shares[claim.tenant]
         holdings = self._holdings(claim.tenant, shares, over=over)
         asks = plan_reclaim(holdings, missing)
         missing -= sum(asks.values())
