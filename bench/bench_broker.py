@@ -27,9 +27,11 @@ cache = KVCache(CacheSpec(**{SPEC!r}), name=sys.argv[1], max_tokens=1 << 20)
 def fill(tokens, at_once):
     batch = [cache.new_sequence() for _ in range(1 if at_once else 8)]
     step = tokens if at_once else cache.spec.block_size
-    for start in range(0, tokens // len(batch), step):  # as decode does: a block each, in turn
-        for number, sequence in enumerate(batch):
-            cache.extend(sequence, [number + token for token in range(start, start + step)])
+    last = tokens // len(batch) - step
+    for start in range(0, last + 1, step):  # as decode does: a block each, in turn
+        for number, sequence in enumerate(batch):  # all prefixes differ
+            new = [1000 * number + token for token in range(start, start + step)]
+            cache.extend(sequence, new)
     for first, count, _ in cache.page_runs():
         tensor_from_address(base + first * page, count * page).fill_(1)
     return batch
@@ -142,7 +144,7 @@ def main() -> None:
     """Measure and write ``broker.json``."""
     with tempfile.TemporaryDirectory(prefix="kvc-") as folder:
         os.environ["KVCACHED_RUNTIME_DIR"] = f"{folder}/r"
-        os.environ["KVCACHED_BUDGET"] = str(BYTES + (16 << 20))
+        os.environ["KVCACHED_BUDGET"] = str(BYTES + (24 << 20))
         rows = [*claims(), peer_claims("cached"), peer_claims("decoded"), kills()]
     write("broker", "budget between processes, host backend", rows)
 

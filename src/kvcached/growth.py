@@ -130,8 +130,9 @@ class Grower:
     def _grow_with_extra(self, wanted: int) -> bool:
         """Grow by more than is wanted, if the pool has been growing and the lease covers it."""
         pool, pages = self._blocks, self._blocks.pages
-        extra = self.target() // self._block_bytes
-        if not extra:
+        slack = pages.budget.slack_bytes // self._block_bytes - 1  # a block may need a page more
+        extra = min(self.target() // self._block_bytes, slack - wanted)
+        if extra <= 0:
             return False
         try:
             runs = planning.plan(pool.geometry, pool.page, pages.runs, wanted + extra)

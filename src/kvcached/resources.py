@@ -9,7 +9,6 @@ from typing import Any
 from kvcached.arguments import read_terms
 from kvcached.blocks import BlockPool
 from kvcached.broker.budget import Budget, LocalBudget
-from kvcached.broker.ledger import reserve_bytes
 from kvcached.config import Config, parse_size
 from kvcached.errors import InvalidInput, KvcachedError
 from kvcached.layout import CacheSpec, Geometry
@@ -18,6 +17,8 @@ from kvcached.memory.fences import fence_on, wait_for
 from kvcached.pages import PagePool
 
 _LARGEST_HOST_PAGE = 2 << 20
+_LEAST_EXTENTS = 8
+"""A full cache has at least so many: what little is in use must not hold on to all of it."""
 _DRAIN_SECONDS = 5.0
 _BOUNCE_BYTES = 64 << 20
 """Buffer of a split on a GPU (``splits.py``); memory of the host is remapped cheaply."""
@@ -75,7 +76,7 @@ def make_pages(
     backend: MemoryBackend, geometry: Geometry, budget: Budget, config: Config
 ) -> PagePool:
     """The page pool of a cache."""
-    most = min(parse_size(config.max_handle), reserve_bytes(budget.limit_bytes))
+    most = min(parse_size(config.max_handle), budget.limit_bytes // _LEAST_EXTENTS)
     longest = max(1, most // geometry.page_bytes)
     bounce = 0 if backend.device == "cpu" else _BOUNCE_BYTES // geometry.page_bytes
     return PagePool(backend, geometry, budget, longest, bounce)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import kvcached
 from kvcached.broker import protocol as p
-from kvcached.broker.client import list_tenants
+from kvcached.broker.admin import list_tenants
 from kvcached.broker.protocol import Message, Op
 from kvcached.config import Config
 from kvcached.errors import KvcachedError

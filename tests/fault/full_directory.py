@@ -19,7 +19,8 @@ import pytest
 from broker_tenant import MIB, CountingTenant
 from fault.broker_rig import until
 
-from kvcached.broker.client import BrokerBudget, list_tenants
+from kvcached.broker.admin import list_tenants
+from kvcached.broker.client import BrokerBudget
 from kvcached.config import Config
 from kvcached.errors import BrokerUnavailable
 

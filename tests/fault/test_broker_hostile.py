@@ -12,7 +12,7 @@ from broker_tenant import MIB, CountingTenant
 from fault.broker_rig import broker_fds, connect, ping_seconds, until
 
 from kvcached.broker import protocol as p
-from kvcached.broker.client import list_tenants
+from kvcached.broker.admin import list_tenants
 from kvcached.broker.peer import MAX_ERRORS
 from kvcached.broker.protocol import Message, Op
 

@@ -14,8 +14,8 @@ import torch
 from broker_tenant import MIB, CountingTenant
 from fault.broker_rig import PACKAGE, until
 
+from kvcached.broker.admin import list_tenants
 from kvcached.broker.capacity import card_bytes
-from kvcached.broker.client import list_tenants
 from kvcached.broker.nvml import open_card
 from kvcached.errors import BudgetExceeded
 

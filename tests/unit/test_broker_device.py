@@ -13,8 +13,8 @@ from broker_tenant import MIB, CountingTenant
 from fake_nvml import UUID, FakeCard, FakeNvml
 from fault.broker_rig import PACKAGE, until
 
+from kvcached.broker.admin import list_tenants, request_reclaim
 from kvcached.broker.capacity import default_capacity
-from kvcached.broker.client import list_tenants, request_reclaim
 from kvcached.broker.files import RuntimeDir, try_lock
 from kvcached.broker.nvml import open_card
 from kvcached.broker.probe import NvmlProbe

@@ -56,6 +56,11 @@ class Budget(Protocol):
         """Most bytes that this tenant may hold."""
         ...
 
+    @property
+    def slack_bytes(self) -> int:
+        """Bytes that can be claimed now without asking anybody."""
+        ...
+
     def attach(self, tenant: Tenant, lock: threading.RLock) -> None:
         """Name the owner, ready to be called, and the lock that guards it. Called once."""
         ...
@@ -131,6 +136,11 @@ class LocalBudget:
     def limit_bytes(self) -> int:
         """Most bytes that may be claimed."""
         return self._limit
+
+    @property
+    def slack_bytes(self) -> int:
+        """See ``Budget.slack_bytes``."""
+        return max(0, self._limit - self._claimed)
 
     def attach(self, tenant: Tenant, lock: threading.RLock) -> None:
         """See ``Budget.attach``."""

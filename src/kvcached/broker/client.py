@@ -18,7 +18,6 @@ import weakref
 from typing import Any
 
 from kvcached.broker import protocol as p
-from kvcached.broker.admin import list_tenants, request_reclaim, set_tenant_limit
 from kvcached.broker.budget import Tenant
 from kvcached.broker.limits import EngineLimit, checked_size
 from kvcached.broker.link import Welcome
@@ -29,15 +28,12 @@ from kvcached.config import Config, check_name, format_size
 from kvcached.errors import BudgetExceeded, ClosedError, ForkedProcessError
 from kvcached.stats import LimitRecord, TenantReport
 
-__all__ = ["BrokerBudget", "list_tenants", "request_reclaim", "set_tenant_limit"]
-
 _LOG = logging.getLogger("kvcached.broker")
 _IDLE_S = 0.5
 """Bytes leased and not claimed for this long go back."""
 _CLAIM_S = 2.5
 """How long a claim waits: more than the broker makes it wait, so that normally it is answered."""
-_GOODBYE_S = 1.0
-_GOODBYE = 1  # the request number of BYE; changes of one's own limit have 0
+_GOODBYE_S, _GOODBYE = 1.0, 1  # the latter: BYE's request number; changes of a limit have 0
 _MAX_BATCH = 64 << 20
 _LIVE: weakref.WeakSet[BrokerBudget] = weakref.WeakSet()
 
@@ -108,6 +104,11 @@ class BrokerBudget:
     def limit_bytes(self) -> int:
         """See ``Budget.limit_bytes``."""
         return self._limit.nbytes
+
+    @property
+    def slack_bytes(self) -> int:
+        """See ``Budget.slack_bytes``."""
+        return max(0, min(self._lease, self.limit_bytes) - self._claimed)
 
     @property
     def capacity_bytes(self) -> int:

@@ -28,10 +28,10 @@ CLAIM_S = 1.5
 
 
 def reserve_bytes(capacity: int) -> int:
-    """What those above their fair share leave free: enough to split any one extent.
+    """What those above their fair share leave free, so that extents can be split.
 
-    A split takes room before it gives back more; where all is claimed none could begin
-    (docs/adr/0010). ``resources.make_pages`` makes no extent longer than this.
+    A split takes room for what it keeps before it gives back more; where all is claimed none could
+    begin (docs/adr/0010).
     """
     return min(capacity // 32, MAX_RESERVE)
 
@@ -330,10 +330,21 @@ class Ledger:
                 self.tenants[other.tenant].blind_until = now + BLIND_S
                 part = min(missing, other.above_floor)
                 asks[other.tenant] = asks.get(other.tenant, 0) + part
+        self._ask_for_more(claim, holdings, asks)
         return [
             self._ask(t, nbytes, now, patient=not over and self.tenants[t].lease > shares[t])
             for t, nbytes in asks.items()
         ]
+
+    @staticmethod
+    def _ask_for_more(claim: Claim, holdings: list[Holding], asks: dict[int, int]) -> None:
+        """Whoever is asked at all also gives what it does not use, up to what is wanted."""
+        more = claim.want - claim.need
+        for other in holdings:
+            part = min(more, other.spare, other.above_floor)
+            if part > 0 and other.tenant in asks:
+                asks[other.tenant] += part
+                more -= part
 
     def _coming(self) -> int:
         asked = sum(ask.nbytes for ask in self.asks.values())

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from kvcached.broker.client import list_tenants, set_tenant_limit
+from kvcached.broker.admin import list_tenants, set_tenant_limit
 from kvcached.config import Config, format_size
 from kvcached.demo.figures import Event, Recording
 from kvcached.demo.live import View

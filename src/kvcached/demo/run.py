@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from kvcached.broker.client import list_tenants
+from kvcached.broker.admin import list_tenants
 from kvcached.config import Config, format_size
 from kvcached.demo import verify
 from kvcached.demo.aftershow import Stage
