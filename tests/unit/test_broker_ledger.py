@@ -337,6 +337,18 @@ def test_a_report_that_was_not_made_good_is_not_asked_by_again():
     ledger.check()
 
 
+def test_who_got_more_since_it_was_asked_in_vain_is_asked_again_at_once():
+    """Filled and let go between two reports: its old one says nothing of that."""
+    ledger = ledger_of(a=0, b=900)
+    holds(ledger.b)
+    (blind,) = claim(ledger, ledger.a, 500)
+    ledger.answer(blind.request, 0)
+    assert ledger.pump(0.0) == [Grant(ledger.a.ident, 7, 0, REFUSED)]
+    assert claim(ledger, ledger.a, 500) == [Grant(ledger.a.ident, 7, 0, REFUSED)], "just asked"
+    assert claim(ledger, ledger.b, 10)[-1].nbytes == 10
+    assert [type(effect) for effect in claim(ledger, ledger.a, 500)] == [Reclaim]
+
+
 def test_a_new_report_is_asked_by():
     ledger = ledger_of(a=0, b=1000)
     holds(ledger.b, cached=600)

@@ -287,6 +287,7 @@ class Ledger:
             ahead = available if over else available - reserve
             nbytes = min(most, max(claim.need, ahead), tenant.limit - tenant.lease)
             tenant.lease += nbytes
+            tenant.spent, tenant.blind_until = None, 0.0  # it has more now than when it was asked
             return Grant(claim.tenant, claim.request, nbytes, 0)
         if now >= claim.deadline:
             return Grant(claim.tenant, claim.request, 0, REFUSED)
