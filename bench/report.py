@@ -43,6 +43,22 @@ def bench_table(result: dict[str, Any]) -> str:
     return f"{table([result['title'], 'median', 'p99'], rows)}\n\n{source}"
 
 
+def gpu_table(result: dict[str, Any]) -> str:
+    """Each row with its target, and what was measured beside it in the same run."""
+    rows = []
+    for row in result["rows"]:
+        target = "" if row["target"] is None else f"{number(row['target'])} {row['unit']}"
+        beside = "; ".join(f"{who}: {number(value)}" for who, value in row.get("peers", {}).items())
+        cells = [f"{number(row[key])} {row['unit']}" for key in ("value", "p99")]
+        rows.append([f"`{row['id']}`", *cells, target, beside])
+    source = (
+        f"{result['device']}, driver {result['driver']}, {result['date']}, "
+        f"commit {result['commit']}."
+    )
+    headers = ["row", "median", "p99", "target", "beside it, in the same run"]
+    return f"{table(headers, rows)}\n\n{source}"
+
+
 def demo_table(result: dict[str, Any]) -> str:
     """Static split against elastic, from the JSON of ``kvcached demo``."""
     static, elastic = result["static"], result["elastic"]
@@ -101,7 +117,9 @@ def results_of(name: str) -> str:
     if not path.exists():
         return ""
     result = json.loads(path.read_text("utf-8"))
-    return f"{demo_table(result) if 'elastic' in result else bench_table(result)}\n"
+    if "elastic" in result:
+        return f"{demo_table(result)}\n"
+    return f"{gpu_table(result) if 'driver' in result else bench_table(result)}\n"
 
 
 def modules_of(folder: str) -> str:
