@@ -314,6 +314,7 @@ def test_the_broker_dies_and_everything_goes_on(tenant):
     b.use(100 * MIB)
 
 
+@pytest.mark.slow
 def test_without_a_broker_what_is_leased_can_be_used_and_more_is_refused(tenant, monkeypatch):
     a = tenant("a")
     a.use(10 * MIB)
@@ -333,6 +334,7 @@ def test_without_a_broker_what_is_leased_can_be_used_and_more_is_refused(tenant,
     assert until(lambda: list_tenants("cpu") and row("a").lease_bytes == 5 * MIB)
 
 
+@pytest.mark.slow
 def test_a_stopped_broker_delays_a_claim_and_no_more(tenant):
     a = tenant("a")
     pid = device().broker_pid

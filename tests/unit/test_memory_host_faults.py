@@ -306,6 +306,7 @@ def max_map_count():
 
 @pytest.mark.skipif(max_map_count() > 100_000, reason="would take very many mappings")
 @every_memory
+@pytest.mark.slow
 def test_mappings_run_out_before_those_of_the_process_do(memory):
     """At vm.max_map_count malloc fails too, so we stop short of it, and can still unmap."""
     script = EXHAUST.format(most=max_map_count() + 10, memory=memory)
