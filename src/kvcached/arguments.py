@@ -9,12 +9,11 @@ import os
 from typing import Any
 
 from kvcached.broker.budget import Budget
+from kvcached.broker.protocol import MAX_WEIGHT
 from kvcached.config import Config, check_name, format_size, parse_size
 from kvcached.errors import ClosedError, ForkedProcessError, InvalidInput, KvcachedError
 from kvcached.layout import CacheSpec
 from kvcached.memory.base import MemoryBackend
-
-_MOST_WEIGHT = 1e9
 
 
 def check_arguments(
@@ -62,9 +61,9 @@ def check_terms(limit: Any, floor: Any, weight: Any, *, budget_given: bool) -> N
     if limit is not None:
         parse_size(limit, total=1 << 40)
     number = isinstance(weight, int | float) and not isinstance(weight, bool)
-    if not (number and 0 < weight < _MOST_WEIGHT):  # nan is on neither side
+    if not (number and 0 < weight < MAX_WEIGHT):  # nan is on neither side
         raise InvalidInput(
-            f"weight is {weight!r}, but must be a number above 0 and below {_MOST_WEIGHT:g}",
+            f"weight is {weight!r}, but must be a number above 0 and below {MAX_WEIGHT:g}",
             hint="1 is the usual weight; 2 asks for twice the share of the others.",
         )
     if budget_given and (least or weight != 1):

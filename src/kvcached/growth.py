@@ -93,18 +93,25 @@ class Grower:
             return
         pool, pages = self._blocks, self._blocks.pages
         runs = planning.plan(pool.geometry, pool.page, pages.runs, wanted)
+        try:
+            grown = self._claim_and_grow(runs)
+        except OutOfPages as error:
+            if not pages.budget.report_out_of_memory(pages.bytes_of(runs)):
+                raise
+            grown = self._grow_again(runs, error)
+        if grown:
+            self._note_demand(wanted)
+
+    def _claim_and_grow(self, runs: list[Run]) -> bool:
+        """Whether these runs are backed: not if what is backed changed while the claim waited."""
+        pages = self._blocks.pages
         epoch, nbytes = pages.epoch, pages.bytes_of(runs)
         pages.budget.claim(nbytes)
         if epoch != pages.epoch:
             pages.refund(nbytes)
-            return
-        try:
-            self._grow_claimed(runs, nbytes)
-        except OutOfPages as error:
-            if not pages.budget.report_out_of_memory(nbytes):
-                raise
-            self._grow_again(runs, nbytes, error)
-        self._note_demand(wanted)
+            return False
+        self._grow_claimed(runs, nbytes)
+        return True
 
     def _note_demand(self, wanted: int) -> None:
         pool = self._blocks
@@ -113,19 +120,13 @@ class Grower:
         if self._most_ahead:
             pool.on_low()
 
-    def _grow_again(self, runs: list[Run], nbytes: int, error: OutOfPages) -> None:
+    def _grow_again(self, runs: list[Run], error: OutOfPages) -> bool:
         """Once more after the device was out of memory: others are asked to give theirs first."""
-        pages = self._blocks.pages
-        epoch = pages.epoch
         try:
-            pages.shrink([])  # what could not be released before
-            pages.budget.claim(nbytes)
+            self._blocks.pages.shrink([])  # what could not be released before
+            return self._claim_and_grow(runs)
         except BudgetExceeded:  # nobody can give: what the device said is what matters
             raise error from None
-        if epoch != pages.epoch:
-            pages.refund(nbytes)
-            return
-        self._grow_claimed(runs, nbytes)
 
     def _grow_with_extra(self, wanted: int) -> bool:
         """Grow by more than is wanted, if the pool has been growing and the lease covers it."""
@@ -232,7 +233,7 @@ def back_ahead(blocks: BlockPool) -> None:
     started = time.perf_counter_ns()
     try:
         blocks.pages.back(extents)
-    except BaseException as error:
+    except BaseException as error:  # addresses and claim go back, whatever it was
         with blocks.lock:
             blocks.grower.abandon(extents, nbytes)
             if isinstance(error, OutOfPages):  # nobody asked for it, so it is nobody's failure

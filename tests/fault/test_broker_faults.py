@@ -29,13 +29,6 @@ def rig(runtime_dir):
     rig.close()
 
 
-@pytest.fixture
-def tenant(runtime_dir):
-    one = CountingTenant("a")
-    yield one
-    one.close()
-
-
 def test_a_stopped_engine_delays_nobody_but_who_needs_its_memory(rig):
     rig.start(0, f"hold:{CAPACITY // 2}")
     rig.expect(0, "held")

@@ -8,7 +8,7 @@ import random
 import socket
 
 import pytest
-from broker_tenant import MIB, CountingTenant
+from broker_tenant import MIB
 from fault.broker_rig import broker_fds, connect, ping_seconds, until
 
 from kvcached.broker import protocol as p
@@ -17,13 +17,6 @@ from kvcached.broker.peer import MAX_ERRORS
 from kvcached.broker.protocol import Message, Op
 
 pytestmark = [pytest.mark.timeout(120)]
-
-
-@pytest.fixture
-def tenant(runtime_dir):
-    one = CountingTenant("a")
-    yield one
-    one.close()
 
 
 def malformed(rng):

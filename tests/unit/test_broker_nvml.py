@@ -16,13 +16,6 @@ MIB = 1 << 20
 
 
 @pytest.fixture
-def library():
-    library = FakeNvml()
-    yield library
-    assert library.opened == 0
-
-
-@pytest.fixture
 def card(library):
     card = open_card(f"gpu-{UUID}", lambda: library)
     yield card

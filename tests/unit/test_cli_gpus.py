@@ -7,7 +7,7 @@ import time
 from dataclasses import replace
 
 import pytest
-from fake_nvml import GIB, UNKNOWN, UUID, FakeNvml
+from fake_nvml import GIB, UNKNOWN, UUID
 
 from kvcached.broker.nvml import open_card
 from kvcached.cli import costs
@@ -19,13 +19,6 @@ from kvcached.testing import FakeCudaDriver
 MIB = 1 << 20
 GPU = Gpu(0, "Fake GPU", f"GPU-{UUID}", 79 * GIB, virtual_memory=True, page_bytes=2 * MIB,
           fd_handles=True)  # fmt: skip
-
-
-@pytest.fixture
-def library():
-    library = FakeNvml()
-    yield library
-    assert library.opened == 0
 
 
 @pytest.fixture

@@ -88,7 +88,7 @@ class NvmlCard:
         self._call("nvmlInit_v2")
         try:
             self._find(uuid.lower().removeprefix("gpu-").removeprefix("mig-"))
-        except BaseException:
+        except BaseException:  # whatever it was, what was opened does not stay open
             self.close()
             raise
 

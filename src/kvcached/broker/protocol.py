@@ -30,6 +30,8 @@ MAX_BODY = 4096
 MAX_MESSAGE = HEADER.size + MAX_BODY
 MAX_BYTES = (1 << 62) - 1
 """Largest byte count that a message may carry."""
+MAX_WEIGHT = 1e9
+"""A tenant's weight lies above 0 and below this."""
 MAX_SOCKET_PATH = 107
 
 

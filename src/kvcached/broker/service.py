@@ -165,7 +165,7 @@ class Service:
         weight, meta = body.get("weight", 1.0), body.get("meta", {})
         if not is_name(name) or not isinstance(instance, str) or not 8 <= len(instance) <= 64:
             raise ProtocolError("HELLO needs a valid name and an instance")
-        if not isinstance(weight, int | float) or not 0 < weight < 1e9:
+        if not isinstance(weight, int | float) or not 0 < weight < p.MAX_WEIGHT:
             raise ProtocolError(f"weight is {weight!r}, but must be a number above 0")
         if not isinstance(meta, dict) or _length(meta) > _MAX_META or peer.ident:
             raise ProtocolError("meta is too long, or this connection has a tenant already")

@@ -79,7 +79,7 @@ class CudaBackend:
             with self._call.in_context(self._context):
                 flags = self._call.driver.CUstream_flags.CU_STREAM_NON_BLOCKING
                 (self._stream,) = self._call("cuStreamCreate", int(flags))
-        except BaseException:
+        except BaseException:  # whatever it was, what was opened does not stay open
             self._call("cuDevicePrimaryCtxRelease", self._cu_device)
             raise
         forks.watch(self)
