@@ -1,51 +1,36 @@
 """``KVCache``: what an engine of your own holds. Sequences, block tables, slots and tensor views.
 
-One lock guards one cache. Calls come from the engine's thread; the budget's thread takes the same
-lock to answer reclaim requests, and the caretaker to let spares decay.
+Memory, budget and life cycle are those of ``ElasticBlocks`` (``elastic.py``).
 """
 
 from __future__ import annotations
 
-import logging
 import os
-import threading
-import weakref
-from collections.abc import Iterator
 from collections.abc import Sequence as ListLike
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kvcached.arguments import check_arguments, check_terms, not_open
-from kvcached.blocks import BlockPool
+from kvcached.arguments import check_arguments, check_terms
 from kvcached.broker.budget import Budget
-from kvcached.caretaker import Caretaker, WeakTenant
 from kvcached.config import Config, parse_size
-from kvcached.errors import InvalidInput, KvcachedError
+from kvcached.elastic import ElasticBlocks
+from kvcached.errors import InvalidInput
 from kvcached.layout import CacheSpec, Geometry, cdiv
 from kvcached.memory.base import Fence, MemoryBackend
-from kvcached.memory.fences import PassedFence, fence_on, wait_for
-from kvcached.pages import PagePool
-from kvcached.pauses import Pauses
 from kvcached.prefix import PrefixIndex, contents_key
-from kvcached.resources import make_backend, make_budget, make_pages, release
+from kvcached.resources import make_backend, make_budget
 from kvcached.sequence import Sequence, read_tokens, token_array
 from kvcached.sequences import SequenceStore
-from kvcached.snapshot import free_blocks_hint, take_report, take_stats
-from kvcached.spares import SparePolicy
-from kvcached.stats import CacheStats, LimitRecord, TenantReport
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
 __all__ = ["CacheSpec", "KVCache", "Sequence"]
-_log = logging.getLogger(__name__)
-_LEAVE_SECONDS = 5.0  # how long ``close`` waits for the calls of other threads
 
 
-class KVCache:
+class KVCache(ElasticBlocks):
     """An elastic KV cache for one model on one device.
 
     Construction reserves addresses and backs one block, nothing else.
@@ -100,57 +85,32 @@ class KVCache:
             spec, device, name, max_tokens, budget=budget, backend=backend, config=config
         )
         check_terms(limit, floor, weight, budget_given=budget is not None)
-        self.config = config if config is not None else Config.from_env()
-        self.spec, self.name = spec, name if name is not None else f"pid-{os.getpid()}"
-        self.prefix_caching, self._contents = prefix_caching, contents_key(spec, model)
-        self._lock, self._pid = threading.RLock(), os.getpid()
-        self._pauses = Pauses(self._lock)
-        self._closed = False
-        self._inside, self._left = 0, threading.Condition(self._lock)
-        self._closing = threading.Lock()
-        self._owns_backend = backend is None
-        self.backend = backend if backend is not None else make_backend(device, spec, self.config)
-        try:
-            self._build(max_tokens, budget, limit=limit, floor=floor, weight=weight)
-        except BaseException:  # whatever went wrong, what we made does not stay behind
-            if self._owns_backend:
-                self.backend.shutdown()
-            raise
+        settings = config if config is not None else Config.from_env()
+        self.spec, self.prefix_caching = spec, prefix_caching
+        self._contents = contents_key(spec, model)
         self._views: Any = None
-        self._parts = self._pid, self._blocks, self._budget, self._owns_backend
-        self._finalizer = weakref.finalize(self, release, *self._parts)
-        self._caretaker = Caretaker(self)
-        self._blocks.on_low = self._caretaker.hurry
-
-    def _build(self, max_tokens: int, budget: Budget | None, **terms: Any) -> None:
-        num_blocks = cdiv(max_tokens, self.spec.block_size) + 1  # and the null block
-        page_bytes = self.backend.page_bytes
-        self.geometry = Geometry.of(self.spec, page_bytes=page_bytes, num_blocks=num_blocks)
-        if budget is None:
-            self._budget = make_budget(self.name, self.backend, self.config, **terms)
-        else:
-            self._budget = budget
+        terms = {"limit": limit, "floor": floor, "weight": weight}
+        called = name if name is not None else f"pid-{os.getpid()}"
+        owns_backend = backend is None
+        memory = make_backend(device, spec, settings) if backend is None else backend
         try:
-            if budget is not None and terms["limit"] is not None:
-                self._budget.set_limit(parse_size(terms["limit"], total=budget.limit_bytes))
-            self._make_blocks(make_pages(self.backend, self.geometry, self._budget, self.config))
-        except BaseException:  # as in __init__
-            self._budget.close()
+            super().__init__(
+                Geometry.of(spec, page_bytes=memory.page_bytes,
+                            num_blocks=cdiv(max_tokens, spec.block_size) + 1),  # the null block
+                backend=memory,
+                budget=_budget_of(called, memory, settings, budget, terms),
+                name=called, config=settings, owns_backend=owns_backend,
+            )  # fmt: skip
+        except BaseException:  # whatever went wrong, what we made does not stay behind
+            if owns_backend:
+                memory.shutdown()
             raise
 
-    def _make_blocks(self, pages: PagePool) -> None:
-        ahead = parse_size(self.config.ahead, total=self._budget.limit_bytes)
-        spares = SparePolicy(self.config.spare_seconds)
-        try:
-            self._blocks = BlockPool(pages, spares=spares, lock=self._lock, most_ahead=ahead)
-            size = self.spec.block_size
-            self._prefixes = PrefixIndex(self._blocks, size)
-            named = self._prefixes if self.prefix_caching else None
-            self._store = SequenceStore(self._blocks, named, size, self._contents)
-            self._budget.attach(WeakTenant(self), self._lock)  # last: it may be called at once
-        except BaseException:  # the reservation, and what the budget granted, too
-            pages.close()
-            raise
+    def _prepare(self) -> None:
+        size = self.spec.block_size
+        self._prefixes = PrefixIndex(self._blocks, size)
+        named = self._prefixes if self.prefix_caching else None
+        self._store = SequenceStore(self._blocks, named, size, self._contents)
 
     # --- sequences -----------------------------------------------------------------------------
 
@@ -233,133 +193,21 @@ class KVCache:
     @property
     def num_free_tokens_hint(self) -> int:
         """Tokens that could be taken without reclaim from others: a hint, others may be faster."""
-        with self._lock:
-            self._require_open()
-            return free_blocks_hint(self._blocks) * self.spec.block_size
+        return self.num_free_blocks_hint * self.spec.block_size
 
-    # --- memory ---------------------------------------------------------------------------------
+    # --- what the parent asks --------------------------------------------------------------------
 
-    def trim(self, *, fence: Fence | None = None) -> int:
-        """Give back all memory that holds no block in use, cached prefixes too. Returns the bytes.
+    def _num_sequences(self) -> int:
+        return len(self._store)
 
-        Extents that are only partly in use are split: contents, addresses and block ids stay. No
-        kernel may touch this cache meanwhile: call it between steps, and with a ``fence`` if work
-        may still be queued; it is waited for first (see ``fence``).
-        """
-        wait_for(fence)
-        with self._entered():
-            return self._blocks.trim()
-
-    def evict_prefixes(self, nbytes: int | str) -> int:
-        """Give back about ``nbytes`` of spares and cached prefixes, the oldest first."""
-        size = parse_size(nbytes, total=self._blocks.pages.backed_bytes)
-        with self._entered():
-            return self._blocks.reclaim(size)
-
-    def set_limit(self, limit: int | str) -> LimitRecord:
-        """Set the most physical memory this cache may hold; gives back at once what it can.
-
-        Blocks in use stay: ``LimitRecord.applied`` tells whether the limit holds already.
-        """
-        size = parse_size(limit, total=self._budget.limit_bytes)
-        with self._entered():
-            return self._budget.set_limit(size)
-
-    def fence(self, stream: int | None = None) -> Fence:
-        """A point behind the work that is queued now on ``stream`` (default: torch's current one).
-
-        On the CPU it has passed already: work is done when a call returns.
-        """
-        self._require_open()
-        return fence_on(self.backend, stream)
-
-    @contextmanager
-    def idle(self, *, fence: Fence | None = None) -> Iterator[None]:
-        """Inside, no kernel reads or writes this cache, so extents may be split for a peer.
-
-        With a ``fence`` that is so once it has passed. An engine that does this between its steps
-        is waited for: a peer's request for memory is met at the next such pause.
-        """
-        before = self._pauses.enter(fence if fence is not None else PassedFence())
-        try:
-            yield
-        finally:
-            self._pauses.leave(before)
-
-    def reclaim(self, nbytes: int, *, patient: bool = False) -> int:
-        """For the budget (``Tenant.reclaim``): give back up to ``nbytes`` now."""
-        with self._lock:
-            if self._closed:
-                return 0
-            self._blocks.spares.forget()  # or growth ahead would take it again
-            busy = self._inside > 0  # a call is under way; its thread may be waiting for us
-            try:
-                now = self._pauses.now() and (patient or not busy)
-                freed = self._blocks.reclaim(nbytes, may_split=now)
-                wait = patient and not busy and freed < nbytes and self._blocks.splits_would_help()
-                if wait and self._pauses.wait() and not self._closed:
-                    freed += self._blocks.reclaim(nbytes - freed, may_split=True)
-                return freed
-            except KvcachedError:  # the peer that asks can do nothing about it; the owner will see
-                _log.exception("%s: reclaim of %d bytes failed", self.name, nbytes)
-                return 0
-
-    def take_care(self, *, urgent: bool = False) -> bool:
-        """For the caretaker, without the lock: see ``BlockPool.tend``."""
-        return self.state == "open" and self._blocks.tend(urgent=urgent)
-
-    def report(self) -> TenantReport:
-        """For the budget (``Tenant.report``): what is held."""
-        with self._lock:
-            idle = self._pauses.now() and not self._inside
-            return take_report(self._blocks, idle=idle, pauses=self._pauses.expected())
-
-    def stats(self) -> CacheStats:
-        """A snapshot; see ``CacheStats``."""
-        with self._lock:
-            self._require_open()
-            return take_stats(self.name, self.spec, self._blocks, len(self._store))
-
-    def page_runs(self) -> list[tuple[int, int, str]]:
-        """Backed runs in address order, as (first page, pages, state); neighbours are merged."""
-        with self._lock:
-            self._require_open()
-            return self._blocks.page_runs()
-
-    # --- life cycle ----------------------------------------------------------------------------
-
-    def check(self) -> None:
-        """Assert the invariants of everything this cache owns (docs/invariants.md). Slow."""
-        with self._lock:
-            self._require_open()
-            self._blocks.check()
-            self._prefixes.check()
-            self._store.check()
-            self._budget.check()
-            held = self._blocks.pages.backed_bytes
-            assert held <= self._budget.lease_bytes, "I1: backed more than leased"
+    def _check_contents(self) -> None:
+        self._prefixes.check()
+        self._store.check()
 
     def close(self) -> None:
-        """Give back everything: memory, addresses, the lease. Views and sequences die.
-
-        Idempotent. If the backend refuses, the error is raised; call again to give back the rest.
-        """
-        if os.getpid() != self._pid:
-            return  # the memory is the parent's
-        with self._lock:  # another thread's call may be waiting for the budget, without the lock
-            self._closed, self._views = True, None
-            self._left.wait_for(lambda: self._inside == 0, _LEAVE_SECONDS)
-        self._caretaker.end()
-        with self._closing:
-            if self._finalizer.alive:
-                release(*self._parts)
-                self._finalizer.detach()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
+        """See ``ElasticBlocks.close``; the views go too."""
+        self._views = None
+        super().close()
 
     def __repr__(self) -> str:
         from kvcached.display import line
@@ -371,27 +219,17 @@ class KVCache:
 
         return page_map_html(self)
 
-    @property
-    def state(self) -> str:
-        """``"open"``, ``"closed"``, or ``"of process <pid>"`` in a child of it."""
-        if os.getpid() != self._pid:
-            return f"of process {self._pid}"
-        return "closed" if self._closed else "open"
 
-    @contextmanager
-    def _entered(self) -> Iterator[None]:
-        with self._lock:
-            self._require_open()
-            self._inside += 1
-            try:
-                yield
-            finally:
-                self._inside -= 1
-                if self._closed:
-                    self._left.notify_all()
-            if self.config.check and not self._closed:
-                self.check()
-
-    def _require_open(self) -> None:
-        if self._closed or os.getpid() != self._pid:
-            raise not_open(self.name, self._pid)
+def _budget_of(
+    name: str, backend: MemoryBackend, config: Config, given: Budget | None, terms: dict[str, Any]
+) -> Budget:
+    """The budget that was given, with the limit that was asked for; or the device's own."""
+    if given is None:
+        return make_budget(name, backend, config, **terms)
+    try:
+        if terms["limit"] is not None:
+            given.set_limit(parse_size(terms["limit"], total=given.limit_bytes))
+    except BaseException:  # it belongs to the cache that was to be
+        given.close()
+        raise
+    return given

@@ -17,7 +17,7 @@ from kvcached.errors import KvcachedError
 from kvcached.stats import TenantReport
 
 if TYPE_CHECKING:
-    from kvcached.cache import KVCache
+    from kvcached.elastic import ElasticBlocks
 
 _PERIOD = 0.05
 _log = logging.getLogger(__name__)
@@ -26,7 +26,7 @@ _log = logging.getLogger(__name__)
 class WeakTenant:
     """The cache as its budget sees it (``Tenant``), held weakly, so that it can be collected."""
 
-    def __init__(self, cache: KVCache) -> None:
+    def __init__(self, cache: ElasticBlocks) -> None:
         self._cache = weakref.ref(cache)
 
     def reclaim(self, nbytes: int, *, patient: bool) -> int:
@@ -43,7 +43,7 @@ class WeakTenant:
 class Caretaker:
     """A daemon thread for one cache."""
 
-    def __init__(self, cache: KVCache) -> None:
+    def __init__(self, cache: ElasticBlocks) -> None:
         self._cache = weakref.ref(cache, lambda _: self.stop())
         self._bell = threading.Lock()  # locked: nothing has been rung; far cheaper than an Event
         self._bell.acquire()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from kvcached.blocks import BlockPool
-from kvcached.layout import CacheSpec
 from kvcached.stats import SCHEMA_VERSION, CacheStats, PoolCounters, TenantReport
 
 
@@ -39,13 +38,14 @@ def take_counters(blocks: BlockPool) -> PoolCounters:
     )  # fmt: skip
 
 
-def take_stats(name: str, spec: CacheSpec, blocks: BlockPool, sequences: int) -> CacheStats:
+def take_stats(name: str, blocks: BlockPool, sequences: int) -> CacheStats:
     """One moment of one cache."""
     report, pages, g = take_report(blocks), blocks.pages, blocks.geometry
     usable = blocks.num_free + blocks.num_used + blocks.num_cached + blocks.num_quarantined
     return CacheStats(
         schema_version=SCHEMA_VERSION, name=name, device=pages.backend.device,
-        page_bytes=g.page_bytes, block_bytes=spec.block_bytes, reserved_bytes=g.reserved_bytes,
+        page_bytes=g.page_bytes, block_bytes=g.block_bytes * g.num_planes,
+        reserved_bytes=g.reserved_bytes,
         backed_bytes=report.backed_bytes, in_use_bytes=report.in_use_bytes,
         cached_bytes=report.cached_bytes, spare_bytes=report.spare_bytes,
         quarantined_bytes=report.quarantined_bytes, lease_bytes=pages.budget.lease_bytes,
