@@ -1,0 +1,291 @@
+"""``RemoteBackend``: a ``MemoryBackend`` whose memory lies in other processes, one or several.
+
+An engine's scheduler decides what is mapped, its workers hold the memory. With tensor parallelism
+every worker backs the same pages, so a call goes to all of them at once and is all or nothing: what
+some have done is undone when another refuses. Addresses are those of the first worker.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from kvcached.errors import BackendUnavailable, ClosedError, InvalidInput, KvcachedError, PoolBroken
+from kvcached.memory.base import Copy, Handle, Reservation
+from kvcached.memory.wire import (
+    MAX_COPIES,
+    MAX_MESSAGE,
+    Frame,
+    Op,
+    address_of,
+    check_peer,
+    decode,
+    encode,
+    error_of,
+)
+
+_ANSWER_SECONDS = 30.0
+"""Longest wait for a worker's answer: it may be busy with a long call that keeps Python's lock."""
+_CONNECT_SECONDS = 10.0
+_Values = Sequence[tuple[int, ...]]  # one tuple of integers a rank
+
+
+class Worker:
+    """The connection to one worker's ``BackendServer``."""
+
+    def __init__(self, owner_pid: int, rank: int) -> None:
+        self.name = f"worker {rank} of engine {owner_pid}"
+        self._request = 0
+        self._socket = _connect(address_of(owner_pid, rank), self.name)
+        check_peer(self._socket)
+        self._socket.settimeout(_ANSWER_SECONDS)
+
+    def send(self, op: Op, values: tuple[int, ...] = ()) -> None:
+        """Ask."""
+        self._request += 1
+        try:
+            self._socket.send(encode(Frame(op, self._request, values=values)))
+        except OSError as error:
+            raise self._lost(error) from error
+
+    def receive(self) -> Frame:
+        """The answer. Raises what the worker's backend raised."""
+        try:
+            data = self._socket.recv(MAX_MESSAGE + 1)
+        except OSError as error:
+            raise self._lost(error) from error
+        if not data:
+            raise self._lost("it has ended")
+        frame = decode(data)
+        if frame.request != self._request:  # an answer that came after all: the pair is of no use
+            raise self._lost(f"answer {frame.request} to request {self._request}")
+        if frame.status:
+            raise error_of(frame, self.name)
+        return frame
+
+    def call(self, op: Op, values: tuple[int, ...] = ()) -> Frame:
+        """Ask, and wait for the answer."""
+        self.send(op, values)
+        return self.receive()
+
+    def close(self) -> None:
+        """End the connection. Idempotent."""
+        self._socket.close()
+
+    def _lost(self, why: object) -> BackendUnavailable:
+        return BackendUnavailable(f"{self.name} does not answer: {why}")
+
+
+class RemoteBackend:
+    """The memory of the workers of one engine; see the module's docstring.
+
+    Parameters
+    ----------
+    workers:
+        Connections, at least one. Owned: closed by ``shutdown``.
+
+    Raises ``BackendUnavailable`` when a worker has gone, and ``InvalidInput`` if the workers'
+    pages differ in size.
+    """
+
+    def __init__(self, workers: Sequence[Worker]) -> None:
+        self._workers = tuple(workers)
+        self._lock = threading.Lock()
+        self._ranges: dict[int, tuple[int, ...]] = {}  # first rank's address: everybody's
+        self._sizes: dict[int, int] = {}
+        self._keys: dict[Handle, list[int | None]] = {}  # everybody's; None: released there
+        self._last_key = 0
+        self._closed = False
+        said = [worker.call(Op.HELLO).body or {} for worker in self._workers]
+        self.descriptions: list[dict[str, Any]] = said
+        """What each worker says of itself."""
+        sizes = {int(body.get("page_bytes", 0)) for body in said}
+        if len(sizes) != 1 or not min(sizes):
+            raise InvalidInput(f"the workers have pages of different sizes: {sorted(sizes)}")
+        (self.page_bytes,) = sizes
+        self.device = str(said[0].get("device", "cpu"))
+        self.can_alias = all(bool(body.get("can_alias")) for body in said)
+
+    # --- the contract of MemoryBackend -----------------------------------------------------------
+
+    def reserve(self, nbytes: int) -> Reservation:
+        """See ``MemoryBackend.reserve``."""
+        with self._lock:
+            replies = self._all(Op.RESERVE, self._same(nbytes), undo=Op.CLOSE, keep_reply=True)
+            addresses = tuple(frame.values[0] for frame in replies)
+            self._ranges[addresses[0]], self._sizes[addresses[0]] = addresses, nbytes
+            return Reservation(addresses[0], nbytes)
+
+    def create(self, num_pages: int) -> Handle:
+        """See ``MemoryBackend.create``."""
+        with self._lock:
+            replies = self._all(Op.CREATE, self._same(num_pages), undo=Op.RELEASE, keep_reply=True)
+            self._last_key += 1
+            handle = Handle(self._last_key, num_pages)
+            self._keys[handle] = [frame.values[0] for frame in replies]
+            return handle
+
+    def map(self, reservation: Reservation, page_index: int, handle: Handle) -> None:
+        """See ``MemoryBackend.map``."""
+        with self._lock:
+            self._all(Op.MAP, self._places(reservation, page_index, handle), undo=Op.UNMAP)
+
+    def unmap(self, reservation: Reservation, page_index: int, handle: Handle) -> None:
+        """See ``MemoryBackend.unmap``."""
+        with self._lock:
+            self._all(Op.UNMAP, self._places(reservation, page_index, handle), undo=Op.MAP)
+
+    def release(self, handle: Handle) -> None:
+        """See ``MemoryBackend.release``. Where a worker refuses, calling again asks it again."""
+        with self._lock:
+            keys = self._keys_of(handle)
+            for rank, worker in enumerate(self._workers):
+                if (key := keys[rank]) is not None:
+                    worker.call(Op.RELEASE, (key,))
+                    keys[rank] = None
+            del self._keys[handle]
+
+    def close(self, reservation: Reservation) -> None:
+        """See ``MemoryBackend.close``."""
+        with self._lock:
+            addresses = self._addresses(reservation)
+            self._all(Op.CLOSE, [(address,) for address in addresses])
+            del self._ranges[reservation.address], self._sizes[reservation.address]
+
+    def available(self) -> int:
+        """See ``MemoryBackend.available``: of the worker that has least."""
+        with self._lock:
+            return min(frame.values[0] for frame in self._all(Op.AVAILABLE, self._same()))
+
+    def copy(self, dst: int, src: int, nbytes: int) -> None:
+        """See ``MemoryBackend.copy``."""
+        self.copy_many([(dst, src, nbytes)])
+
+    def copy_many(self, copies: Sequence[Copy]) -> None:
+        """See ``MemoryBackend.copy_many``."""
+        with self._lock:
+            for start in range(0, len(copies), MAX_COPIES):
+                part = copies[start : start + MAX_COPIES]
+                self._all(Op.COPY, [self._translated(part, rank)
+                                    for rank in range(len(self._workers))])  # fmt: skip
+
+    def settle(self) -> None:
+        """Wait until the kernels that the workers have queued so far have run."""
+        with self._lock:
+            self._all(Op.SETTLE, self._same())
+
+    def shutdown(self) -> None:
+        """See ``MemoryBackend.shutdown``: ends the connections."""
+        with self._lock:
+            if not self._closed:
+                if self._keys or self._ranges:
+                    raise InvalidInput(
+                        f"cannot shut the backend down: {len(self._keys)} handles and "
+                        f"{len(self._ranges)} reservations are open"
+                    )
+                self._closed = True
+                for worker in self._workers:
+                    worker.close()
+
+    def check(self) -> None:
+        """Assert that what is recorded of each worker has one entry a worker (I4, I5)."""
+        with self._lock:
+            ranks = len(self._workers)
+            assert all(len(keys) == ranks for keys in self._keys.values()), "I4: a rank is missing"
+            assert all(len(a) == ranks for a in self._ranges.values()), "I5: a rank is missing"
+            assert self._ranges.keys() == self._sizes.keys(), "I5: a range without a size"
+
+    # --- one call to all -------------------------------------------------------------------------
+
+    def _all(
+        self, op: Op, values: _Values, *, undo: Op | None = None, keep_reply: bool = False
+    ) -> list[Frame]:
+        """Ask all workers at once. If one refuses, ``undo`` what the others did, and raise.
+
+        What is undone is named by the reply (``keep_reply``) or by the request.
+        """
+        if self._closed:
+            raise ClosedError("the connection to the workers is closed")
+        for worker, value in zip(self._workers, values, strict=True):
+            worker.send(op, value)
+        replies: list[Frame] = []
+        done: list[tuple[Worker, tuple[int, ...]]] = []
+        failure: KvcachedError | None = None
+        for worker, value in zip(self._workers, values, strict=True):
+            try:
+                frame = worker.receive()
+            except KvcachedError as error:
+                failure = failure or error
+                continue
+            replies.append(frame)
+            done.append((worker, frame.values if keep_reply else value))
+        if failure is None:
+            return replies
+        if undo is not None:
+            _undo(undo, done, failure)
+        raise failure
+
+    def _same(self, *values: int) -> _Values:
+        return [values] * len(self._workers)
+
+    def _places(self, reservation: Reservation, page: int, handle: Handle) -> _Values:
+        keys = self._keys_of(handle)
+        pairs = zip(self._addresses(reservation), keys, strict=True)
+        return [(address, page, 0 if key is None else key) for address, key in pairs]
+
+    def _addresses(self, reservation: Reservation) -> tuple[int, ...]:
+        addresses = self._ranges.get(reservation.address)
+        if addresses is None or self._sizes[reservation.address] != reservation.nbytes:
+            raise InvalidInput(f"no range of {reservation.nbytes} bytes is reserved at "
+                               f"{reservation.address:#x}")  # fmt: skip
+        return addresses
+
+    def _keys_of(self, handle: Handle) -> list[int | None]:
+        keys = self._keys.get(handle)
+        if keys is None:
+            raise InvalidInput(f"handle {handle.key} was not created here, or is released")
+        return keys
+
+    def _translated(self, copies: Sequence[Copy], rank: int) -> tuple[int, ...]:
+        flat: list[int] = []
+        for dst, src, nbytes in copies:
+            flat += (self._at(dst, rank), self._at(src, rank), nbytes)
+        return tuple(flat)
+
+    def _at(self, address: int, rank: int) -> int:
+        """An address of the first worker, in that of ``rank``."""
+        for base, addresses in self._ranges.items():
+            if base <= address < base + self._sizes[base]:
+                return addresses[rank] + address - base
+        raise InvalidInput(f"{address:#x} lies in no range that was reserved here")
+
+
+def _undo(op: Op, done: Sequence[tuple[Worker, tuple[int, ...]]], cause: KvcachedError) -> None:
+    try:
+        for worker, values in done:
+            worker.call(op, values)
+    except KvcachedError as error:
+        raise PoolBroken(
+            f"the workers disagree about what is mapped: {error.message}; it was undone because "
+            f"{cause.message}",
+            hint="Restart the engine.",
+        ) from cause
+
+
+def _connect(address: str, name: str, clock: Callable[[], float] = time.monotonic) -> socket.socket:
+    """A connection, as soon as somebody listens there."""
+    until = clock() + _CONNECT_SECONDS
+    while True:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            sock.connect(address)
+        except OSError as error:
+            sock.close()
+            if clock() > until:
+                raise BackendUnavailable(f"{name} does not listen: {error}") from error
+            time.sleep(0.02)
+        else:
+            return sock
