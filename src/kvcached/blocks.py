@@ -88,6 +88,7 @@ class BlockPool:
         self.grower, self.reclaimer = Grower(self, most_ahead), Reclaimer(self)
         self._fences: deque[tuple[int, Fence, Ids]] = deque()
         self._next_fence = 1
+        self._lifted: list[Fence] = []  # of blocks that were taken again before they had passed
         g = self.geometry
         self.blk = np.zeros((g.num_blocks, _hot.BLK_WIDTH), np.int32)
         self.page = np.zeros(g.num_pages, np.int32)
@@ -197,6 +198,24 @@ class BlockPool:
             self.on_low()
         return out
 
+    def take(self, count: int) -> Ids:
+        """As ``alloc``, but for what ``secure`` has promised: evicts rather than grows.
+
+        Blocks that wait for a fence are reused too, so whoever calls this writes to them in the
+        order of the stream behind which the fences lie. No memory is unmapped until they pass.
+        """
+        while (short := count - self.num_free) > 0 and (self.num_cached or self._fences):
+            if self.num_cached:
+                self.evict_oldest(short)
+            else:
+                self._lifted.append(self._fences[0][1])
+                self._retire_oldest_fence()
+        return self.alloc(count)
+
+    def secure(self, count: int) -> bool:
+        """Whether ``take(count)`` is certain to succeed; grows, if it must, to make it so."""
+        return self.grower.secure(count)
+
     def share(self, ids: Ids) -> None:
         """Add a reference to blocks in use (I2)."""
         code = self.hot.share(ids, self.blk)
@@ -223,6 +242,11 @@ class BlockPool:
         self._named = True
         self.blk[block, self.hot.KEEP] = named
 
+    def keep_all(self, ids: Ids, named: NDArray[np.bool_]) -> None:
+        """As ``keep``, for many."""
+        self._named = True
+        self.blk[ids, self.hot.KEEP] = named
+
     def acquire(self, ids: Ids) -> None:
         """Take a reference on blocks that a prefix names, whatever state they are in."""
         self.hot.acquire(ids, self.blk, self.page, self.ext, self.meta)
@@ -239,10 +263,19 @@ class BlockPool:
     def poll_fences(self) -> None:
         """Retire the blocks whose fence has passed, in the order they were freed."""
         while self._fences and self._fences[0][1].passed():
-            number, _, ids = self._fences.popleft()
-            self.hot.release_fence(
-                ids, number, self.now(), self.blk, self.page, self.ext, self.meta
-            )
+            self._retire_oldest_fence()
+        self._lifted = [fence for fence in self._lifted if not fence.passed()]
+
+    def _retire_oldest_fence(self) -> None:
+        number, _, ids = self._fences.popleft()
+        self.hot.release_fence(ids, number, self.now(), self.blk, self.page, self.ext, self.meta)
+
+    @property
+    def may_unmap(self) -> bool:
+        """Whether no kernel can be at work on blocks that count as free (see ``take``)."""
+        if self._lifted:
+            self._lifted = [fence for fence in self._lifted if not fence.passed()]
+        return not self._lifted
 
     def now(self) -> int:
         """Hundredths of a second since the pool was made (int32: 248 days)."""
@@ -291,13 +324,13 @@ class BlockPool:
         block = int(self.meta[self.hot.M_LRU_OLD])
         return (self.now() - int(self.blk[block, self.hot.STAMP])) / 100 if block else 0.0
 
-    def reclaim(self, nbytes: int, *, may_split: bool = False) -> int:
+    def reclaim(self, nbytes: int, *, may_split: bool = False, may_evict: bool = True) -> int:
         """Give back up to about ``nbytes``: spares, then cached prefixes, oldest extents first.
 
         With ``may_split`` then also what lies unused in extents that hold blocks in use: only if
         no kernel can be reading or writing them. Returns the bytes given back.
         """
-        return self.reclaimer.reclaim(nbytes, may_split=may_split)
+        return self.reclaimer.reclaim(nbytes, may_split=may_split, may_evict=may_evict)
 
     def trim(self, *, may_split: bool = True) -> int:
         """Give back all that holds nothing in use, cached prefixes included. Returns the bytes.

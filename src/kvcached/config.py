@@ -117,6 +117,16 @@ class Config:
     """Most memory to back ahead of demand, and at most a sixteenth of the limit; ``0``: none."""
     zero: str = "on-tenant-change"
     """When device pages are cleared: ``never``, ``on-tenant-change`` or ``always``."""
+    name: str = ""
+    """How other processes see an engine that is plugged into; empty: its model and process."""
+    limit: str = ""
+    """Most memory of such an engine (``"20GiB"``, ``"40%"`` of the budget); empty: its own rule."""
+    floor: str = "0"
+    """Memory of such an engine that is never reclaimed for others."""
+    weight: float = 1.0
+    """Share of such an engine in what lies above all floors."""
+    max_tokens: int = 0
+    """Address space of such an engine, in tokens; 0: what it could ever use."""
 
     def __post_init__(self) -> None:
         for item in fields(self):
@@ -144,6 +154,14 @@ def _is_flag(value: Any) -> bool:
 
 def _is_text(value: Any) -> bool:
     return isinstance(value, str) and "\0" not in value  # no path holds a zero byte
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and (not value or bool(_NAME.match(value)))
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 31
 
 
 def _is_seconds(value: Any) -> bool:
@@ -176,12 +194,19 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "spare_seconds": (_is_seconds, "Use a number of seconds >= 0."),
     "ahead": (_is_size(share=True), "Use '1GiB', or '0' for none."),
     "zero": (ZERO.__contains__, f"Use {', '.join(ZERO)}."),
+    "name": (_is_name, "Use a-z, 0-9, '.', '_' and '-', at most 64, a letter or digit first."),
+    "limit": (_is_size(empty=True, share=True), "Use '20GiB' or '40%'."),
+    "floor": (_is_size(share=True), "Use '2GiB' or '5%'."),
+    "weight": (lambda value: _is_seconds(value) and value > 0, "Use a number above 0."),
+    "max_tokens": (_is_count, "Use a number of tokens, or 0."),
 }
 """What each field may be, and the hint for what it may not."""
 _READERS: dict[str, Callable[[str], Any]] = {
     "broker": _flag,
     "check": _flag,
     "spare_seconds": float,
+    "weight": float,
+    "max_tokens": int,
 }
 """From the text of a variable to the value of a field, where that is not the text itself."""
 
@@ -206,3 +231,32 @@ def _read(name: str, text: str) -> Any:
         raise InvalidConfig(f"{said}: {reason}", hint=_FIELDS[name][1]) from error
     _check(name, value, said)
     return value
+
+
+def plugin_mode(environ: Mapping[str, str] | None = None) -> str:
+    """Whether engines become elastic by themselves: ``"off"``, ``"on"`` or ``"strict"``.
+
+    ``KVCACHED``; with ``strict`` an engine that cannot be made elastic is an error and not left
+    alone. ``ENABLE_KVCACHED``, the name of the C++ project's switch, means the same.
+    """
+    env = os.environ if environ is None else environ
+    text = env.get("KVCACHED", env.get("ENABLE_KVCACHED", ""))
+    if text.strip().lower() == "strict":
+        return "strict"
+    return "on" if _flag(text) else "off"
+
+
+def engine_config(environ: Mapping[str, str] | None = None) -> Config:
+    """``Config.from_env``, and what the C++ project of the same name calls otherwise.
+
+    ``KVCACHED_GPU_UTILIZATION`` (a fraction) stands for ``KVCACHED_LIMIT``, and
+    ``KVCACHED_IPC_NAME`` for ``KVCACHED_NAME``, unless ours are set.
+    """
+    env = dict(os.environ if environ is None else environ)
+    name = re.sub(r"[^a-z0-9._-]", "-", env.get("KVCACHED_IPC_NAME", "").lower()).strip("-._")
+    if name:
+        env.setdefault("KVCACHED_NAME", name[:64])
+    share = env.get("KVCACHED_GPU_UTILIZATION", "")
+    if re.fullmatch(r"0?\.[0-9]+|1(\.0*)?", share):
+        env.setdefault("KVCACHED_LIMIT", f"{float(share) * 100:g}%")
+    return Config.from_env(env)

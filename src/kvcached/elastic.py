@@ -73,6 +73,7 @@ class ElasticBlocks:
         self._pauses = Pauses(self._lock)
         self._closed = False
         self._inside, self._left = 0, threading.Condition(self._lock)
+        self._matching = False  # the engine knows of cached blocks that it is about to take
         self._closing = threading.Lock()
         self._budget = budget
         try:
@@ -165,7 +166,7 @@ class ElasticBlocks:
             busy = self._inside > 0  # a call is under way; its thread may be waiting for us
             try:
                 now = self._pauses.now() and (patient or not busy)
-                freed = self._blocks.reclaim(nbytes, may_split=now)
+                freed = self._blocks.reclaim(nbytes, may_split=now, may_evict=not self._matching)
                 wait = patient and not busy and freed < nbytes and self._blocks.splits_would_help()
                 if wait and self._pauses.wait() and not self._closed:
                     freed += self._blocks.reclaim(nbytes - freed, may_split=True)

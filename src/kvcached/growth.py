@@ -61,6 +61,53 @@ class Grower:
             self._grow_or_evict(count)
         raise BudgetExceeded(f"{count} blocks could not be kept free: other threads took them")
 
+    def secure(self, count: int) -> bool:
+        """Whether ``count`` blocks can be had for certain, by eviction of cached ones if need be.
+
+        Grows by what is missing; evicts nothing itself, since the caller may be about to take some
+        of what is cached. What lies free is preferred to what is cached, and what nobody has to
+        that of others; a refusal is remembered for a moment, so that asking again is cheap.
+        """
+        pool = self._blocks
+        if pool.num_free < count:
+            pool.poll_fences()
+        for _ in range(_ROUNDS):
+            if pool.num_free >= count:
+                return True
+            ready = pool.num_free + pool.num_cached + pool.num_quarantined
+            if pool.clock() < self._refused_until:
+                return ready >= count
+            if self._grow_if_free(count - pool.num_free):
+                continue
+            if ready < count:
+                try:
+                    self._grow(count - ready)
+                    continue
+                except MemoryError:  # ours: refused by the budget, the device or the addresses
+                    ready = pool.num_free + pool.num_cached + pool.num_quarantined
+            self._refused_until = pool.clock() + _REFUSAL_SECONDS
+            return ready >= count
+        return False
+
+    def _grow_if_free(self, wanted: int) -> bool:
+        """Grow by ``wanted`` blocks, if nobody has to give anything for it; whether it did."""
+        pool, pages = self._blocks, self._blocks.pages
+        if self._grow_with_extra(wanted):
+            return True
+        try:
+            runs = planning.plan(pool.geometry, pool.page, pages.runs, wanted)
+            epoch, nbytes = pages.epoch, pages.bytes_of(runs)
+            if not pages.budget.claim_if_free(nbytes, ask=True):
+                return False
+            if epoch != pages.epoch:  # the claim let others in
+                pages.refund(nbytes)
+                return False
+            self._grow_claimed(runs, nbytes)
+        except OutOfPages:
+            return False
+        self._note_demand(wanted)
+        return True
+
     def grow_runs(self, runs: list[Run]) -> None:
         """Back these runs."""
         nbytes = self._blocks.pages.bytes_of(runs)

