@@ -33,7 +33,7 @@ class HollowBackend(FakeBackend):
 
     def create(self, num_pages):
         self._books.create_plan(num_pages)
-        return self._books.add_handle(num_pages)
+        return self._books.add_handle(num_pages).handle
 
     def map(self, reservation, page_index, handle):
         rng, state = self._books.map_plan(reservation, page_index, handle)

@@ -42,6 +42,7 @@ from kvcached._hot import (
     _link_free,
     _push_free,
     _relevel,
+    alloc,
     span,
 )  # fmt: skip
 
@@ -157,6 +158,13 @@ def attach(e, first_page, num_pages, blk, page, ext, meta):
         elif _is_backed(b, page, meta):
             _push_free(b, blk, page, ext, meta)
     _relevel(e, ext, meta)
+
+
+@_jit(_I(_VEC, _I, _I, _I, *_ARRAYS))
+def attach_and_alloc(out, e, first_page, num_pages, blk, page, ext, meta):
+    """``attach``, then ``alloc``: what growth by one extent does, in one call from Python."""
+    attach(e, first_page, num_pages, blk, page, ext, meta)
+    return alloc(out, blk, page, ext, meta)
 
 
 @_jit(_V(_I, *_ARRAYS))

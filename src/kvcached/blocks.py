@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     Ids = NDArray[np.int32]
 
 _INT32 = np.dtype(np.int32)
+_NOTHING = np.empty(0, _INT32)
 _MOST_FENCES = (1 << 31) - 1  # their numbers are int32, and start again
 
 
@@ -74,6 +75,7 @@ class BlockPool:
 
         self.hot: Any = _hot
         self._alloc, self._free, self._m_free = _hot.alloc, _hot.free, _hot.M_FREE
+        self._attach_and_alloc = _scan.attach_and_alloc
         self._num_blocks = pages.geometry.num_blocks
         self._named = False  # whether a prefix has ever named a block
         self._scan: Any = _scan
@@ -95,6 +97,7 @@ class BlockPool:
         self.ext = np.zeros((64, _hot.EXT_WIDTH), np.int32)
         self.meta = np.zeros(_hot.META_SIZE, np.int64)
         self.meta[_hot.M_BB], self.meta[_hot.M_PB] = g.block_bytes, g.page_bytes
+        self._counts = self.meta.data  # the same numbers as Python's own: faster to read
         self._back_null_block()
 
     def _back_null_block(self) -> None:
@@ -107,7 +110,7 @@ class BlockPool:
     @property
     def num_free(self) -> int:
         """Usable blocks that hold nothing."""
-        return int(self.meta[self.hot.M_FREE])
+        return self._counts[self._m_free]
 
     @property
     def num_used(self) -> int:
@@ -191,10 +194,8 @@ class BlockPool:
             )
         out = np.empty(count, _INT32)
         if self._alloc(out, self.blk, self.page, self.ext, self.meta):
-            self.grower.make_room(count)
-            code = self._alloc(out, self.blk, self.page, self.ext, self.meta)
-            assert code == 0, "BlockPool: made room, but not enough"
-        elif self.meta[self._m_free] < self._low_water:
+            self.grower.fill(out)
+        elif self._counts[self._m_free] < self._low_water:
             self.on_low()
         return out
 
@@ -262,9 +263,11 @@ class BlockPool:
 
     def poll_fences(self) -> None:
         """Retire the blocks whose fence has passed, in the order they were freed."""
-        while self._fences and self._fences[0][1].passed():
+        fences = self._fences
+        while fences and fences[0][1].passed():
             self._retire_oldest_fence()
-        self._lifted = [fence for fence in self._lifted if not fence.passed()]
+        if self._lifted:
+            self._lifted = [fence for fence in self._lifted if not fence.passed()]
 
     def _retire_oldest_fence(self) -> None:
         number, _, ids = self._fences.popleft()
@@ -293,11 +296,20 @@ class BlockPool:
     def attach(self, extents: Sequence[Extent]) -> None:
         """Count the blocks of newly backed extents in. Not for callers; nor is ``detach``."""
         for extent in extents:
-            while extent.id >= len(self.ext):
-                self.ext = np.concatenate([self.ext, np.zeros_like(self.ext)])
-            self._scan.attach(
-                extent.id, extent.first, extent.pages, self.blk, self.page, self.ext, self.meta
-            )
+            self.attach_and_take(extent, _NOTHING)
+
+    def attach_and_take(self, extent: Extent, out: Ids) -> bool:
+        """Count the blocks of an extent in, and fill ``out`` with free blocks, if there are enough.
+
+        Whether that is so.
+        """
+        ident = extent.id
+        while ident >= len(self.ext):
+            self.ext = np.concatenate([self.ext, np.zeros_like(self.ext)])
+        code: int = self._attach_and_alloc(
+            out, ident, extent.first, extent.pages, self.blk, self.page, self.ext, self.meta
+        )
+        return code == 0
 
     def detach(self, extent: Extent) -> None:
         """Count the free blocks of an extent out; those with a claim keep their state."""

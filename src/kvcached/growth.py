@@ -12,6 +12,8 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from kvcached import planning
 from kvcached.errors import BudgetExceeded, OutOfPages
 from kvcached.layout import cdiv
@@ -19,8 +21,9 @@ from kvcached.runs import Extent, Run
 from kvcached.stats import Timer
 
 if TYPE_CHECKING:
-    from kvcached.blocks import BlockPool
+    from kvcached.blocks import BlockPool, Ids
 
+_NOTHING: Ids = np.empty(0, np.int32)
 _ROUNDS = 8
 _REFUSAL_SECONDS = 0.05  # after a refused claim, how long eviction comes before asking again
 _LEAST_SHARE = 16  # growth ahead takes at most one part in this many of the limit
@@ -42,23 +45,29 @@ class Grower:
 
     # --- on demand -----------------------------------------------------------------------------
 
-    def make_room(self, count: int) -> None:
-        """Have ``count`` free blocks: wait for nothing, then grow, then evict cached prefixes.
+    def fill(self, out: Ids) -> None:
+        """Take blocks into ``out``: wait for nothing, then grow, then evict cached prefixes.
 
         Nothing is evicted unless that, with what can be grown, is enough (I6).
         """
-        pool = self._blocks
+        pool, count = self._blocks, len(out)
         pool.poll_fences()
         for _ in range(_ROUNDS):
             short = count - pool.num_free
             if short <= 0:
+                code = pool.hot.alloc(out, pool.blk, pool.page, pool.ext, pool.meta)
+                assert code == 0, "BlockPool: made room, but not enough"
                 return
             if self._refused_until > 0 and short <= pool.num_cached:
                 if pool.clock() < self._refused_until:
                     pool.evict_oldest(short)
-                    return
+                    continue
                 self._refused_until = -1.0
-            self._grow_or_evict(count)
+            try:
+                if self._grow(short, out):
+                    return
+            except MemoryError as error:  # ours: of the budget, the device, the address space
+                self._grow_and_evict(count, error)
         raise BudgetExceeded(f"{count} blocks could not be kept free: other threads took them")
 
     def secure(self, count: int) -> bool:
@@ -81,7 +90,7 @@ class Grower:
                 continue
             if ready < count:
                 try:
-                    self._grow(count - ready)
+                    self._grow(count - ready, _NOTHING)
                     continue
                 except MemoryError:  # ours: refused by the budget, the device or the addresses
                     ready = pool.num_free + pool.num_cached + pool.num_quarantined
@@ -102,7 +111,7 @@ class Grower:
             if epoch != pages.epoch:  # the claim let others in
                 pages.refund(nbytes)
                 return False
-            self._grow_claimed(runs, nbytes)
+            pool.attach(self._grow_claimed(runs, nbytes))
         except OutOfPages:
             return False
         self._note_demand(wanted)
@@ -112,53 +121,55 @@ class Grower:
         """Back these runs."""
         nbytes = self._blocks.pages.bytes_of(runs)
         self._blocks.pages.budget.claim(nbytes)
-        self._grow_claimed(runs, nbytes)
+        self._blocks.attach(self._grow_claimed(runs, nbytes))
 
-    def _grow_or_evict(self, count: int) -> None:
+    def _grow_and_evict(self, count: int, refusal: MemoryError) -> None:
+        """After growth was refused: evict, and grow by the rest."""
         pool = self._blocks
-        try:
-            self._grow(count - pool.num_free)
-            return
-        except MemoryError:  # ours: refused by the budget, the device or the address space
-            short = count - pool.num_free
-            if short > pool.num_cached:
-                if pool.num_cached == 0:
-                    raise
-                self._grow(short - pool.num_cached)
+        short = count - pool.num_free
+        if short > pool.num_cached:
+            if pool.num_cached == 0:
+                raise refusal
+            self._grow(short - pool.num_cached, _NOTHING)
         self._refused_until = pool.clock() + _REFUSAL_SECONDS
         short = count - pool.num_free
         if 0 < short <= pool.num_cached:
             pool.evict_oldest(short)
 
-    def _grow(self, wanted: int) -> None:
+    def _grow(self, wanted: int, out: Ids) -> bool:
         """Back runs that make ``wanted`` more blocks usable, all or nothing.
 
         The claim may release the lock; if what is backed changed meanwhile, the claim is returned
-        and the caller looks again.
+        and the caller looks again. So it does if blocks were not taken into ``out`` in passing,
+        which is what is returned.
         """
-        if wanted <= 0 or self._grow_with_extra(wanted):
-            return
+        if self._most_ahead and self._grow_with_extra(wanted):
+            return False
         pool, pages = self._blocks, self._blocks.pages
         runs = planning.plan(pool.geometry, pool.page, pages.runs, wanted)
         try:
-            grown = self._claim_and_grow(runs)
+            extents = self._claim_and_grow(runs)
         except OutOfPages as error:
             if not pages.budget.report_out_of_memory(pages.bytes_of(runs)):
                 raise
-            grown = self._grow_again(runs, error)
-        if grown:
-            self._note_demand(wanted)
+            extents = self._grow_again(runs, error)
+        if not extents:
+            return False
+        self._note_demand(wanted)
+        if len(extents) == 1:
+            return pool.attach_and_take(extents[0], out)
+        pool.attach(extents)
+        return False
 
-    def _claim_and_grow(self, runs: list[Run]) -> bool:
-        """Whether these runs are backed: not if what is backed changed while the claim waited."""
+    def _claim_and_grow(self, runs: list[Run]) -> list[Extent]:
+        """The new extents: none if what is backed changed while the claim waited."""
         pages = self._blocks.pages
         epoch, nbytes = pages.epoch, pages.bytes_of(runs)
         pages.budget.claim(nbytes)
         if epoch != pages.epoch:
             pages.refund(nbytes)
-            return False
-        self._grow_claimed(runs, nbytes)
-        return True
+            return []
+        return self._grow_claimed(runs, nbytes)
 
     def _note_demand(self, wanted: int) -> None:
         pool = self._blocks
@@ -167,7 +178,7 @@ class Grower:
         if self._most_ahead:
             pool.on_low()
 
-    def _grow_again(self, runs: list[Run], error: OutOfPages) -> bool:
+    def _grow_again(self, runs: list[Run], error: OutOfPages) -> list[Extent]:
         """Once more after the device was out of memory: others are asked to give theirs first."""
         try:
             self._blocks.pages.shrink([])  # what could not be released before
@@ -187,20 +198,19 @@ class Grower:
             nbytes = pages.bytes_of(runs)
             if not pages.budget.claim_if_free(nbytes, ask=False):
                 return False
-            self._grow_claimed(runs, nbytes)
+            pool.attach(self._grow_claimed(runs, nbytes))
         except OutOfPages:
             return False  # then what is wanted alone, with all that can be done for it
         self._note_demand(wanted)
         return True
 
-    def _grow_claimed(self, runs: list[Run], nbytes: int) -> None:
-        pool = self._blocks
+    def _grow_claimed(self, runs: list[Run], nbytes: int) -> list[Extent]:
+        pages = self._blocks.pages
         try:
-            extents = pool.pages.grow(runs)
+            return pages.grow(runs)
         except BaseException:  # the claim goes back, whatever it was
-            pool.pages.refund(nbytes)
+            pages.refund(nbytes)
             raise
-        pool.attach(extents)
 
     # --- ahead of demand -------------------------------------------------------------------------
 

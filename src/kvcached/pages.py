@@ -126,13 +126,17 @@ class PagePool:
         Raises ``OutOfPages`` or ``DriverError``; the claim then is still the caller's.
         """
         started = time.perf_counter_ns()
-        extents = self.stage(runs)
-        try:
-            self.back(extents)
-        except BaseException:  # addresses and ids go back, whatever it was
-            self.unstage(extents)
-            raise
-        self.admit(extents)
+        if not self.usable:
+            self.require_usable()
+        places, extents = self._pieces(runs), []
+        for (first, count), handles in zip(places, self._back(places)):  # noqa: B905 (one each)
+            # After the driver's part: if that fails, nothing has changed.
+            self.runs.take(first, count)
+            ident = self._new_id()
+            extent = self.extents[ident] = Extent(ident, first, count, handles)
+            self.backed_pages += count
+            extents.append(extent)
+        self.epoch += 1
         self.grown.add(started, len(extents))
         return extents
 
@@ -141,25 +145,39 @@ class PagePool:
         self.require_usable()
         self.epoch += 1
         extents = []
-        for run in runs:
-            for first, count in self.chop(run) if run[1] > self.max_extent_pages else (run,):
-                self.runs.take(first, count)
-                extent = Extent(self._new_id(), first, count)
-                self.in_transit[extent.id] = extent
-                extents.append(extent)
+        for first, count in self._pieces(runs):
+            self.runs.take(first, count)
+            extent = Extent(self._new_id(), first, count)
+            self.in_transit[extent.id] = extent
+            extents.append(extent)
         return extents
 
+    def _pieces(self, runs: Sequence[Run]) -> Sequence[Run]:
+        """Runs of at most one handle each."""
+        if len(runs) == 1 and runs[0][1] <= self.max_extent_pages:  # nearly always
+            return runs
+        return [piece for run in runs for piece in self.chop(run)]
+
     def back(self, extents: Sequence[Extent]) -> None:
-        """Create and map the handles of staged extents, all or nothing. Needs no lock."""
-        undo = Undo()
+        """Create and map the handles of extents to be, all or nothing. Needs no lock."""
+        places = [(extent.first, extent.pages) for extent in extents]
+        for extent, handles in zip(extents, self._back(places), strict=True):
+            extent.handles = handles
+
+    def _back(self, runs: Sequence[Run]) -> list[tuple[Handle, ...]]:
+        """Back runs of at most one handle: of each the handles, one a plane."""
+        g, places = self.geometry, runs
+        if g.num_planes > 1:
+            planes = range(g.num_planes)
+            places = [(plane * g.num_pages + p, n) for plane in planes for p, n in runs]
         try:
-            for extent in extents:
-                self.back_one(extent, undo)
-        except BaseException as cause:  # KeyboardInterrupt too must leave a whole pool
-            for extent in extents:
-                extent.handles = ()
-            self._unwind(undo, cause)
+            handles = self._ledger.back(self.reservation, places)
+        except PoolBroken as error:
+            self._break(error.message)
             raise
+        if g.num_planes == 1:
+            return [(handle,) for handle in handles]
+        return [tuple(handles[i :: len(runs)]) for i in range(len(runs))]
 
     def admit(self, extents: Sequence[Extent]) -> None:
         """Count extents whose pages have been backed in."""
@@ -323,25 +341,21 @@ class PagePool:
     def _unwind(self, undo: Undo, cause: BaseException) -> None:
         """Run the registered inverses; break the pool if they fail too."""
         try:
-            undo.run()
-        except BaseException as error:  # noqa: BLE001 - whatever it was, the state is unknown
-            self.usable = False
-            self._broken = f"{cause!r}, and undoing it failed: {error!r}"
-            raise PoolBroken(
-                f"the page pool is broken: {self._broken}", hint="Close the cache."
-            ) from cause
+            undo.unwind(cause)
+        except PoolBroken as error:
+            self._break(error.message)
+            raise
 
-    def back_one(self, extent: Extent, undo: Undo) -> None:
-        """Create and map an extent's handles."""
-        handles, ledger, page = [], self._ledger, extent.first
-        for _ in range(self.geometry.num_planes):
-            handle = ledger.create(extent.pages)
-            undo.push(ledger.release, handle)
-            ledger.map(self.reservation, page, handle)
-            undo.push(ledger.unmap, self.reservation, page, handle)
-            handles.append(handle)
-            page += self.geometry.num_pages
-        extent.handles = tuple(handles)
+    def _break(self, why: str) -> None:
+        self.usable, self._broken = False, why
+
+    def unback_all(self, extents: Sequence[Extent]) -> None:
+        """Undo a ``back``."""
+        for extent in extents:
+            for plane, handle in enumerate(extent.handles):
+                page = plane * self.geometry.num_pages + extent.first
+                self._ledger.unmap(self.reservation, page, handle)
+                self._ledger.release(handle)
 
     def map(self, first: int, plane: int, handle: Handle, undo: Undo) -> None:
         """Map a handle at its place in a plane."""

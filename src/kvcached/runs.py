@@ -38,6 +38,7 @@ class FreeRuns:
         self._count_at: dict[int, int] = {}  # first index -> length
         self._first_of_end: dict[int, int] = {}  # end index -> first index
         self._classes: list[list[int]] = [[] for _ in range(max(1, total.bit_length()) + 1)]
+        self._filled = 0  # bit i: class i may have a run; most have none, and growth asks often
         self._insert(0, total)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
@@ -57,12 +58,14 @@ class FreeRuns:
         start = count.bit_length()  # every run of class > start-1 ... fits; class start may
         most = len(self._classes)
         for cls in (*range(start, most), *range(min(start, most) - 1, 0, -1)):
-            if self._classes[cls]:  # most are empty, and this runs at every growth
+            if self._classes[cls]:  # most are empty
                 yield from self._in_class(cls)
 
     def best(self, count: int) -> tuple[int, int] | None:
         """The first of ``candidates``, if it may hold ``count`` indices: it nearly always does."""
-        for cls in range(count.bit_length(), len(self._classes)):
+        start = count.bit_length()
+        while above := self._filled >> start:
+            cls = start + (above & -above).bit_length() - 1
             heap = self._classes[cls]
             while heap:
                 first = heap[0]
@@ -70,19 +73,23 @@ class FreeRuns:
                 if found.bit_length() == cls:
                     return first, found
                 heapq.heappop(heap)
+            self._filled ^= 1 << cls
         return None
 
     def take(self, first: int, count: int) -> None:
         """Remove ``[first, first + count)``, which lies in the run that starts at or before it."""
         run_first = first if first in self._count_at else self._run_before(first)
-        run_count = self._count_at[run_first]
-        assert first + count <= run_first + run_count, "FreeRuns: taking what is not free"
-        self._remove(run_first)
+        run_end = run_first + self._count_at[run_first]
+        end = first + count
+        assert end <= run_end, "FreeRuns: taking what is not free"
         if first > run_first:
             self._insert(run_first, first - run_first)
-        rest = run_first + run_count - (first + count)
-        if rest:
-            self._insert(first + count, rest)
+        else:
+            del self._count_at[run_first]
+        if end < run_end:
+            self._insert(end, run_end - end)
+        else:
+            del self._first_of_end[run_end]
 
     def give(self, first: int, count: int) -> None:
         """Add ``[first, first + count)`` and join it with its neighbours."""
@@ -104,7 +111,9 @@ class FreeRuns:
             end = first + count
             assert end <= self.total, "FreeRuns: run outside the range"
             assert self._first_of_end[end] == first, "FreeRuns: boundary tag lost"
-            assert first in self._classes[count.bit_length()], "FreeRuns: run not findable"
+            cls = count.bit_length()
+            assert first in self._classes[cls], "FreeRuns: run not findable"
+            assert self._filled >> cls & 1, "FreeRuns: a class with a run counts as empty"
         assert len(self._first_of_end) == len(self._count_at), "FreeRuns: stale boundary tag"
 
     def _run_before(self, index: int) -> int:
@@ -129,10 +138,12 @@ class FreeRuns:
         if count:
             self._count_at[first] = count
             self._first_of_end[first + count] = first
-            heap = self._classes[count.bit_length()]
+            cls = count.bit_length()
+            heap = self._classes[cls]
             if len(heap) > 64 + 2 * len(self._count_at):  # stale entries must not pile up
-                heap[:] = sorted({f for f in heap if self._is_live(f, count.bit_length())})
+                heap[:] = sorted({f for f in heap if self._is_live(f, cls)})
             heapq.heappush(heap, first)
+            self._filled |= 1 << cls
 
     def _remove(self, first: int) -> None:
         del self._first_of_end[first + self._count_at.pop(first)]

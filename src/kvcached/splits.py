@@ -67,8 +67,8 @@ class Splitter:
         away = self._copies_to(scratch.address, new)
         pool.backend.copy_many(away)
         self._unmap_all(jobs, undo)
-        for extent in new:
-            pool.back_one(extent, undo)
+        pool.back(new)
+        undo.push(pool.unback_all, new)
         pool.backend.copy_many([(home, buffered, n) for buffered, home, n in away])
         self._ledger.unmap(scratch, 0, buffer)
         undo.push(self._ledger.map, scratch, 0, buffer)

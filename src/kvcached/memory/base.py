@@ -16,6 +16,8 @@ The contract, checked for every backend by ``kvcached.testing.check_memory_backe
 * ``close`` of a reservation that still has mappings raises ``InvalidInput``.
 * Physical memory goes back to the device once the handle is unmapped everywhere and released.
 * Fresh memory reads as zero on the host backend; on CUDA see ``docs/security.md``.
+* A backend may have ``back``, which creates handles and maps them in one go, all or nothing. It is
+  an attribute of its own (``Backing``), so that a backend without it is complete.
 * No physical memory: ``OutOfPages``. Any other refusal: ``DriverError`` with the status' name.
   A failed call leaves the backend as it was.
 * Calls are thread-safe against each other, except two calls on the same reservation range or the
@@ -26,10 +28,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 Copy = tuple[int, int, int]
 """``(destination address, source address, bytes)``."""
+
+Place = tuple[int, int]
+"""``(page index in a reservation, number of pages)``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +45,7 @@ class Reservation:
     nbytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class Handle:
+class Handle(NamedTuple):  # a tuple: one is made at every growth, and a dataclass takes longer
     """One physical allocation of ``num_pages`` pages; ``key`` is the backend's own name for it."""
 
     key: int
@@ -114,4 +118,17 @@ class MemoryBackend(Protocol):
 
     def shutdown(self) -> None:
         """Free what the backend itself holds. Idempotent; open handles and ranges are an error."""
+        ...
+
+
+@runtime_checkable
+class Backing(Protocol):
+    """A backend for which one call for ``create`` and ``map``, of many handles, is cheaper."""
+
+    def back(self, reservation: Reservation, places: Sequence[Place]) -> list[Handle]:
+        """A new handle for each place, mapped there. All or nothing.
+
+        ``PoolBroken`` if what was done could not be undone: the backend then keeps what is left,
+        and gives it back when the reservation is closed.
+        """
         ...

@@ -24,10 +24,11 @@ from kvcached.errors import (
     PoolBroken,
 )
 from kvcached.memory import forks
-from kvcached.memory.base import Copy, Handle, Reservation
+from kvcached.memory.base import Copy, Handle, Place, Reservation
 from kvcached.memory.driver import Calls, Driver, find_device, open_context, uuid_of
 from kvcached.memory.fences import CudaFence
-from kvcached.memory.mappings import Mappings
+from kvcached.memory.leftovers import Leftovers
+from kvcached.memory.mappings import Mappings, joined
 from kvcached.memory.scrub import must_clear
 
 
@@ -62,7 +63,8 @@ class CudaBackend:
         self.clears = must_clear(zero)
         self._call = Calls(load_driver() if driver is None else driver)
         self._lock = threading.Lock()
-        self._driver_handles: dict[int, Any] = {}
+        self._cu_create = self._call.bound("cuMemCreate")
+        self._leftovers = Leftovers(self._call)
         self._fences: set[CudaFence] = set()
         self._fresh: set[int] = set()  # handles to be cleared when they are first mapped
         self._closed = self._forked = False
@@ -127,10 +129,9 @@ class CudaBackend:
         self._require_usable()
         self._books.create_plan(num_pages)
         nbytes = num_pages * self.page_bytes
-        driver_handle = self._create(nbytes)
+        native = self._create(nbytes)
         with self._lock:
-            handle = self._books.add_handle(num_pages)
-            self._driver_handles[handle.key] = driver_handle
+            handle = self._books.add_handle(num_pages, native).handle
             if self.clears:
                 self._fresh.add(handle.key)
             return handle
@@ -140,10 +141,9 @@ class CudaBackend:
         with self._lock:
             self._require_usable()
             rng, state = self._books.map_plan(reservation, page_index, handle)
-            driver_handle = self._driver_handles[handle.key]
         address = reservation.address + page_index * self.page_bytes
         nbytes = handle.num_pages * self.page_bytes
-        self._call("cuMemMap", address, nbytes, 0, driver_handle, 0)
+        self._call("cuMemMap", address, nbytes, 0, state.native, 0)
         try:
             self._call("cuMemSetAccess", address, nbytes, self._accesses, 1)
             if handle.key in self._fresh:
@@ -154,6 +154,35 @@ class CudaBackend:
             raise
         with self._lock:
             self._books.add_map(rng, page_index, state)
+
+    def back(self, reservation: Reservation, places: Sequence[Place]) -> list[Handle]:
+        """See ``Backing.back``. What is adjacent gets its access in one call."""
+        with self._lock:
+            self._require_usable()
+            rng = self._books.back_plan(reservation, places)
+        page_bytes, base, natives, mapped = self.page_bytes, reservation.address, [], 0
+        call, driver, success = self._call, self._call.driver, self._call.success
+        try:
+            for page_index, num_pages in places:
+                address, nbytes = base + page_index * page_bytes, num_pages * page_bytes
+                native = self._create(nbytes)
+                natives.append(native)
+                result = driver.cuMemMap(address, nbytes, 0, native, 0)
+                if result[0] is not success:
+                    call.check(result, "cuMemMap", (address, nbytes))
+                mapped += 1
+            for page_index, num_pages in places if mapped == 1 else joined(places):
+                address, nbytes = base + page_index * page_bytes, num_pages * page_bytes
+                result = driver.cuMemSetAccess(address, nbytes, self._accesses, 1)
+                if result[0] is not success:
+                    call.check(result, "cuMemSetAccess", (address, nbytes))
+                if self.clears:
+                    self._clear(address, nbytes)
+        except BaseException as cause:  # KeyboardInterrupt too must leave nothing behind
+            self._leftovers.undo(reservation, page_bytes, places, natives, mapped, cause)
+            raise
+        with self._lock:
+            return self._books.add_backed(rng, places, natives)
 
     def unmap(self, reservation: Reservation, page_index: int, handle: Handle) -> None:
         """See ``MemoryBackend.unmap``. A kernel that touches the range afterwards faults."""
@@ -170,10 +199,9 @@ class CudaBackend:
         with self._lock:
             self._require_usable()
             state = self._books.release_plan(handle)
-        self._call("cuMemRelease", self._driver_handles[handle.key])
+        self._call("cuMemRelease", state.native)
         with self._lock:
             self._books.drop_handle(state)
-            del self._driver_handles[handle.key]
             self._fresh.discard(handle.key)
 
     def close(self, reservation: Reservation) -> None:
@@ -181,6 +209,7 @@ class CudaBackend:
         with self._lock:
             self._require_usable()
             rng = self._books.close_plan(reservation)
+            self._leftovers.give_back(reservation)
             # Out of the books first: once freed, another thread may get the same address.
             self._books.drop_range(rng)
         try:
@@ -251,11 +280,12 @@ class CudaBackend:
         return fence
 
     def check(self) -> None:
-        """Assert that the books are sound and that each handle has its driver handle (I4)."""
+        """Assert that the books are sound and that the driver has made each handle (I4)."""
         with self._lock:
             self._require_usable()
             self._books.check()
-            assert set(self._driver_handles) == set(self._books.handles), "I4: handles differ"
+            natives = [state.native for state in self._books.handles.values()]
+            assert None not in natives, "I4: a handle that the driver does not know"
 
     def disown(self) -> None:
         """After a fork, in the child: a CUDA context does not survive, so nothing is called."""
@@ -285,13 +315,13 @@ class CudaBackend:
     def _create(self, nbytes: int) -> Any:
         """``cuMemCreate``; drops the exportable type for good if the driver refuses it."""
         try:
-            return self._call("cuMemCreate", nbytes, self._prop, 0)[0]
+            return self._cu_create(nbytes, self._prop, 0)[0]
         except DriverError as error:
             refused = {"CUDA_ERROR_NOT_PERMITTED", "CUDA_ERROR_NOT_SUPPORTED"}
             if not self.exportable or error.status not in refused:
                 raise
         self._prop = self._make_prop(exportable=False)
-        return self._call("cuMemCreate", nbytes, self._prop, 0)[0]
+        return self._cu_create(nbytes, self._prop, 0)[0]
 
     def _make_prop(self, *, exportable: bool) -> Any:
         d = self._call.driver

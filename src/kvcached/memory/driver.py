@@ -11,7 +11,7 @@ arguments and results are the driver's own: every function returns a tuple that 
 from __future__ import annotations
 
 import uuid as uuids
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -96,18 +96,27 @@ class Calls:
 
     def __init__(self, driver: Driver) -> None:
         self.driver = driver
-        self._success = driver.CUresult.CUDA_SUCCESS
+        self.success = driver.CUresult.CUDA_SUCCESS
 
     def __call__(self, name: str, *args: Any) -> Result:
         """The results after the status. ``OutOfPages`` or ``DriverError`` if the call failed."""
-        try:
-            result: Result = getattr(self.driver, name)(*args)
-        except RuntimeError as error:  # cuda.bindings did not find the function in the driver
-            raise BackendUnavailable(
-                f"the NVIDIA driver is older than cuda-bindings: {error}",
-                hint="Update the driver, or pip install 'cuda-bindings==12.*'.",
-            ) from error
-        return result[1:] if result[0] is self._success else self.check(result, name, args)
+        return self.bound(name)(*args)
+
+    def bound(self, name: str) -> Callable[..., Result]:
+        """The function ``name``, called as ``__call__`` does: for what is called often."""
+        function, success, check = getattr(self.driver, name), self.success, self.check
+
+        def call(*args: Any) -> Result:
+            try:
+                result: Result = function(*args)
+            except RuntimeError as error:  # cuda.bindings did not find it in the driver
+                raise BackendUnavailable(
+                    f"the NVIDIA driver is older than cuda-bindings: {error}",
+                    hint="Update the driver, or pip install 'cuda-bindings==12.*'.",
+                ) from error
+            return result[1:] if result[0] is success else check(result, name, args)
+
+        return call
 
     def check(self, result: Result, call: str, args: tuple[Any, ...] = ()) -> Result:
         """Strip the status off ``result``, or raise what it stands for.

@@ -116,7 +116,7 @@ class HostBackend:
                     f"of the capacity of {format_size(self._capacity)} are taken",
                     hint="Release handles, or give the backend more capacity_bytes.",
                 )
-            return self._books.add_handle(num_pages)
+            return self._books.add_handle(num_pages).handle
 
     def map(self, reservation: Reservation, page_index: int, handle: Handle) -> None:
         """See ``MemoryBackend.map``."""

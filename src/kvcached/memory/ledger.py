@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from kvcached.memory.base import Handle, MemoryBackend, Reservation
+from kvcached.errors import PoolBroken
+from kvcached.memory.base import Backing, Handle, MemoryBackend, Place, Reservation
 
 
 class Ledger:
@@ -12,6 +13,7 @@ class Ledger:
 
     def __init__(self, backend: MemoryBackend) -> None:
         self.backend = backend
+        self._back = backend.back if isinstance(backend, Backing) else self._back_one_by_one
         self.handles: dict[int, Handle] = {}
         self.mappings: dict[tuple[int, int], Handle] = {}
         self.reservations: dict[int, Reservation] = {}
@@ -32,6 +34,31 @@ class Ledger:
         """Recorded."""
         self.backend.map(reservation, page, handle)
         self.mappings[reservation.address, page] = handle
+
+    def back(self, reservation: Reservation, places: Sequence[Place]) -> list[Handle]:
+        """A new handle for each place, mapped there and recorded. All or nothing.
+
+        ``PoolBroken`` if what was done could not be undone.
+        """
+        handles = self._back(reservation, places)
+        address = reservation.address
+        for (page, _), handle in zip(places, handles):  # noqa: B905 (one each)
+            self.handles[handle.key] = self.mappings[address, page] = handle
+        return handles
+
+    def _back_one_by_one(self, reservation: Reservation, places: Sequence[Place]) -> list[Handle]:
+        handles, undo = list[Handle](), Undo()
+        try:
+            for page, num_pages in places:
+                handle = self.create(num_pages)
+                undo.push(self.release, handle)
+                self.map(reservation, page, handle)
+                undo.push(self.unmap, reservation, page, handle)
+                handles.append(handle)
+        except BaseException as cause:  # KeyboardInterrupt too must leave nothing behind
+            undo.unwind(cause)
+            raise
+        return handles
 
     def unmap(self, reservation: Reservation, page: int, handle: Handle) -> None:
         """Recorded."""
@@ -80,8 +107,13 @@ class Undo:
         """Forget the newest inverse: its step has been undone in the ordinary course."""
         self._steps.pop()
 
-    def run(self) -> None:
-        """Undo everything, newest first."""
-        while self._steps:
-            step, args = self._steps.pop()
-            step(*args)
+    def unwind(self, cause: BaseException) -> None:
+        """Undo everything, newest first; ``PoolBroken`` if that fails: the state is unknown."""
+        try:
+            while self._steps:
+                step, args = self._steps.pop()
+                step(*args)
+        except BaseException as error:  # noqa: BLE001 - whatever it was, a step is not undone
+            raise PoolBroken(
+                f"{cause!r}, and undoing it failed: {error!r}", hint="Close the cache."
+            ) from cause

@@ -10,9 +10,11 @@ work, and ``add_*``/``drop_*`` records it. The backend's lock is held around the
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from typing import Any
 
 from kvcached.errors import InvalidInput
-from kvcached.memory.base import Handle, Reservation
+from kvcached.memory.base import Handle, Place, Reservation
 
 
 class Spans:
@@ -53,6 +55,17 @@ class Spans:
             assert i == 0 or self._ends[i - 1] <= start, "I5: two spans overlap"
 
 
+def joined(places: Sequence[Place]) -> list[Place]:
+    """The same pages in as few places as possible, in address order."""
+    runs: list[Place] = []
+    for first, count in sorted(places):
+        if runs and sum(runs[-1]) == first:
+            runs[-1] = (runs[-1][0], runs[-1][1] + count)
+        else:
+            runs.append((first, count))
+    return runs
+
+
 class RangeState:
     """One open reservation: its mappings by first page index."""
 
@@ -66,13 +79,14 @@ class RangeState:
 
 
 class HandleState:
-    """One live handle and the number of places where it is mapped."""
+    """One live handle, the number of places where it is mapped, and what the backend calls it."""
 
-    __slots__ = ("handle", "mapped")
+    __slots__ = ("handle", "mapped", "native")
 
-    def __init__(self, handle: Handle) -> None:
+    def __init__(self, handle: Handle, native: Any = None, mapped: int = 0) -> None:
         self.handle = handle
-        self.mapped = 0
+        self.mapped = mapped
+        self.native = native
 
 
 class Mappings:
@@ -107,19 +121,16 @@ class Mappings:
     ) -> tuple[RangeState, HandleState]:
         """Check that ``handle`` can be mapped at ``page_index``."""
         rng, state = self._range(reservation), self._handle(handle)
-        end = page_index + handle.num_pages
-        if page_index < 0 or end > rng.num_pages:
-            raise InvalidInput(
-                f"cannot map pages {page_index}..{end - 1}: the reservation at "
-                f"{reservation.address:#x} has pages 0..{rng.num_pages - 1}"
-            )
-        if not rng.spans.is_free(page_index, end):
-            raise InvalidInput(
-                f"cannot map pages {page_index}..{end - 1} of the reservation at "
-                f"{reservation.address:#x}: some of them are mapped already",
-                hint="Unmap them first.",
-            )
+        self._require_free(rng, page_index, handle.num_pages)
         return rng, state
+
+    def back_plan(self, reservation: Reservation, places: Sequence[Place]) -> RangeState:
+        """Check that new handles can be mapped at ``places``, which do not overlap."""
+        rng = self._range(reservation)
+        for page_index, num_pages in places:
+            self.create_plan(num_pages)
+            self._require_free(rng, page_index, num_pages)
+        return rng
 
     def unmap_plan(
         self, reservation: Reservation, page_index: int, handle: Handle
@@ -163,6 +174,20 @@ class Mappings:
                 hint="Release the handles and close the reservations first.",
             )
 
+    def _require_free(self, rng: RangeState, page_index: int, num_pages: int) -> None:
+        end = page_index + num_pages
+        if page_index < 0 or end > rng.num_pages:
+            raise InvalidInput(
+                f"cannot map pages {page_index}..{end - 1}: the reservation at "
+                f"{rng.reservation.address:#x} has pages 0..{rng.num_pages - 1}"
+            )
+        if not rng.spans.is_free(page_index, end):
+            raise InvalidInput(
+                f"cannot map pages {page_index}..{end - 1} of the reservation at "
+                f"{rng.reservation.address:#x}: some of them are mapped already",
+                hint="Unmap them first.",
+            )
+
     def _range(self, reservation: Reservation) -> RangeState:
         rng = self.ranges.get(reservation.address)
         if rng is None or rng.reservation.nbytes != reservation.nbytes:
@@ -198,13 +223,12 @@ class Mappings:
         """Record that a reservation was closed."""
         del self.ranges[rng.reservation.address]
 
-    def add_handle(self, num_pages: int) -> Handle:
+    def add_handle(self, num_pages: int, native: Any = None) -> HandleState:
         """Record a new handle under a key that is never used again."""
-        self._last_key += 1
-        handle = Handle(self._last_key, num_pages)
-        self.handles[handle.key] = HandleState(handle)
+        key = self._last_key = self._last_key + 1
+        state = self.handles[key] = HandleState(Handle(key, num_pages), native)
         self.handle_bytes += num_pages * self.page_bytes
-        return handle
+        return state
 
     def drop_handle(self, state: HandleState) -> None:
         """Take a handle out of the books."""
@@ -216,6 +240,20 @@ class Mappings:
         rng.spans.add(page_index, page_index + state.handle.num_pages)
         rng.handles[page_index] = state
         state.mapped += 1
+
+    def add_backed(
+        self, rng: RangeState, places: Sequence[Place], natives: Sequence[Any]
+    ) -> list[Handle]:
+        """Record new handles, mapped at ``places``. Written out, since this runs at each growth."""
+        handles = []
+        for (page_index, num_pages), native in zip(places, natives):  # noqa: B905 (one each)
+            self._last_key = key = self._last_key + 1
+            handle = Handle(key, num_pages)
+            self.handles[key] = rng.handles[page_index] = HandleState(handle, native, 1)
+            rng.spans.add(page_index, page_index + num_pages)
+            self.handle_bytes += num_pages * self.page_bytes
+            handles.append(handle)
+        return handles
 
     def drop_map(self, rng: RangeState, page_index: int, state: HandleState) -> None:
         """Record that a mapping is gone."""

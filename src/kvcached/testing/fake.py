@@ -63,7 +63,7 @@ class FakeBackend:
         nbytes = num_pages * self.page_bytes
         if self._books.handle_bytes + nbytes > self._capacity:
             raise OutOfPages(f"the fake backend has no {num_pages} pages left")
-        handle = self._books.add_handle(num_pages)
+        handle = self._books.add_handle(num_pages).handle
         self._contents[handle.key] = bytearray(nbytes)
         return handle
 

@@ -25,7 +25,9 @@ class BackendWrapper:
         self.inner = inner
 
     def __getattr__(self, name: str) -> Any:
-        if name == "inner":  # not set yet: a half-made or unpickled wrapper
+        # ``inner`` is not set yet in a half-made or unpickled wrapper; its ``back`` would create
+        # and map handles past us.
+        if name in {"inner", "back"}:
             raise AttributeError(name)
         return getattr(self.inner, name)
 
