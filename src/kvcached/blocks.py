@@ -193,9 +193,12 @@ class BlockPool:
                 hint="Make the cache with a larger max_tokens.",
             )
         out = np.empty(count, _INT32)
-        if self._alloc(out, self.blk, self.page, self.ext, self.meta):
+        left = self._counts[self._m_free] - count
+        if left < 0:
             self.grower.fill(out)
-        elif self._counts[self._m_free] < self._low_water:
+            return out
+        self._alloc(out, self.blk, self.page, self.ext, self.meta)
+        if left < self._low_water:
             self.on_low()
         return out
 

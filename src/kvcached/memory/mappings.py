@@ -77,6 +77,11 @@ class RangeState:
         self.handles: dict[int, HandleState] = {}
         self.spans = Spans()
 
+    def is_free(self, page_index: int, num_pages: int) -> bool:
+        """Whether these pages exist, and nothing is mapped there."""
+        end = page_index + num_pages
+        return page_index >= 0 and end <= self.num_pages and self.spans.is_free(page_index, end)
+
 
 class HandleState:
     """One live handle, the number of places where it is mapped, and what the backend calls it."""
@@ -87,6 +92,14 @@ class HandleState:
         self.handle = handle
         self.mapped = mapped
         self.native = native
+
+
+def _cannot_map(rng: RangeState, page_index: int, num_pages: int) -> InvalidInput:
+    end, address = page_index + num_pages, rng.reservation.address
+    what = f"cannot map pages {page_index}..{end - 1} of the reservation at {address:#x}"
+    if page_index < 0 or end > rng.num_pages:
+        return InvalidInput(f"{what}: it has pages 0..{rng.num_pages - 1}")
+    return InvalidInput(f"{what}: some of them are mapped already", hint="Unmap them first.")
 
 
 class Mappings:
@@ -121,7 +134,8 @@ class Mappings:
     ) -> tuple[RangeState, HandleState]:
         """Check that ``handle`` can be mapped at ``page_index``."""
         rng, state = self._range(reservation), self._handle(handle)
-        self._require_free(rng, page_index, handle.num_pages)
+        if not rng.is_free(page_index, handle.num_pages):
+            raise _cannot_map(rng, page_index, handle.num_pages)
         return rng, state
 
     def back_plan(self, reservation: Reservation, places: Sequence[Place]) -> RangeState:
@@ -129,7 +143,8 @@ class Mappings:
         rng = self._range(reservation)
         for page_index, num_pages in places:
             self.create_plan(num_pages)
-            self._require_free(rng, page_index, num_pages)
+            if not rng.is_free(page_index, num_pages):
+                raise _cannot_map(rng, page_index, num_pages)
         return rng
 
     def unmap_plan(
@@ -172,20 +187,6 @@ class Mappings:
                 f"cannot shut the backend down: {len(self.handles)} handles "
                 f"({self.handle_bytes} bytes) and {len(self.ranges)} reservations are open",
                 hint="Release the handles and close the reservations first.",
-            )
-
-    def _require_free(self, rng: RangeState, page_index: int, num_pages: int) -> None:
-        end = page_index + num_pages
-        if page_index < 0 or end > rng.num_pages:
-            raise InvalidInput(
-                f"cannot map pages {page_index}..{end - 1}: the reservation at "
-                f"{rng.reservation.address:#x} has pages 0..{rng.num_pages - 1}"
-            )
-        if not rng.spans.is_free(page_index, end):
-            raise InvalidInput(
-                f"cannot map pages {page_index}..{end - 1} of the reservation at "
-                f"{rng.reservation.address:#x}: some of them are mapped already",
-                hint="Unmap them first.",
             )
 
     def _range(self, reservation: Reservation) -> RangeState:
