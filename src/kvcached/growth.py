@@ -130,7 +130,10 @@ class Grower:
         if short > pool.num_cached:
             if pool.num_cached == 0:
                 raise refusal
-            self._grow(short - pool.num_cached, _NOTHING)
+            try:
+                self._grow(short - pool.num_cached, _NOTHING)
+            except MemoryError:  # ours: then what stood in the way of all of it is what to name
+                raise refusal from None
         self._refused_until = pool.clock() + _REFUSAL_SECONDS
         short = count - pool.num_free
         if 0 < short <= pool.num_cached:
@@ -150,8 +153,6 @@ class Grower:
         try:
             extents = self._claim_and_grow(runs)
         except OutOfPages as error:
-            if not pages.budget.report_out_of_memory(pages.bytes_of(runs)):
-                raise
             extents = self._grow_again(runs, error)
         if not extents:
             return False
@@ -179,9 +180,19 @@ class Grower:
             pool.on_low()
 
     def _grow_again(self, runs: list[Run], error: OutOfPages) -> list[Extent]:
-        """Once more after the device was out of memory: others are asked to give theirs first."""
+        """Once more after the device was out of memory, if it may have more by now.
+
+        What it would not release before is tried again, and others are asked through the budget.
+        Spares and cached prefixes of our own are no help here: the free blocks in them are counted
+        before anything is backed, and cached ones are evicted in place if that is enough
+        (``_grow_and_evict``). To unmap an extent and back another with its bytes gains no block,
+        and somebody outside could take them in between.
+        """
+        pages = self._blocks.pages
+        freed = pages.shrink([])
+        if not pages.budget.report_out_of_memory(pages.bytes_of(runs)) and not freed:
+            raise error
         try:
-            self._blocks.pages.shrink([])  # what could not be released before
             return self._claim_and_grow(runs)
         except BudgetExceeded:  # nobody can give: what the device said is what matters
             raise error from None

@@ -118,10 +118,10 @@ class LedgerMachine(RuleBasedStateMachine):
             assert self.ledger.set_limit(tenant, limit, by_admin=by_admin).revision == before + 1
             self.pump()
 
-    @rule(tenant=tenants, nbytes=BYTES)
-    def out_of_memory(self, tenant, nbytes):
+    @rule(tenant=tenants)
+    def out_of_memory(self, tenant):
         if self.is_live(tenant):
-            self.ledger.out_of_memory(nbytes, self.now)
+            self.ledger.out_of_memory(tenant, self.now)
             self.pump()
 
     def look(self, room):

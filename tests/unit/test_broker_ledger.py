@@ -237,8 +237,8 @@ def test_a_new_broker_is_told_what_an_administrator_allows():
 def test_the_device_out_of_memory_lowers_the_capacity_for_a_while():
     ledger = ledger_of(a=500, b=0)
     holds(ledger.a)
-    ledger.out_of_memory(100, 0.0)
     ledger.give_back(ledger.a.ident, 100)
+    ledger.out_of_memory(ledger.a.ident, 0.0)
     effects = claim(ledger, ledger.b, 100)
     assert not any(isinstance(effect, Grant) and effect.nbytes for effect in effects)
     assert claim(ledger, ledger.b, 100, now=OOM_S)[-1].nbytes == 100

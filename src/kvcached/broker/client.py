@@ -180,8 +180,8 @@ class BrokerBudget:
         """See ``Budget.report_out_of_memory``. The broker hands out less for a while."""
         self._require_usable()
         with self._changed:
+            self._return_slack()  # first: what is leased then is what we back
             self._session.send(Message(Op.OUT_OF_MEMORY, values=(nbytes,)))
-            self._return_slack()  # or the next claim would be met from it, and nobody asked
         return True
 
     def check(self) -> None:

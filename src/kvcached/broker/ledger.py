@@ -178,9 +178,17 @@ class Ledger:
         tenant.set_limit(min(nbytes, self.capacity), by_admin=by_admin, revision=revision)
         return tenant
 
-    def out_of_memory(self, nbytes: int, now: float) -> None:
-        """The device refused ``nbytes`` that were leased: hand out less for a while."""
-        self.ceiling.ran_out(self.leased - nbytes, now)
+    def out_of_memory(self, ident: int, now: float) -> None:
+        """The device refused the tenant what it had leased, and has given back since.
+
+        For a while no more is handed out than what is backed. Of leases that others do not use
+        nothing could be backed either, so they come back first. Who never reported backs all.
+        """
+        backed = sum(
+            t.lease if t.ident == ident else min(t.lease, t.report.backed or t.lease)
+            for t in self.tenants.values()
+        )
+        self.ceiling.ran_out(backed, now)
 
     def device_has(self, room: int | None) -> None:
         """The device has ``room`` bytes beside what is leased now; ``None``: it does not say."""

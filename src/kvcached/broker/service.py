@@ -266,9 +266,10 @@ class Service:
             self.ledger.answer(message.request, message.values[0])
 
     def _out_of_memory(self, peer: Peer, message: Message, _fds: list[int], now: float) -> None:
-        name = self.members.by_ident[self._own(peer)].tenant.name
+        ident = self._own(peer)
+        name = self.members.by_ident[ident].tenant.name
         self._log(f"{name}: the device refused {message.values[0]} bytes that were leased")
-        self.ledger.out_of_memory(message.values[0], now)
+        self.ledger.out_of_memory(ident, now)
 
     def _bye(self, peer: Peer, message: Message, _fds: list[int], _now: float) -> None:
         ident, peer.ident = self._own(peer), 0
