@@ -160,7 +160,11 @@ class TenantSnapshot:
 
 @dataclass(frozen=True, slots=True)
 class DeviceSnapshot:
-    """One device and all its tenants. ``leased_bytes`` includes leases that are not back yet."""
+    """One device and all its tenants. ``leased_bytes`` includes leases that are not back yet.
+
+    ``usable_bytes`` is what all leases together may come to now: less than the capacity while
+    others, outside, use the device too.
+    """
 
     schema_version: int
     device: str
@@ -169,6 +173,7 @@ class DeviceSnapshot:
     broker_pid: int
     epoch: int
     tenants: tuple[TenantSnapshot, ...]
+    usable_bytes: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """A plain dict, ready for JSON."""

@@ -133,6 +133,21 @@ def test_dry_run_changes_nothing(run, owners):
     assert owners[0].budget.limit_bytes == 256 * MIB
 
 
+def test_what_others_use_of_the_device_is_shown(run, owners):
+    owners[0].budget.report_out_of_memory(1)  # from now on what is backed, and no more
+    code, _, note = run("kvcached", "ps")
+    assert code == 0
+    assert "of 1.0 GiB can be held now; others use the rest of the device" in note
+    (device,) = json.loads(run("kvctl", "ps", "--json")[1])["devices"]
+    assert 200 * MIB <= device["usable_bytes"] < device["capacity_bytes"]
+    _, out, _ = run("kvctl", "limit", "qwen3-8b", "90%", "--dry-run")
+    assert "would go from 256.0 MiB to 921.6 MiB" in out
+    assert "; cpu has " in out
+    assert out.endswith("for all now\n")
+    _, out, _ = run("kvctl", "limit", "qwen3-8b", "150MiB", "--dry-run")
+    assert "for all now" not in out
+
+
 REFUSALS = [
     (
         ("qwen", "1G"),

@@ -110,7 +110,7 @@ def _snapshot(path: str) -> DeviceSnapshot:
     head = reply.body
     return DeviceSnapshot(
         SCHEMA_VERSION, head["device"], head["capacity"], head["leased"], head["pid"],
-        head["epoch"], tuple(_tenant(row) for row in rows),
+        head["epoch"], tuple(_tenant(row) for row in rows), head.get("usable"),
     )  # fmt: skip
 
 

@@ -81,7 +81,7 @@ def try_lock(directory: RuntimeDir) -> int | None:
         except FileNotFoundError:
             os.close(fd)
             continue
-        except BaseException:
+        except BaseException:  # whatever it was, nobody else knows the descriptor
             os.close(fd)
             raise
         if os.path.samestat(mine, current):

@@ -98,7 +98,7 @@ class Connection:
             if flags & socket.MSG_TRUNC:
                 raise ProtocolError("the message is too long")
             return decode(data), fds
-        except BaseException:
+        except BaseException:  # whatever it was, nobody else knows these descriptors
             for fd in fds:
                 os.close(fd)
             raise
@@ -193,7 +193,7 @@ def _enter_once(
             raise ProtocolError(f"{reply.op.name} is no answer to HELLO")
         said = {key: p.field(reply.body, key) for key in _SAID}
         return Welcome(connection, MirrorReader(fds[0]), epoch=reply.epoch, **said)
-    except BaseException:
+    except BaseException:  # whatever it was, the caller gets no connection to close
         connection.close()
         raise
     finally:

@@ -149,6 +149,7 @@ class Service:
         head = {
             "device": self._device, "capacity": self.ledger.capacity,
             "leased": self.ledger.leased, "pid": os.getpid(), "epoch": self._epoch,
+            "usable": max(0, self.ledger.effective_capacity(now)),
         }  # fmt: skip
         rows = [member.to_row(now) for member in self.members.by_ident.values()]
         runs = p.split_rows(rows, room=p.MAX_BODY - 256)
@@ -348,9 +349,8 @@ class Service:
 
     def _publish(self) -> None:
         ledger = self.ledger
-        leased = min(
-            ledger.leased, p.MAX_BYTES
-        )  # tenants assert what they like: the field is fixed
+        # Tenants assert what they like, and the fields have a fixed size.
+        leased = min(ledger.leased, p.MAX_BYTES)
         shortfall = min(ledger.shortfall(), p.MAX_BYTES)
         state = MirrorState(ledger.capacity, leased, shortfall, self._epoch)
         if state != self._published:

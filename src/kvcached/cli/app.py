@@ -49,6 +49,8 @@ def ps(device: Device = None, json: Json = False) -> None:
         note("Nothing is running. The first engine starts the broker of its device.")
     elif not all(tenant.limit.applied for snapshot in devices for tenant in snapshot.tenants):
         note("* holds more than its limit, and is giving back")
+    for line in tenants.lowered(devices):
+        note(line)
 
 
 @kvctl.command("limit")

@@ -38,6 +38,17 @@ def ps_table(devices: Sequence[DeviceSnapshot], *, width: int | None) -> str:
     return table(HEADERS, rows, width=width, left=2)
 
 
+def lowered(devices: Sequence[DeviceSnapshot]) -> list[str]:
+    """One line for each device of which others, outside, have a part."""
+    lines = []
+    for d in devices:
+        if d.usable_bytes is not None and d.usable_bytes < d.capacity_bytes:
+            usable = f"{format_size(d.usable_bytes)} of {format_size(d.capacity_bytes)}"
+            where = short_device(d.device)
+            lines.append(f"{where}: {usable} can be held now; others use the rest of the device")
+    return lines
+
+
 def short_device(device: str) -> str:
     """A GPU's UUID cut to what tells the cards of one machine apart."""
     return device if len(device) <= 12 else device[:12]
@@ -97,6 +108,7 @@ def change_limit(name: str, size: str, *, device: str | None, dry_run: bool) -> 
         "held_bytes": record.held_bytes,
         "revision": record.revision,
         "applied": record.applied,
+        "usable_bytes": owner.capacity_bytes if owner.usable_bytes is None else owner.usable_bytes,
     }
 
 
@@ -137,4 +149,9 @@ def describe_limit(change: dict[str, Any]) -> str:
         f"{change['name']}: limit {verb} from {format_size(change['before_bytes'])} to "
         f"{format_size(change['desired_bytes'])}, holds {format_size(change['held_bytes'])}"
     )
-    return line if change["applied"] else f"{line}, giving back"
+    if not change["applied"]:
+        return f"{line}, giving back"
+    usable = change["usable_bytes"]
+    if usable < change["desired_bytes"]:  # a limit is no promise
+        return f"{line}; {change['device']} has {format_size(usable)} for all now"
+    return line

@@ -194,7 +194,7 @@ class AnonymousMemory:
         try:
             # As far from a border of huge pages as before, so that whole page tables move.
             self._move(place, start + (place.address - start) % self._huge)
-        except BaseException:
+        except BaseException:  # whatever it was, these addresses are free again
             self._empty.append((start, total))
             raise
         place.parking = (start, total)

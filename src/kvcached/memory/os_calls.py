@@ -63,7 +63,7 @@ class OsCalls:
             # A file that shrank under a mapping is SIGBUS. F_SEAL_WRITE and F_SEAL_FUTURE_WRITE
             # stay off: they forbid punching holes and mapping writable.
             fcntl.fcntl(fd, _F_ADD_SEALS, _F_SEAL_SHRINK | _F_SEAL_GROW | _F_SEAL_SEAL)
-        except BaseException:
+        except BaseException:  # whatever it was, nobody else knows the descriptor
             os.close(fd)
             raise
         return fd
