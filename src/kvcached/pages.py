@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from kvcached.broker.budget import Budget
 from kvcached.errors import ClosedError, KvcachedError, PoolBroken
@@ -132,7 +132,7 @@ class PagePool:
         for (first, count), handles in zip(places, self._back(places)):  # noqa: B905 (one each)
             # After the driver's part: if that fails, nothing has changed.
             self.runs.take(first, count)
-            ident = self._new_id()
+            ident = self._free_ids.pop() if self._free_ids else self._new_id()
             extent = self.extents[ident] = Extent(ident, first, count, handles)
             self.backed_pages += count
             extents.append(extent)
@@ -164,7 +164,7 @@ class PagePool:
         for extent, handles in zip(extents, self._back(places), strict=True):
             extent.handles = handles
 
-    def _back(self, runs: Sequence[Run]) -> list[tuple[Handle, ...]]:
+    def _back(self, runs: Sequence[Run]) -> Iterable[tuple[Handle, ...]]:
         """Back runs of at most one handle: of each the handles, one a plane."""
         g, places = self.geometry, runs
         if g.num_planes > 1:
@@ -176,7 +176,7 @@ class PagePool:
             self._break(error.message)
             raise
         if g.num_planes == 1:
-            return [(handle,) for handle in handles]
+            return zip(handles)
         return [tuple(handles[i :: len(runs)]) for i in range(len(runs))]
 
     def admit(self, extents: Sequence[Extent]) -> None:
