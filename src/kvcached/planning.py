@@ -52,9 +52,13 @@ def plan(g: Geometry, page: Any, runs: FreeRuns, wanted: int) -> list[tuple[int,
     nbytes, page_bytes = wanted * g.block_bytes, g.page_bytes
     pages = nbytes // page_bytes
     if nbytes == pages * page_bytes:
-        run = runs.best(pages)
-        if run is not None and _fits_at_once(g, run, pages, nbytes):
-            return [(run[0], pages)]
+        # Blocks that are whole pages, nearly always: then nothing straddles, and ``fit`` says the
+        # same of a run that begins with a block and is long enough.
+        first, count = runs.best(pages) or (0, 0)
+        start = first * page_bytes
+        inside = start + nbytes <= g.num_blocks * g.block_bytes
+        if inside and pages <= count and start % g.block_bytes == 0:
+            return [(first, pages)]
     pages = max(1, cdiv(nbytes, page_bytes) - 1)  # a straddling page may exist
     best = runs.best(pages)
     got = fit(g, page, best, wanted) if best else None
@@ -73,16 +77,6 @@ def plan(g: Geometry, page: Any, runs: FreeRuns, wanted: int) -> list[tuple[int,
         if missing <= 0:
             return [(f.first, f.pages) for f in chosen]
     return _patch(g, page, runs, wanted)
-
-
-def _fits_at_once(g: Geometry, run: tuple[int, int], pages: int, nbytes: int) -> bool:
-    """Whether ``nbytes``, which are whole blocks and ``pages`` whole pages, begin with this run.
-
-    Nearly always, where blocks are whole pages; then nothing straddles and ``fit`` says the same.
-    """
-    start = run[0] * g.page_bytes
-    inside = start + nbytes <= g.num_blocks * g.block_bytes
-    return inside and pages <= run[1] and start % g.block_bytes == 0
 
 
 def _patch(g: Geometry, page: Any, runs: FreeRuns, wanted: int) -> list[tuple[int, int]]:

@@ -30,10 +30,12 @@ class SparePolicy:
     _last_growth: float = -math.inf
     _updated: float = -math.inf
     _time_constant: float = field(init=False)
+    _burst: float = field(init=False)  # growth this close together decays as one: 1.6 % at most
 
     def grew(self, nbytes: int, now: float) -> None:
         """Extents of ``nbytes`` went from empty, or unbacked, into use at time ``now``."""
-        self._advance(now)
+        if now - self._updated > self._burst:
+            self._advance(now)
         self._rate += nbytes / self._time_constant
         self._last_growth = now
 
@@ -50,6 +52,7 @@ class SparePolicy:
 
     def __post_init__(self) -> None:
         self._time_constant = max(self.decay / 4, 1e-3)
+        self._burst = self._time_constant / 64
 
     def _advance(self, now: float) -> None:
         elapsed = now - self._updated
