@@ -99,7 +99,10 @@ class Grower:
         return False
 
     def _grow_if_free(self, wanted: int) -> bool:
-        """Grow by ``wanted`` blocks, if nobody has to give anything for it; whether it did."""
+        """Grow by ``wanted`` blocks if nobody has to give anything for it; False if not so.
+
+        Also true, with nothing done, if something else changed while the budget was asked.
+        """
         pool, pages = self._blocks, self._blocks.pages
         if self._grow_with_extra(wanted):
             return True
@@ -108,9 +111,9 @@ class Grower:
             epoch, nbytes = pages.epoch, pages.bytes_of(runs)
             if not pages.budget.claim_if_free(nbytes, ask=True):
                 return False
-            if epoch != pages.epoch:  # the claim let others in
+            if epoch != pages.epoch:
                 pages.refund(nbytes)
-                return False
+                return True
             pool.attach(self._grow_claimed(runs, nbytes))
         except OutOfPages:
             return False

@@ -53,9 +53,19 @@ def host_page_bytes(spec: CacheSpec, config: Config) -> int:
 
 
 def make_budget(
-    name: str, backend: MemoryBackend, config: Config, *, limit: Any, floor: Any, weight: float
+    name: str,
+    backend: MemoryBackend,
+    config: Config,
+    *,
+    limit: Any,
+    floor: Any,
+    weight: float,
+    meta: dict[str, Any] | None = None,
 ) -> Budget:
-    """The device's shared budget; without a broker (``config.broker``), one of our own."""
+    """The device's shared budget; without a broker (``config.broker``), one of our own.
+
+    ``meta`` is what ``kvcached ps`` shows of the tenant beside its bytes.
+    """
     capacity = device_capacity(backend, config)
     if not config.broker:  # nobody shares: all there is, and the floor is met by itself
         most, _ = read_terms(capacity if limit is None else limit, floor, capacity)
@@ -71,6 +81,7 @@ def make_budget(
         weight=weight,
         capacity_bytes=capacity,
         config=config,
+        meta=meta,
     )
 
 

@@ -6,7 +6,14 @@ import dataclasses
 
 import pytest
 
-from kvcached.config import Config, check_name, format_size, parse_size
+from kvcached.config import (
+    Config,
+    check_name,
+    engine_config,
+    format_size,
+    parse_size,
+    plugin_mode,
+)
 from kvcached.errors import InvalidConfig, InvalidInput, InvalidSize
 
 
@@ -93,6 +100,33 @@ def test_bad_names_are_refused_with_the_rule(bad):
     assert "at most 64" in caught.value.hint
 
 
+# --- engines that are plugged into -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("environ", "mode"),
+    [({}, "off"), ({"KVCACHED": "0"}, "off"), ({"KVCACHED": "1"}, "on"),
+     ({"KVCACHED": "Strict "}, "strict"), ({"ENABLE_KVCACHED": "true"}, "on"),
+     ({"ENABLE_KVCACHED": "true", "KVCACHED": "0"}, "off")],
+)  # fmt: skip
+def test_the_switch(environ, mode):
+    assert plugin_mode(environ) == mode
+
+
+def test_a_switch_that_cannot_be_read():
+    with pytest.raises(InvalidConfig):
+        plugin_mode({"KVCACHED": "perhaps"})
+
+
+def test_the_other_projects_settings_count_where_ours_are_not_set():
+    theirs = {"KVCACHED_IPC_NAME": "VLLM Qwen", "KVCACHED_GPU_UTILIZATION": "0.45"}
+    config = engine_config(theirs)
+    assert (config.name, config.limit) == ("vllm-qwen", "45%")
+    config = engine_config(theirs | {"KVCACHED_NAME": "mine", "KVCACHED_LIMIT": "8GiB"})
+    assert (config.name, config.limit) == ("mine", "8GiB")
+    assert engine_config({"KVCACHED_GPU_UTILIZATION": "most"}).limit == ""
+
+
 # --- the environment --------------------------------------------------------------------------
 
 
@@ -113,6 +147,11 @@ def test_every_field_has_a_variable():
         "KVCACHED_SPARE_SECONDS": "0.25",
         "KVCACHED_AHEAD": "64MiB",
         "KVCACHED_ZERO": "always",
+        "KVCACHED_NAME": "llama",
+        "KVCACHED_LIMIT": "50%",
+        "KVCACHED_FLOOR": "1GiB",
+        "KVCACHED_WEIGHT": "2",
+        "KVCACHED_MAX_TOKENS": "100000",
         "KVCACHED_SOMETHING_ELSE": "is left alone",
     }
     config = Config.from_env(given)
@@ -122,6 +161,8 @@ def test_every_field_has_a_variable():
     assert (config.host_page, config.host_memory) == ("64KiB", "memfd")
     assert (config.max_handle, config.ahead) == ("64MiB", "64MiB")
     assert (config.spare_seconds, config.zero) == (0.25, "always")
+    assert (config.name, config.limit, config.floor) == ("llama", "50%", "1GiB")
+    assert (config.weight, config.max_tokens) == (2.0, 100000)
     changed = {name for name, value in dataclasses.asdict(Config()).items()
                if getattr(config, name) != value}  # fmt: skip
     assert changed == {field.name for field in dataclasses.fields(Config)}

@@ -1,10 +1,9 @@
 """``BrokerBudget``: a budget shared with the other processes of the device, through the broker.
 
 The hot path stays in the process: a claim within the lease and a ``give_back`` touch no socket.
-Leases grow in batches; what is not claimed goes back when nothing happens for a while, or at once
-when the broker asks. A thread of the budget's own answers the broker, so that an idle engine gives
-way too. It takes the owner's lock to do so, and ``claim`` releases that lock while it waits: two
-engines that claim from each other at the same time both get their answer.
+Leases grow in batches; what is not claimed goes back after a while, or when the broker asks. A
+thread answers the broker, so that an idle engine gives way too. It takes the owner's lock, which
+``claim`` releases while it waits: two engines that claim from each other both get their answer.
 """
 
 from __future__ import annotations
@@ -135,7 +134,7 @@ class BrokerBudget:
                 self._claimed += nbytes
             elif not transient:
                 self._wait_for(nbytes)
-            elif self._ask(nbytes, time.monotonic() + _GOODBYE_S, transient=True) is not None:
+            elif self._ask(nbytes, _GOODBYE_S, transient=True, batch=False) is not None:
                 raise self._refused(nbytes, "nothing is free, not even for a moment")
 
     def claim_if_free(self, nbytes: int, *, ask: bool) -> bool:
@@ -146,9 +145,8 @@ class BrokerBudget:
             if self._fits(nbytes):
                 self._claimed += nbytes
                 return True
-            if not ask or self._session.pressure:
-                return False
-            return self._ask(nbytes, time.monotonic() + _GOODBYE_S, transient=True) is None
+            ask = ask and not self._session.pressure
+            return ask and self._ask(nbytes, _GOODBYE_S, transient=True) is None
 
     def give_back(self, nbytes: int) -> None:
         """See ``Budget.give_back``."""
@@ -222,7 +220,7 @@ class BrokerBudget:
             if self._fits(nbytes):
                 self._claimed += nbytes
                 return
-            status = self._ask(nbytes, deadline)
+            status = self._ask(nbytes, max(0.0, deadline - time.monotonic()))
             if status is None:
                 return
             if status == p.REFUSED:
@@ -238,17 +236,19 @@ class BrokerBudget:
         most = self._lease if transient else min(self._lease, self.limit_bytes)
         return self._claimed + nbytes <= most
 
-    def _ask(self, nbytes: int, deadline: float, *, transient: bool = False) -> int | None:
-        """Ask for a bigger lease. ``None``: it is claimed too; else the status, or ``LOST``."""
+    def _ask(
+        self, nbytes: int, seconds: float, *, transient: bool = False, batch: bool = True
+    ) -> int | None:
+        """Ask for a lease (``batch``: more than needed). ``None``: claimed; or status, ``LOST``."""
         need = self._claimed + nbytes - self._lease
-        want = need if transient else max(need, min(2 * need + self._lease // 8, _MAX_BATCH))
+        most = min(2 * need + self._lease // 8, _MAX_BATCH, self.limit_bytes - self._lease)
+        want = max(need, most) if batch else need
         answer = self._waiting.add(nbytes, transient=transient)
         kind = p.TRANSIENT if transient else p.OK
         try:
             claim = Message(Op.CLAIM, answer.request, status=kind, values=(need, want))
             if not self._session.send(claim):
                 return LOST
-            seconds = max(0.0, deadline - time.monotonic())
             if self._session.is_current_thread():  # the one that receives: a split on reclaim
                 self._session.receive_answer(answer.request, seconds)
             else:

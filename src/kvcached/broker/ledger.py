@@ -277,10 +277,9 @@ class Ledger:
         """Answer a claim if that is possible now. Those behind the first wait, to be fair."""
         tenant = self.tenants[claim.tenant]
         if claim.transient:
-            fits = not self.in_grace(now) and self.available(tenant, now) >= claim.need
-            tenant.lease += claim.need if fits else 0
-            status = 0 if fits else REFUSED
-            return Grant(claim.tenant, claim.request, claim.need if fits else 0, status)
+            nbytes = self._at_once(claim, tenant, now)
+            tenant.lease += nbytes
+            return Grant(claim.tenant, claim.request, nbytes, 0 if nbytes else REFUSED)
         over = self._is_over(tenant, claim.need, now)
         reserve = self._reserve_beside(tenant)
         kept = reserve if over else 0
@@ -300,6 +299,15 @@ class Ledger:
         if now >= claim.deadline:
             return Grant(claim.tenant, claim.request, 0, REFUSED)
         return None
+
+    def _at_once(self, claim: Claim, tenant: Tenant, now: float) -> int:
+        """What a transient claim gets of what is free: more than it needs only if nobody waits."""
+        free = 0 if self.in_grace(now) else self.available(tenant, now)
+        if free < claim.need:
+            return 0
+        if len(self.queue) > 1 or self._is_over(tenant, claim.want, now):
+            return claim.need
+        return max(claim.need, min(claim.want, free - self._reserve_beside(tenant)))
 
     def _reserve_beside(self, tenant: Tenant) -> int:
         """Room for splits by the others: none is needed where they have nothing in use."""

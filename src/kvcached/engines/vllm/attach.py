@@ -78,8 +78,9 @@ def _make(backend: MemoryBackend, said: list[dict[str, Any]], tail: Any) -> Engi
     name = config.name or f"{slug(facts.model)}-{os.getpid()}"
     limit: int | str | None = config.limit or facts.limit_bytes or None
     budget = make_budget(
-        name, backend, config, limit=limit, floor=config.floor, weight=config.weight
-    )
+        name, backend, config, limit=limit, floor=config.floor, weight=config.weight,
+        meta={"engine": facts.engine, "model": facts.model},
+    )  # fmt: skip
     tenant = EngineBlocks(
         geometry, backend=backend, budget=budget, name=name, config=config, owns_backend=False,
         make_tail=tail if facts.speculative else None,

@@ -70,9 +70,9 @@ def _wrap_admission(coordinator: Any) -> None:
 
     @functools.wraps(needed)
     def elastic_needed(self: Any, *args: Any, **more: Any) -> int:
-        count = int(needed(self, *args, **more))
+        count: int = needed(self, *args, **more)
         queue = self.block_pool.free_block_queue
-        if not isinstance(queue, ElasticQueue) or queue.tenant.secure(count):
+        if not count or type(queue) is not ElasticQueue or queue.tenant.secure(count):
             return count
         return int(self.block_pool.num_gpu_blocks) + 1
 

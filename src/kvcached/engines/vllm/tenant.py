@@ -55,12 +55,15 @@ class EngineBlocks(ElasticBlocks):
         self.make_tail = make_tail
         self._fence: StepFence | None = None
         super().__init__(*args, **more)
+        self.num_available = self.count_available()
+        """As ``count_available`` says, between its calls."""
 
     @contextmanager
     def scheduling(self) -> Iterator[None]:
         """Around one pass of the scheduler: no cached block goes that it may have matched."""
         with self._lock:
             self._matching = True
+            self.num_available = self.count_available()
             try:
                 yield
             finally:
@@ -76,19 +79,23 @@ class EngineBlocks(ElasticBlocks):
                 self.steps_done += 1
             yield
             self._blocks.poll_fences()
+            self.num_available = self.count_available()
 
     # --- blocks ----------------------------------------------------------------------------------
 
     def secure(self, count: int) -> bool:
         """Whether ``take(count)`` is certain to succeed. Grows; may wait for others to give."""
-        if count <= 0:
+        if self._blocks.num_free >= count:
             return True
         with self._lock:
-            return self._blocks.secure(count)
+            done = self._blocks.secure(count)
+            self.num_available = max(self.num_available, count) if done else self.count_available()
+            return done
 
     def take(self, count: int) -> Ids:
         """``count`` blocks, int32."""
         with self._lock:
+            self.num_available -= count
             return self._blocks.take(count)
 
     def give(self, ids: Ids, named: NDArray[np.bool_]) -> None:
@@ -96,12 +103,14 @@ class EngineBlocks(ElasticBlocks):
         with self._lock:
             self._blocks.keep_all(ids, named)
             self._blocks.free(ids, self._in_flight())
+            self.num_available += len(ids)
         self._caretaker.wake()
 
     def acquire(self, ids: Ids) -> None:
         """Take cached blocks into use."""
         with self._lock:
             self._blocks.acquire(ids)
+            self.num_available -= len(ids)
 
     def _in_flight(self) -> Fence | None:
         """A fence behind the steps whose results are not in yet; ``None`` if there are none."""
@@ -113,9 +122,11 @@ class EngineBlocks(ElasticBlocks):
 
     # --- counts ----------------------------------------------------------------------------------
 
-    @property
-    def num_available(self) -> int:
-        """Blocks that could be had: free or cached, or backed if nobody else is faster."""
+    def count_available(self) -> int:
+        """Blocks that could be had: free or cached, or backed if nobody else is faster.
+
+        vLLM asks a hundred times a step, so ``num_available`` is counted once a pass, and kept up.
+        """
         pool, budget, g = self._blocks, self._blocks.pages.budget, self.geometry
         unused = g.num_blocks - 1 - pool.num_used
         left = max(0, budget.limit_bytes - budget.claimed_bytes) // (g.block_bytes * g.num_planes)

@@ -1,0 +1,129 @@
+"""One vLLM engine in this process: offline workloads, their speed, tokens and memory, as JSON.
+
+    python engine.py --shape llama-3.1-8b --phases 64,512 --out run.json [--elastic] ...
+
+Whether it is elastic is a matter of the environment (``KVCACHED=1``), set before vLLM is imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import models
+
+GIB = 1 << 30
+
+
+def prompts_of(count: int, length: int, vocab: int, seed: int) -> list[dict[str, Any]]:
+    """Random prompts, each of its own."""
+    rng = random.Random(seed)
+    return [{"prompt_token_ids": [rng.randrange(2, vocab) for _ in range(length)]}
+            for _ in range(count)]  # fmt: skip
+
+
+def used_gib() -> float:
+    """Device memory in use, by all processes."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return 0.0
+    free, total = torch.cuda.mem_get_info()
+    return round((total - free) / GIB, 2)
+
+
+def tenants() -> list[dict[str, Any]]:
+    """What ``kvcached ps`` knows."""
+    done = subprocess.run([sys.executable, "-m", "kvcached", "ps", "--json"], check=False,
+                          capture_output=True, text=True)  # fmt: skip
+    if done.returncode:
+        return [{"error": done.stderr[-500:]}]
+    return [t for d in json.loads(done.stdout)["devices"] for t in d["tenants"]]
+
+
+def latencies(outs: list[Any]) -> dict[str, float]:
+    """Time to first token, and per later token: median and 99th percentile, milliseconds."""
+    first, later = [], []
+    for out in outs:
+        m = out.metrics
+        if m is None or not m.first_token_latency:
+            continue
+        first.append(m.first_token_latency * 1e3)
+        n = len(out.outputs[0].token_ids)
+        if n > 1:
+            later.append((m.last_token_ts - m.first_token_ts) / (n - 1) * 1e3)
+    found = {}
+    for name, values in (("ttft_ms", first), ("tpot_ms", later)):
+        if values:
+            ordered = sorted(values)
+            found[f"{name}_p50"] = round(statistics.median(ordered), 3)
+            found[f"{name}_p99"] = round(ordered[math.ceil(0.99 * len(ordered)) - 1], 3)
+    return found
+
+
+def main() -> int:
+    """Run the phases."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shape", default="tiny")
+    parser.add_argument("--phases", default="2,32,4,48,1", help="requests of each phase")
+    parser.add_argument("--prompt", type=int, default=512)
+    parser.add_argument("--output", type=int, default=128)
+    parser.add_argument("--repeat-prefix", type=int, default=0, help="tokens that all begin with")
+    parser.add_argument("--settle", type=float, default=1.5, help="seconds before memory is read")
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--engine", default="{}", help="more arguments of vllm.LLM, as JSON")
+    options = parser.parse_args()
+    from vllm import LLM, SamplingParams
+
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = models.make(options.shape, Path(folder))
+        started = time.perf_counter()
+        llm = LLM(**arguments | {"disable_log_stats": False} | json.loads(options.engine))
+        took = time.perf_counter() - started
+    vocab = models.SHAPES[options.shape][-1]
+    result: dict[str, Any] = {
+        "shape": options.shape, "start_s": round(took, 2), "used_gib_after_start": used_gib(),
+        "phases": [], "engine": json.loads(options.engine),
+        "env": {k: v for k, v in os.environ.items() if k.startswith(("KVCACHED", "VLLM_"))},
+    }  # fmt: skip
+    greedy = SamplingParams(temperature=0, max_tokens=options.output, ignore_eos=True,
+                            detokenize=False)  # fmt: skip
+    prefix = prompts_of(1, options.repeat_prefix, vocab, 7)[0]["prompt_token_ids"]
+    try:
+        for number, count in enumerate(map(int, options.phases.split(","))):
+            prompts = prompts_of(count, options.prompt, vocab, number)
+            for prompt in prompts:
+                prompt["prompt_token_ids"][: len(prefix)] = prefix
+            began = time.perf_counter()
+            outs = llm.generate(prompts, greedy, use_tqdm=False)
+            seconds = time.perf_counter() - began
+            tokens = [list(out.outputs[0].token_ids) for out in outs]
+            busy = used_gib()
+            time.sleep(options.settle)
+            result["phases"].append({
+                "requests": count, "seconds": round(seconds, 3),
+                "requests_per_s": round(count / seconds, 3), "used_gib": busy,
+                "used_gib_idle": used_gib(), "tokens": sum(map(len, tokens)),
+                "hashes": [hashlib.sha256(json.dumps(t).encode()).hexdigest()[:12]
+                           for t in tokens],
+                "tenants": tenants() if "KVCACHED" in os.environ else [],
+            } | latencies(outs))  # fmt: skip
+    finally:
+        Path(options.out).write_text(json.dumps(result, indent=1), encoding="utf-8")
+        llm.llm_engine.engine_core.shutdown()  # left to the exit it can hang
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,76 @@
+"""Models without a hub: real shapes without weights, and a small one with seeded random weights.
+
+Prompts are token ids, so no tokenizer is needed.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+SHAPES = {  # hidden, intermediate, layers, heads, kv heads, head dim, vocabulary
+    "llama-3.1-8b": (4096, 14336, 32, 32, 8, 128, 128256),
+    "llama-3.2-3b": (3072, 8192, 28, 24, 8, 128, 128256),
+    "llama-3.2-1b": (2048, 8192, 16, 32, 8, 64, 128256),
+    "small": (1024, 2816, 8, 16, 8, 64, 512),
+    "tiny": (256, 704, 4, 8, 4, 32, 512),
+}
+SEEDED = {"small": 0.04, "tiny": 0.08}
+"""Standard deviation of the weights: so large that each token depends on the whole context."""
+
+
+def config_of(shape: str, **changes: Any) -> dict[str, Any]:
+    """A Hugging Face configuration."""
+    hidden, inter, layers, heads, kv_heads, dim, vocab = SHAPES[shape]
+    return {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden,
+        "intermediate_size": inter, "num_hidden_layers": layers, "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads, "head_dim": dim, "vocab_size": vocab,
+        "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_theta": 500000.0,
+        "hidden_act": "silu", "tie_word_embeddings": shape == "llama-3.2-1b",
+        "attention_bias": False, "mlp_bias": False, "bos_token_id": 0, "eos_token_id": 1,
+        "torch_dtype": "bfloat16",
+    } | changes  # fmt: skip
+
+
+def make(shape: str, folder: Path, **changes: Any) -> dict[str, Any]:
+    """Write the model; the arguments with which vLLM loads it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = config_of(shape, **changes)
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    more: dict[str, Any] = {"model": str(folder), "skip_tokenizer_init": True, "seed": 0}
+    if shape not in SEEDED:
+        return more | {"load_format": "dummy"}
+    _write_weights(config, folder, SEEDED[shape])
+    return more
+
+
+def _write_weights(config: dict[str, Any], folder: Path, std: float) -> None:
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    rng = np.random.default_rng(0)
+    h, inter = config["hidden_size"], config["intermediate_size"]
+    q = config["num_attention_heads"] * config["head_dim"]
+    kv = config["num_key_value_heads"] * config["head_dim"]
+    tensors: dict[str, Any] = {}
+
+    def put(name: str, *shape: int) -> None:
+        made = rng.standard_normal(shape, np.float32) * std if len(shape) > 1 else np.ones(shape)
+        tensors[name] = made.astype(np.float32)
+
+    put("model.embed_tokens.weight", config["vocab_size"], h)
+    put("lm_head.weight", config["vocab_size"], h)
+    put("model.norm.weight", h)
+    for layer in range(config["num_hidden_layers"]):
+        at = f"model.layers.{layer}."
+        for name, shape in (
+            ("self_attn.q_proj", (q, h)), ("self_attn.k_proj", (kv, h)),
+            ("self_attn.v_proj", (kv, h)), ("self_attn.o_proj", (h, q)),
+            ("mlp.gate_proj", (inter, h)), ("mlp.up_proj", (inter, h)),
+            ("mlp.down_proj", (h, inter)),
+            ("input_layernorm", (h,)), ("post_attention_layernorm", (h,)),
+        ):  # fmt: skip
+            put(f"{at}{name}.weight", *shape)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
