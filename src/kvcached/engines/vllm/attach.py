@@ -7,7 +7,9 @@ import os
 import re
 from typing import Any
 
-from kvcached.config import engine_config, format_size
+from kvcached.broker.budget import Budget
+from kvcached.broker.ranks import RankBudget
+from kvcached.config import Config, engine_config, format_size
 from kvcached.engines.vllm import region as regions
 from kvcached.engines.vllm.tenant import EngineBlocks
 from kvcached.errors import BackendUnavailable, EngineUnsupported
@@ -71,16 +73,12 @@ def _end(workers: list[Worker]) -> None:
 
 
 def _make(backend: MemoryBackend, said: list[dict[str, Any]], tail: Any) -> EngineBlocks:
-    facts = regions.facts_in(said[0])
-    geometry = Geometry(said[0]["block_bytes"], said[0]["num_planes"], said[0]["num_blocks"],
-                        said[0]["page_bytes"])  # fmt: skip
+    facts, first = regions.facts_in(said[0]), said[0]
+    geometry = Geometry(first["block_bytes"], first["num_planes"], first["num_blocks"],
+                        first["page_bytes"])  # fmt: skip
     config = engine_config()
     name = config.name or f"{slug(facts.model)}-{os.getpid()}"
-    limit: int | str | None = config.limit or facts.limit_bytes or None
-    budget = make_budget(
-        name, backend, config, limit=limit, floor=config.floor, weight=config.weight,
-        meta={"engine": facts.engine, "model": facts.model},
-    )  # fmt: skip
+    budget = _budget(name, config, said, facts)
     tenant = EngineBlocks(
         geometry, backend=backend, budget=budget, name=name, config=config, owns_backend=False,
         make_tail=tail if facts.speculative else None,
@@ -92,6 +90,34 @@ def _make(backend: MemoryBackend, said: list[dict[str, Any]], tail: Any) -> Engi
         format_size(block), format_size(geometry.reserved_bytes), name,
     )  # fmt: skip
     return tenant
+
+
+class _Device:
+    """What ``make_budget`` asks of a backend, from a worker's description of its own."""
+
+    def __init__(self, said: dict[str, Any]) -> None:
+        self.device, self.uuid = said["device"], said["uuid"]
+        self.total_bytes = int(said["total_bytes"])
+
+
+def _budget(name: str, config: Config, said: list[dict[str, Any]], facts: regions.Facts) -> Budget:
+    """The budgets of the workers' devices, as one."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for body in said:
+        groups.setdefault(body["uuid"] or body["device"], []).append(body)
+    shares: list[tuple[Budget, int]] = []
+    try:
+        for bodies in groups.values():
+            limit: int | str | None = config.limit or facts.limit_bytes * len(bodies) or None
+            shares.append((make_budget(
+                name, _Device(bodies[0]), config, limit=limit, floor=config.floor,  # type: ignore[arg-type]
+                weight=config.weight, meta={"engine": facts.engine, "model": facts.model},
+            ), len(bodies)))  # fmt: skip
+    except BaseException:  # whatever it was, the other devices' budgets do not stay behind
+        for budget, _ in shares:
+            budget.close()
+        raise
+    return shares[0][0] if len(said) == 1 else RankBudget(shares)
 
 
 def slug(model: str) -> str:
