@@ -4,7 +4,8 @@ import pytest
 
 from kvcached.broker.ceiling import OOM_S
 from kvcached.broker.lease import Grant, Reclaim, Report
-from kvcached.broker.ledger import ASK_S, BLIND_S, CLAIM_S, GRACE_S, Ledger, reserve_bytes
+from kvcached.broker.ledger import ASK_S, BLIND_S, CLAIM_S, GRACE_S, Ledger
+from kvcached.broker.plan import reserve_bytes
 from kvcached.broker.protocol import LATE, REFUSED
 
 

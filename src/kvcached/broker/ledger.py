@@ -13,27 +13,17 @@ from collections.abc import Iterable
 
 from kvcached.broker.ceiling import Ceiling
 from kvcached.broker.lease import DRAINING, LIVE, REVOKED, Ask, Claim, Grant, Reclaim, Tenant
-from kvcached.broker.plan import Holding, fair_shares, plan_reclaim
+from kvcached.broker.plan import Holding, fair_shares, plan_reclaim, reserve_bytes
 from kvcached.broker.protocol import LATE, MAX_BYTES, REFUSED
 
 GRACE_S = 0.5
 """How long a new broker grants nothing while engines of the last one are still missing."""
 ASK_S = 0.5
 """How long a tenant may take to answer a reclaim."""
-MAX_RESERVE = 256 << 20
 BLIND_S = 0.1
 """How often a tenant is asked for more than it reports: about as often as it reports."""
 CLAIM_S = 1.5
 """How long a claim may wait for others to give back."""
-
-
-def reserve_bytes(capacity: int) -> int:
-    """What those above their fair share leave free, so that extents can be split.
-
-    A split takes room for what it keeps before it gives back more; where all is claimed none could
-    begin (docs/adr/0010).
-    """
-    return min(capacity // 32, MAX_RESERVE)
 
 
 class Ledger:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
+MAX_RESERVE = 256 << 20
+
 
 class Holding:
     """What one tenant could give: bytes of each kind, and how far it may be asked to go."""
@@ -101,3 +103,12 @@ def _top_up(
         parts[index] += more
         nbytes -= more
     return parts
+
+
+def reserve_bytes(capacity: int) -> int:
+    """What those above their fair share leave free, so that extents can be split.
+
+    A split takes room for what it keeps before it gives back more; where all is claimed none could
+    begin (docs/adr/0010).
+    """
+    return min(capacity // 32, MAX_RESERVE)
