@@ -1,0 +1,174 @@
+"""Real vLLM, stock beside elastic, in one run: ``bench/results/vllm.json``, the table last.
+
+    python bench/bench_vllm.py [tokens throughput bursts ...]
+
+Needs a GPU and vLLM in the environment, and this package installed beside it (vLLM finds its
+plug-in by entry point). Models are real shapes with dummy weights, or small ones with seeded
+random weights where tokens are compared. Each engine is a process of its own (``vllm/engine.py``,
+``vllm/burst.py``); logs and raw figures lie under ``$OUT/vllm``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import traceback
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from common import RESULTS, commit
+
+GIB = 1 << 30
+HERE = Path(__file__).resolve().parent / "vllm"
+OUT = Path(os.environ.get("OUT") or RESULTS)
+ROWS: list[dict[str, Any]] = []
+SEEDED = {"dtype": "bfloat16", "max_model_len": 4096, "max_num_seqs": 64,
+          "kv_cache_memory_bytes": 4 * GIB}  # fmt: skip
+
+
+def add(ident: str, value: float, unit: str, target: float | None, **more: Any) -> None:
+    """One row."""
+    ROWS.append({"id": ident, "value": round(value, 4), "unit": unit, "target": target,
+                 "repeats": more.pop("repeats", 1)} | more)  # fmt: skip
+
+
+def engine(name: str, *, elastic: bool, env: dict[str, str] | None = None, **options: Any) -> Any:
+    """Run one engine; its result."""
+    out = OUT / "vllm" / f"{name}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, str(HERE / "engine.py"), "--out", str(out)]
+    for key, value in options.items():
+        command += [f"--{key}", json.dumps(value) if isinstance(value, dict) else str(value)]
+    more = {"KVCACHED": "strict" if elastic else "0"} | (env or {})
+    with out.with_suffix(".log").open("w", encoding="utf-8") as log:
+        subprocess.run(command, check=True, stdout=log, stderr=log, timeout=300,
+                       env=os.environ | more)  # fmt: skip
+    return json.loads(out.read_text(encoding="utf-8"))
+
+
+def tokens() -> None:
+    """Greedy tokens of both, with kernels whose result does not depend on the batch."""
+    shown: dict[str, Any] = {}
+    for backend, runner in (("FLASH_ATTN", "1"), ("FLASH_ATTN", "0")):
+        env = {"VLLM_BATCH_INVARIANT": "1", "VLLM_USE_V2_MODEL_RUNNER": runner}
+        runs = [
+            engine(f"tokens_{backend}_{runner}_{elastic}", elastic=elastic, env=env,
+                   shape="small", phases="100,100", prompt=300, output=64,
+                   engine=SEEDED | {"attention_backend": backend})
+            for elastic in (False, True)
+        ]  # fmt: skip
+        hashes = [[h for phase in run["phases"] for h in phase["hashes"]] for run in runs]
+        equal = sum(a == b for a, b in zip(*hashes, strict=True))
+        shown[f"{backend} V{1 + int(runner)}"] = f"{equal} of {len(hashes[0])}"
+    share = min(int(text.split()[0]) / int(text.split()[-1]) for text in shown.values())
+    add("tokens_identical", share, "share", 1.0, repeats=200, requests=shown)
+
+
+def throughput() -> None:
+    """One 8B-shaped model at 64 and 512 requests, twice each; equal capacity."""
+    kv = 40 * GIB
+    options = {
+        "shape": "llama-3.1-8b", "phases": "64,512,64,512", "settle": 2.0,
+        "engine": {"dtype": "bfloat16", "max_model_len": 4096, "max_num_seqs": 256,
+                   "kv_cache_memory_bytes": kv},
+    }  # fmt: skip
+    stock = engine("throughput_stock", elastic=False, **options)
+    ours = engine("throughput_elastic", elastic=True, **options)
+    for count in (64, 512):
+        rates = [[p["requests_per_s"] for p in run["phases"] if p["requests"] == count]
+                 for run in (stock, ours)]  # fmt: skip
+        medians = [statistics.median(r) for r in rates]
+        latency = {
+            key: {"stock": stock["phases"][-2 if count == 64 else -1].get(key),
+                  "elastic": ours["phases"][-2 if count == 64 else -1].get(key)}
+            for key in ("ttft_ms_p50", "ttft_ms_p99", "tpot_ms_p50", "tpot_ms_p99")
+        }  # fmt: skip
+        add(f"throughput_ratio_{count}", medians[1] / medians[0], "x", 0.995, repeats=2,
+            requests_per_s={"stock": rates[0], "elastic": rates[1]}, latency=latency)  # fmt: skip
+    add("start_ratio", ours["start_s"] / stock["start_s"], "x", 1.0,
+        seconds={"stock": stock["start_s"], "elastic": ours["start_s"]})  # fmt: skip
+    last = ours["phases"][-1]
+    report = last["tenants"][0]["report"]
+    add("idle_over_floor", report["backed_bytes"] / max(1, report["split_floor_bytes"] +
+                                                        report["cached_bytes"]), "x", 1.02,
+        report=report, used_gib={"stock, started": stock["used_gib_after_start"],
+                                 "elastic, started": ours["used_gib_after_start"],
+                                 "stock, idle": stock["phases"][-1]["used_gib_idle"],
+                                 "elastic, idle": last["used_gib_idle"]})  # fmt: skip
+
+
+def ttft(run: Any) -> list[float]:
+    """All times to first token of a burst run, sorted."""
+    return sorted(row["ttft_s"] for e in run["engines"] for row in e["rows"])
+
+
+def bursts(peaks: tuple[float, ...] = (30.0,), slope: float = 2.0, total: int = 6 * GIB) -> None:
+    """Three 3B-shaped engines in bursts, elastic against a static split."""
+    means, tails, shown = [], [], []
+    for peak in peaks:
+        found = {}
+        for mode in ("static", "elastic"):
+            out = OUT / "vllm" / f"burst_{peak:g}_{mode}.json"
+            out.parent.mkdir(parents=True, exist_ok=True)
+            arguments = {"dtype": "bfloat16", "max_model_len": 4096, "max_num_seqs": 256,
+                         "gpu_memory_utilization": 0.3, "enable_prefix_caching": True}  # fmt: skip
+            subprocess.run(
+                [sys.executable, str(HERE / "burst.py"), "run", "--mode", mode, "--shape",
+                 "llama-3.2-3b", "--peak", str(peak), "--slope", str(slope), "--total",
+                 str(total), "--out", str(out), "--engine", json.dumps(arguments)],
+                check=True, timeout=420,
+            )  # fmt: skip
+            found[mode] = ttft(json.loads(out.read_text(encoding="utf-8")))
+        row: dict[str, Any] = {"peak_rps": peak}
+        for mode, values in found.items():
+            row[mode] = {"requests": len(values), "mean_s": round(statistics.mean(values), 4),
+                         "p99_s": round(values[int(0.99 * (len(values) - 1))], 4)}  # fmt: skip
+        means.append(row["static"]["mean_s"] / row["elastic"]["mean_s"])
+        tails.append(row["static"]["p99_s"] / row["elastic"]["p99_s"])
+        shown.append(row)
+    add("ttft_mean_ratio_min", min(means), "x", 1.0, runs=shown, total_bytes=total)
+    add("ttft_mean_ratio_max", max(means), "x", 7.0)
+    add("ttft_p99_ratio_max", max(tails), "x", 28.0)
+
+
+PARTS = {"tokens": tokens, "throughput": throughput, "bursts": bursts}
+
+
+def report(failed: list[str]) -> None:
+    """Write the file; the table comes last."""
+    import torch
+
+    document = {
+        "schema_version": 1, "commit": os.environ.get("COMMIT") or commit(),
+        "device": torch.cuda.get_device_name(0), "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "failed": failed, "rows": ROWS,
+    }  # fmt: skip
+    (OUT / "vllm.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    for row in ROWS:
+        more = {k: v for k, v in row.items() if k not in {"id", "value", "unit", "target"}}
+        print(f"{row['id']:<22} {row['value']:>9} {row['unit']:<6} target {row['target']} {more}")
+
+
+def main() -> int:
+    """Measure what was asked for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; default: all")
+    failed = []
+    for name in parser.parse_args().parts or PARTS:
+        try:
+            PARTS[name]()
+        except Exception:  # noqa: BLE001 - one part must not hide the others' figures
+            failed.append(name)
+            print(f"{name} FAILED:")
+            traceback.print_exc()
+    report(failed)
+    return len(failed)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
