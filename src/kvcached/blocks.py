@@ -216,9 +216,12 @@ class BlockPool:
                 self._retire_oldest_fence()
         return self.alloc(count)
 
-    def secure(self, count: int) -> bool:
-        """Whether ``take(count)`` is certain to succeed; grows, if it must, to make it so."""
-        return self.grower.secure(count)
+    def secure(self, count: int, seconds: float | None = None) -> bool:
+        """Whether ``take(count)`` is certain to succeed; grows, if it must, to make it so.
+
+        ``seconds``: how long others may take to give; ``None``: as long as is usual.
+        """
+        return self.grower.secure(count, seconds)
 
     def share(self, ids: Ids) -> None:
         """Add a reference to blocks in use (I2)."""

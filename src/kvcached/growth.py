@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 _NOTHING: Ids = np.empty(0, np.int32)
 _ROUNDS = 8
 _REFUSAL_SECONDS = 0.05  # after a refused claim, how long eviction comes before asking again
+_LONGEST_REFUSAL_SECONDS = 0.8
 _LEAST_SHARE = 16  # growth ahead takes at most one part in this many of the limit
 
 
@@ -38,7 +39,7 @@ class Grower:
     def __init__(self, blocks: BlockPool, most_ahead: int) -> None:
         self._blocks, self._most_ahead = blocks, most_ahead
         self._block_bytes = blocks.geometry.block_bytes * blocks.geometry.num_planes
-        self._refused_until = -1.0
+        self._refused_until, self._refusal = -1.0, _REFUSAL_SECONDS
         self._used_seen = 0  # blocks in use when growth was last measured
         self._demanded = 0  # blocks that growth on demand has told the policy of since then
         self.ahead = Timer()
@@ -70,12 +71,13 @@ class Grower:
                 self._grow_and_evict(count, error)
         raise BudgetExceeded(f"{count} blocks could not be kept free: other threads took them")
 
-    def secure(self, count: int) -> bool:
+    def secure(self, count: int, seconds: float | None = None) -> bool:
         """Whether ``count`` blocks can be had for certain, by eviction of cached ones if need be.
 
         Grows by what is missing; evicts nothing itself, since the caller may be about to take some
         of what is cached. What lies free is preferred to what is cached, and what nobody has to
-        that of others; a refusal is remembered for a moment, so that asking again is cheap.
+        that of others, who may take ``seconds`` to give it. Refusals are remembered, longer each
+        time, so that an engine at work does not wait in vain again and again.
         """
         pool = self._blocks
         if pool.num_free < count:
@@ -90,11 +92,13 @@ class Grower:
                 continue
             if ready < count:
                 try:
-                    self._grow(count - ready, _NOTHING)
+                    self._grow(count - ready, _NOTHING, seconds)
+                    self._refusal = _REFUSAL_SECONDS
                     continue
                 except MemoryError:  # ours: refused by the budget, the device or the addresses
                     ready = pool.num_free + pool.num_cached + pool.num_quarantined
-            self._refused_until = pool.clock() + _REFUSAL_SECONDS
+                self._refusal = min(2 * self._refusal, _LONGEST_REFUSAL_SECONDS)
+            self._refused_until = pool.clock() + self._refusal
             return ready >= count
         return False
 
@@ -142,7 +146,7 @@ class Grower:
         if 0 < short <= pool.num_cached:
             pool.evict_oldest(short)
 
-    def _grow(self, wanted: int, out: Ids) -> bool:
+    def _grow(self, wanted: int, out: Ids, seconds: float | None = None) -> bool:
         """Back runs that make ``wanted`` more blocks usable, all or nothing.
 
         The claim may release the lock; if what is backed changed meanwhile, the claim is returned
@@ -154,7 +158,7 @@ class Grower:
         pool, pages = self._blocks, self._blocks.pages
         runs = planning.plan(pool.geometry, pool.page, pages.runs, wanted)
         try:
-            extents = self._claim_and_grow(runs)
+            extents = self._claim_and_grow(runs, seconds)
         except OutOfPages as error:
             extents = self._grow_again(runs, error)
         if not extents:
@@ -165,11 +169,11 @@ class Grower:
         pool.attach(extents)
         return False
 
-    def _claim_and_grow(self, runs: list[Run]) -> list[Extent]:
+    def _claim_and_grow(self, runs: list[Run], seconds: float | None = None) -> list[Extent]:
         """The new extents: none if what is backed changed while the claim waited."""
         pages = self._blocks.pages
         epoch, nbytes = pages.epoch, pages.bytes_of(runs)
-        pages.budget.claim(nbytes)
+        pages.budget.claim(nbytes, seconds=seconds)
         if epoch != pages.epoch:
             pages.refund(nbytes)
             return []

@@ -24,7 +24,7 @@ class SlowBudget(LocalBudget):
         super().attach(tenant, lock)
         self.lock = lock
 
-    def claim(self, nbytes, *, transient=False):
+    def claim(self, nbytes, *, transient=False, seconds=None):
         if self.lock is not None:
             self.between(nbytes, transient)
         super().claim(nbytes, transient=transient)

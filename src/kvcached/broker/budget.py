@@ -65,9 +65,10 @@ class Budget(Protocol):
         """Name the owner, ready to be called, and the lock that guards it. Called once."""
         ...
 
-    def claim(self, nbytes: int, *, transient: bool = False) -> None:
+    def claim(self, nbytes: int, *, transient: bool = False, seconds: float | None = None) -> None:
         """Add ``nbytes`` to the claim, or raise ``BudgetExceeded`` and change nothing.
 
+        ``seconds``: how long others may take to give back; ``None``: as long as is usual.
         ``transient``: the owner gives back more than this within the same operation (a split), so
         its own limit does not stand in the way; the capacity of the device still does.
         """
@@ -146,7 +147,13 @@ class LocalBudget:
         """See ``Budget.attach``."""
         self._tenant, self._lock = tenant, lock
 
-    def claim(self, nbytes: int, *, transient: bool = False) -> None:
+    def claim(
+        self,
+        nbytes: int,
+        *,
+        transient: bool = False,
+        seconds: float | None = None,  # noqa: ARG002 (there is nobody to wait for)
+    ) -> None:
         """See ``Budget.claim``."""
         with self._lock:
             if self._closed:

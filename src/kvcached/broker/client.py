@@ -33,7 +33,7 @@ _IDLE_S = 0.5
 _CLAIM_S = 2.5
 """How long a claim waits: more than the broker makes it wait, so that normally it is answered."""
 _GOODBYE_S, _GOODBYE = 1.0, 1  # the latter: BYE's request number; changes of a limit have 0
-_MAX_BATCH = 64 << 20
+_MAX_BATCH = 64 << 20  # or a thirty-second of the limit, if that is more
 _LIVE: weakref.WeakSet[BrokerBudget] = weakref.WeakSet()
 
 
@@ -121,11 +121,8 @@ class BrokerBudget:
             self._tenant = tenant
             self._changed = threading.Condition(lock)
 
-    def claim(self, nbytes: int, *, transient: bool = False) -> None:
-        """See ``Budget.claim``. Waits up to 2.5 s for others to give back; not if ``transient``.
-
-        Without a broker this grants what the lease still covers, and raises beyond.
-        """
+    def claim(self, nbytes: int, *, transient: bool = False, seconds: float | None = None) -> None:
+        """See ``Budget.claim``. Waits up to 2.5 s for others to give back; not if ``transient``."""
         self._require_usable()
         checked_size("claim", nbytes)
         with self._changed:
@@ -133,7 +130,7 @@ class BrokerBudget:
             if self._fits(nbytes, transient=transient):
                 self._claimed += nbytes
             elif not transient:
-                self._wait_for(nbytes)
+                self._wait_for(nbytes, time.monotonic() + min(_CLAIM_S, seconds or _CLAIM_S))
             elif self._ask(nbytes, _GOODBYE_S, transient=True, batch=False) is not None:
                 raise self._refused(nbytes, "nothing is free, not even for a moment")
 
@@ -210,9 +207,8 @@ class BrokerBudget:
 
     # --- claims -----------------------------------------------------------------------------------
 
-    def _wait_for(self, nbytes: int) -> None:
+    def _wait_for(self, nbytes: int, deadline: float) -> None:
         """Claim ``nbytes`` as soon as the lease covers it; ``BudgetExceeded`` if it never does."""
-        deadline = time.monotonic() + _CLAIM_S
         while True:
             self._require_usable()
             if self._claimed + nbytes > self.limit_bytes:
@@ -241,13 +237,15 @@ class BrokerBudget:
     ) -> int | None:
         """Ask for a lease (``batch``: more than needed). ``None``: claimed; or status, ``LOST``."""
         need = self._claimed + nbytes - self._lease
-        most = min(2 * need + self._lease // 8, _MAX_BATCH, self.limit_bytes - self._lease)
+        most = max(_MAX_BATCH, self.limit_bytes // 32)
+        most = min(2 * need + self._lease // 8, most, self.limit_bytes - self._lease)
         want = max(need, most) if batch else need
-        answer = self._waiting.add(nbytes, transient=transient)
+        answer, new = self._waiting.add(nbytes, transient=transient)
         kind = p.TRANSIENT if transient else p.OK
         try:
             claim = Message(Op.CLAIM, answer.request, status=kind, values=(need, want))
-            if not self._session.send(claim):
+            if new and not self._session.send(claim):
+                answer.status = LOST
                 return LOST
             if self._session.is_current_thread():  # the one that receives: a split on reclaim
                 self._session.receive_answer(answer.request, seconds)

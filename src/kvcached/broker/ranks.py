@@ -78,12 +78,12 @@ class RankBudget:
         for budget, factor in self._shares:
             budget.attach(_ScaledTenant(tenant, factor), lock)
 
-    def claim(self, nbytes: int, *, transient: bool = False) -> None:
+    def claim(self, nbytes: int, *, transient: bool = False, seconds: float | None = None) -> None:
         """See ``Budget.claim``."""
         done: list[tuple[Budget, int]] = []
         try:
             for budget, factor in self._shares:
-                budget.claim(factor * nbytes, transient=transient)
+                budget.claim(factor * nbytes, transient=transient, seconds=seconds)
                 done.append((budget, factor))
         except BaseException:  # whatever it was, the other devices get theirs back
             for budget, factor in done:

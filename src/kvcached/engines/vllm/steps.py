@@ -72,11 +72,21 @@ def _wrap_admission(coordinator: Any) -> None:
     def elastic_needed(self: Any, *args: Any, **more: Any) -> int:
         count: int = needed(self, *args, **more)
         queue = self.block_pool.free_block_queue
-        if not count or type(queue) is not ElasticQueue or queue.tenant.secure(count):
+        if not count or type(queue) is not ElasticQueue:
+            return count
+        tenant = queue.tenant
+        if (tenant.lets_in or _runs(self, args, more)) and tenant.secure(count):
             return count
         return int(self.block_pool.num_gpu_blocks) + 1
 
     coordinator.get_num_blocks_to_allocate = elastic_needed
+
+
+def _runs(coordinator: Any, args: tuple[Any, ...], more: dict[str, Any]) -> bool:
+    """Whether the request that is asked for holds blocks already."""
+    request = more["request_id"] if "request_id" in more else args[0]
+    managers = coordinator.single_type_managers
+    return any(manager.req_to_blocks.get(request) for manager in managers)
 
 
 def _wrap_scheduler(scheduler: Any) -> None:

@@ -22,6 +22,13 @@ if TYPE_CHECKING:
     Ids = NDArray[np.int32]
 
 
+_BUSY_SECONDS, _IDLE_SECONDS = 0.02, 0.25
+"""How long others may take to give memory: while requests run here, and while none do."""
+_PAUSE_SECONDS = 0.005
+_DEBT_SECONDS = 1.0
+"""How long an engine above its share lets nobody in, after others asked in vain."""
+
+
 class StepFence:
     """Passed when ``steps`` results are in, and then, if asked for, all that was queued by then."""
 
@@ -53,6 +60,7 @@ class EngineBlocks(ElasticBlocks):
     ) -> None:
         self.steps_scheduled = self.steps_done = 0
         self.make_tail = make_tail
+        self._owed, self._owed_until = 0, -1.0
         self._fence: StepFence | None = None
         super().__init__(*args, **more)
         self.num_available = self.count_available()
@@ -79,7 +87,31 @@ class EngineBlocks(ElasticBlocks):
                 self.steps_done += 1
             yield
             self._blocks.poll_fences()
+            if self._owed and not self._closed:
+                self._owed = max(0, self._owed - self._blocks.reclaim(self._owed))
             self.num_available = self.count_available()
+
+    # --- others ----------------------------------------------------------------------------------
+
+    def reclaim(self, nbytes: int, *, patient: bool = False) -> int:
+        """See ``ElasticBlocks.reclaim``.
+
+        ``patient`` means that we hold more than our share, and who asks less than its own. What
+        could not be given is owed: it goes back as requests end, and none is let in meanwhile.
+        """
+        with self._lock:
+            freed = super().reclaim(nbytes, patient=False)
+            if patient:
+                self._owed = max(0, nbytes - freed)
+                self._owed_until = self._blocks.clock() + _DEBT_SECONDS
+            return freed
+
+    @property
+    def lets_in(self) -> bool:
+        """Whether new requests may start: not while others wait for their share of the memory."""
+        if self._owed and self._blocks.clock() > self._owed_until:
+            self._owed = 0
+        return not self._owed
 
     # --- blocks ----------------------------------------------------------------------------------
 
@@ -88,7 +120,10 @@ class EngineBlocks(ElasticBlocks):
         if self._blocks.num_free >= count:
             return True
         with self._lock:
-            done = self._blocks.secure(count)
+            busy = self._blocks.num_used > 0
+            done = self._blocks.secure(count, _BUSY_SECONDS if busy else _IDLE_SECONDS)
+            if not (done or busy):
+                self._left.wait(_PAUSE_SECONDS)  # or vLLM asks again at once, and again
             self.num_available = max(self.num_available, count) if done else self.count_available()
             return done
 

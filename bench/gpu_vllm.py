@@ -1,11 +1,11 @@
 """Real vLLM, stock beside elastic, in one run: ``bench/results/vllm.json``, the table last.
 
-    python bench/bench_vllm.py [tokens throughput bursts ...]
+    python bench/gpu_vllm.py [tokens throughput bursts ...]
 
 Needs a GPU and vLLM in the environment, and this package installed beside it (vLLM finds its
 plug-in by entry point). Models are real shapes with dummy weights, or small ones with seeded
-random weights where tokens are compared. Each engine is a process of its own (``vllm/engine.py``,
-``vllm/burst.py``); logs and raw figures lie under ``$OUT/vllm``.
+random weights where tokens are compared. Each engine is a process of its own (``vllm_engines/``);
+logs and raw figures lie under ``$OUT/vllm``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 from common import RESULTS, commit
 
 GIB = 1 << 30
-HERE = Path(__file__).resolve().parent / "vllm"
+HERE = Path(__file__).resolve().parent / "vllm_engines"
 OUT = Path(os.environ.get("OUT") or RESULTS)
 ROWS: list[dict[str, Any]] = []
 SEEDED = {"dtype": "bfloat16", "max_model_len": 4096, "max_num_seqs": 64,

@@ -1,0 +1,19 @@
+"""The tests in this folder need vLLM: ``nox -s vllm``."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+
+collect_ignore_glob = [] if importlib.util.find_spec("vllm") else ["test_*.py"]
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    """A tiny model with seeded random weights and a tokenizer."""
+    from real_vllm.tiny_llama import write
+
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    write(folder)
+    return folder

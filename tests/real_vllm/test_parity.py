@@ -1,0 +1,61 @@
+"""vLLM on elastic memory says what stock vLLM says, and its memory follows its load."""
+
+from __future__ import annotations
+
+import pytest
+from real_vllm import rig
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
+PHASES = [(2, 160), (32, 160), (4, 160), (48, 120), (1, 100)]
+
+
+@pytest.fixture(scope="module")
+def stock(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stock")
+    return rig.offline(model, folder, folder / "log", phases=PHASES,
+                       engine={"disable_log_stats": False})  # fmt: skip
+
+
+def elastic(model, folder, **more):
+    folder.mkdir(mode=0o700, exist_ok=True)
+    more = {"KVCACHED": "strict", "KVCACHED_CHECK": "1"} | more
+    engine = {"disable_log_stats": False} | more.pop("engine", {})
+    return rig.offline(model, folder, folder / "log", phases=PHASES, engine=engine, **more)
+
+
+def assert_same(ours, stock):
+    for number, (a, b) in enumerate(zip(ours["phases"], stock["phases"], strict=True)):
+        assert a["tokens"] == b["tokens"], f"phase {number}"
+
+
+def test_enough_tokens_are_compared(stock):
+    assert sum(len(t) for phase in stock["phases"] for t in phase["tokens"]) >= 10_000
+
+
+def test_with_prefix_caching(model, stock, tmp_path):
+    ours = elastic(model, tmp_path / "run", KVCACHED_NAME="cached")
+    assert_same(ours, stock)
+    (tenant,) = ours["phases"][-1]["tenants"]
+    assert tenant["name"] == "cached"
+    assert tenant["meta"]["engine"].startswith("vLLM")
+    report = tenant["report"]
+    assert report["cached_bytes"] > 50 * rig.BLOCK  # nobody wanted it back
+    assert report["in_use_bytes"] == rig.BLOCK  # the null block
+
+
+def test_without_prefix_caching_memory_follows_load(model, stock, tmp_path):
+    ours = elastic(model, tmp_path / "run", KVCACHED_HOST_MEMORY="memfd",
+                   engine={"enable_prefix_caching": False})  # fmt: skip
+    assert_same(ours, stock)
+    busy, idle = ([phase[key] for phase in ours["phases"]] for key in ("busy_bytes", "idle_bytes"))
+    assert busy[1] > 10 * rig.BLOCK
+    assert max(idle) <= 2 * rig.BLOCK
+
+
+def test_a_budget_that_holds_few_requests(model, stock, tmp_path):
+    chunked = {"max_num_batched_tokens": 256, "enable_chunked_prefill": True}
+    ours = elastic(model, tmp_path / "run", KVCACHED_LIMIT="12MiB", engine=chunked)
+    assert_same(ours, stock)
+    assert ours["preempted"] > 0
+    for phase in ours["phases"]:
+        assert phase["tenants"][0]["lease_bytes"] <= 12 << 20
