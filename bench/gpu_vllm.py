@@ -5,7 +5,7 @@
 Needs a GPU and vLLM in the environment, and this package installed beside it (vLLM finds its
 plug-in by entry point). Models are real shapes with dummy weights, or small ones with seeded
 random weights where tokens are compared. Each engine is a process of its own (``vllm_engines/``);
-logs and raw figures lie under ``$OUT/vllm``.
+raw figures lie under ``$OUT/vllm``, logs in a temporary folder.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import traceback
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,7 +27,10 @@ from common import RESULTS, commit
 GIB = 1 << 30
 HERE = Path(__file__).resolve().parent / "vllm_engines"
 OUT = Path(os.environ.get("OUT") or RESULTS)
+LOGS = Path(tempfile.mkdtemp(prefix="vllm-logs-"))
 ROWS: list[dict[str, Any]] = []
+RUNNERS = [("FLASH_ATTN", runner) for runner in os.environ.get("RUNNERS", "1,0").split(",")]
+"""Attention backend, and whether it is the V2 model runner."""
 SEEDED = {"dtype": "bfloat16", "max_model_len": 4096, "max_num_seqs": 64,
           "kv_cache_memory_bytes": 4 * GIB}  # fmt: skip
 
@@ -45,20 +49,23 @@ def engine(name: str, *, elastic: bool, env: dict[str, str] | None = None, **opt
     for key, value in options.items():
         command += [f"--{key}", json.dumps(value) if isinstance(value, dict) else str(value)]
     more = {"KVCACHED": "strict" if elastic else "0"} | (env or {})
-    with out.with_suffix(".log").open("w", encoding="utf-8") as log:
-        subprocess.run(command, check=True, stdout=log, stderr=log, timeout=300,
-                       env=os.environ | more)  # fmt: skip
+    log = LOGS / f"{name}.log"
+    with log.open("w", encoding="utf-8") as file:
+        done = subprocess.run(command, check=False, stdout=file, stderr=file, timeout=300,
+                              env=os.environ | more)  # fmt: skip
+    if done.returncode:
+        raise RuntimeError(f"{name}: {log.read_text(encoding='utf-8')[-2000:]}")
     return json.loads(out.read_text(encoding="utf-8"))
 
 
 def tokens() -> None:
     """Greedy tokens of both, with kernels whose result does not depend on the batch."""
     shown: dict[str, Any] = {}
-    for backend, runner in (("FLASH_ATTN", "1"), ("FLASH_ATTN", "0")):
+    for backend, runner in RUNNERS:
         env = {"VLLM_BATCH_INVARIANT": "1", "VLLM_USE_V2_MODEL_RUNNER": runner}
         runs = [
             engine(f"tokens_{backend}_{runner}_{elastic}", elastic=elastic, env=env,
-                   shape="small", phases="100,100", prompt=300, output=64,
+                   shape="small", phases="100,100", prompt=300, output=64, settle=0,
                    engine=SEEDED | {"attention_backend": backend})
             for elastic in (False, True)
         ]  # fmt: skip
@@ -73,7 +80,7 @@ def throughput() -> None:
     """One 8B-shaped model at 64 and 512 requests, twice each; equal capacity."""
     kv = 40 * GIB
     options = {
-        "shape": "llama-3.1-8b", "phases": "64,512,64,512", "settle": 2.0,
+        "shape": "llama-3.1-8b", "phases": os.environ.get("PHASES", "64,512,64,512"), "settle": 1.5,
         "engine": {"dtype": "bfloat16", "max_model_len": 4096, "max_num_seqs": 256,
                    "kv_cache_memory_bytes": kv},
     }  # fmt: skip
@@ -83,23 +90,24 @@ def throughput() -> None:
         rates = [[p["requests_per_s"] for p in run["phases"] if p["requests"] == count]
                  for run in (stock, ours)]  # fmt: skip
         medians = [statistics.median(r) for r in rates]
+        last = [[p for p in run["phases"] if p["requests"] == count][-1] for run in (stock, ours)]
         latency = {
-            key: {"stock": stock["phases"][-2 if count == 64 else -1].get(key),
-                  "elastic": ours["phases"][-2 if count == 64 else -1].get(key)}
+            key: {"stock": last[0].get(key), "elastic": last[1].get(key)}
             for key in ("ttft_ms_p50", "ttft_ms_p99", "tpot_ms_p50", "tpot_ms_p99")
         }  # fmt: skip
-        add(f"throughput_ratio_{count}", medians[1] / medians[0], "x", 0.995, repeats=2,
+        add(f"throughput_ratio_{count}", medians[1] / medians[0], "x", 0.995,
+            repeats=len(rates[0]),
             requests_per_s={"stock": rates[0], "elastic": rates[1]}, latency=latency)  # fmt: skip
     add("start_ratio", ours["start_s"] / stock["start_s"], "x", 1.0,
         seconds={"stock": stock["start_s"], "elastic": ours["start_s"]})  # fmt: skip
-    last = ours["phases"][-1]
-    report = last["tenants"][0]["report"]
+    end = ours["phases"][-1]
+    report = end["tenants"][0]["report"]
     add("idle_over_floor", report["backed_bytes"] / max(1, report["split_floor_bytes"] +
                                                         report["cached_bytes"]), "x", 1.02,
         report=report, used_gib={"stock, started": stock["used_gib_after_start"],
                                  "elastic, started": ours["used_gib_after_start"],
                                  "stock, idle": stock["phases"][-1]["used_gib_idle"],
-                                 "elastic, idle": last["used_gib_idle"]})  # fmt: skip
+                                 "elastic, idle": end["used_gib_idle"]})  # fmt: skip
 
 
 def ttft(run: Any) -> list[float]:

@@ -17,7 +17,6 @@ def stock(model, tmp_path_factory):
 
 
 def elastic(model, folder, **more):
-    folder.mkdir(mode=0o700, exist_ok=True)
     more = {"KVCACHED": "strict", "KVCACHED_CHECK": "1"} | more
     engine = {"disable_log_stats": False} | more.pop("engine", {})
     return rig.offline(model, folder, folder / "log", phases=PHASES, engine=engine, **more)
@@ -32,8 +31,8 @@ def test_enough_tokens_are_compared(stock):
     assert sum(len(t) for phase in stock["phases"] for t in phase["tokens"]) >= 10_000
 
 
-def test_with_prefix_caching(model, stock, tmp_path):
-    ours = elastic(model, tmp_path / "run", KVCACHED_NAME="cached")
+def test_with_prefix_caching(model, stock, run_dir):
+    ours = elastic(model, run_dir, KVCACHED_NAME="cached")
     assert_same(ours, stock)
     (tenant,) = ours["phases"][-1]["tenants"]
     assert tenant["name"] == "cached"
@@ -43,8 +42,8 @@ def test_with_prefix_caching(model, stock, tmp_path):
     assert report["in_use_bytes"] == rig.BLOCK  # the null block
 
 
-def test_without_prefix_caching_memory_follows_load(model, stock, tmp_path):
-    ours = elastic(model, tmp_path / "run", KVCACHED_HOST_MEMORY="memfd",
+def test_without_prefix_caching_memory_follows_load(model, stock, run_dir):
+    ours = elastic(model, run_dir, KVCACHED_HOST_MEMORY="memfd",
                    engine={"enable_prefix_caching": False})  # fmt: skip
     assert_same(ours, stock)
     busy, idle = ([phase[key] for phase in ours["phases"]] for key in ("busy_bytes", "idle_bytes"))
@@ -52,9 +51,9 @@ def test_without_prefix_caching_memory_follows_load(model, stock, tmp_path):
     assert max(idle) <= 2 * rig.BLOCK
 
 
-def test_a_budget_that_holds_few_requests(model, stock, tmp_path):
+def test_a_budget_that_holds_few_requests(model, stock, run_dir):
     chunked = {"max_num_batched_tokens": 256, "enable_chunked_prefill": True}
-    ours = elastic(model, tmp_path / "run", KVCACHED_LIMIT="12MiB", engine=chunked)
+    ours = elastic(model, run_dir, KVCACHED_LIMIT="12MiB", engine=chunked)
     assert_same(ours, stock)
     assert ours["preempted"] > 0
     for phase in ours["phases"]:

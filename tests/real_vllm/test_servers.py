@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from real_vllm import rig
@@ -19,9 +22,7 @@ def prompt(number):
 @pytest.fixture(scope="module")
 def servers(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("servers")
-    run = folder / "run"
-    run.mkdir(mode=0o700)
-    made = []
+    run, made = Path(tempfile.mkdtemp(prefix="kv-")), []
     try:
         more = {"KVCACHED": "strict", "KVCACHED_BUDGET": str(BUDGET)}
         made.append(rig.Server(model, run, folder / "a.log", KVCACHED_NAME="a",
@@ -34,6 +35,7 @@ def servers(model, tmp_path_factory):
     finally:
         for server in made:
             server.end()
+        shutil.rmtree(run, ignore_errors=True)
 
 
 def load(server, numbers, max_tokens=150):

@@ -9,13 +9,11 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(900)]
 PHASES = [(2, 100), (16, 100), (3, 100)]
 
 
-def test_two_ranks_say_what_two_stock_ranks_say(model, tmp_path):
+def test_two_ranks_say_what_two_stock_ranks_say(model, run_dir):
     runs = {}
     for mode in ("0", "strict"):
-        folder = tmp_path / mode
-        folder.mkdir(mode=0o700)
         runs[mode] = rig.offline(
-            model, folder, folder / "log", phases=PHASES,
+            model, run_dir, run_dir / f"{mode}.log", phases=PHASES,
             engine={"tensor_parallel_size": 2, "disable_log_stats": False}, KVCACHED=mode,
             KVCACHED_NAME="two", VLLM_CPU_OMP_THREADS_BIND="0|1",
         )  # fmt: skip
