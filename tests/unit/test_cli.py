@@ -343,7 +343,7 @@ def test_doctor_knows_the_versions_that_were_tried(monkeypatch, version, status)
     found = {check.name: check for check in doctor.check_engines()}
     assert found["transformers"].status == status
     assert bool(found["transformers"].fix) == (status == "warn")
-    assert found["vllm"].status == "info"
+    assert found["vllm"].status == "ok"
     assert "sglang" not in found
 
 

@@ -73,16 +73,25 @@ def limit(
 
 
 @kvcached.command("doctor")
-def doctor(json: Json = False) -> None:
+def doctor(
+    vllm: Annotated[bool, typer.Option("--vllm", help="Whether vLLM can become elastic.")] = False,
+    json: Json = False,
+) -> None:
     """Say what this machine can do and what mends it."""
-    from kvcached.cli import doctor as work
+    from kvcached.cli import doctor as machine
 
-    checks = work.run_checks()
-    works = work.host_backend_works(checks)
+    if vllm:
+        from kvcached.cli import vllm as engine
+
+        checks = engine.run_checks()
+        works, closing = engine.becomes_elastic(checks), engine.verdict(checks)
+    else:
+        checks = machine.run_checks()
+        works, closing = machine.host_backend_works(checks), machine.verdict(checks)
     if json:
         print_json({"ok": works, "checks": [check.to_dict() for check in checks]})
     else:
-        print(work.report(checks))
+        print(machine.report(checks, closing))
     raise typer.Exit(0 if works else 1)
 
 

@@ -21,9 +21,9 @@ from kvcached.hostinfo import cgroup_limit
 HOST_BACKEND = "host backend"
 _LOW_MAP_COUNT = 65_530
 _LOW_MEMLOCK = 64 << 20
-KNOWN_ENGINES = {"transformers": ("5.0", "5.17")}
+KNOWN_ENGINES = {"transformers": ("5.0", "5.17"), "vllm": ("0.24", "0.33")}
 """Oldest and newest version that each engine module was tried with."""
-_PLANNED_ENGINES = ("vllm", "sglang")
+_PLANNED_ENGINES = ("sglang",)
 _EXTRAS = {"torch": "torch", "triton": "triton", "cuda-bindings": "cuda"}
 
 
@@ -44,15 +44,20 @@ def host_backend_works(checks: Sequence[Check]) -> bool:
     return all(check.status == "ok" for check in checks if check.name == HOST_BACKEND)
 
 
-def report(checks: Sequence[Check]) -> str:
-    """One line a finding; below it what mends it."""
+def verdict(checks: Sequence[Check]) -> str:
+    """The last line for a person."""
+    works = "works" if host_backend_works(checks) else "does not work"
+    return f"device='cpu' {works} here"
+
+
+def report(checks: Sequence[Check], closing: str) -> str:
+    """One line a finding, below it what mends it; ``closing`` ends the last line."""
     lines = []
     for check in checks:
         lines.append(f"{check.status:<5} {check.name:<14} {check.detail}")
         lines += [f"{'':<20} try  {line}" for line in check.fix.splitlines()]
     problems = sum(check.status in {"warn", "fail"} for check in checks)
-    works = "works" if host_backend_works(checks) else "does not work"
-    lines.append(f"\n{problems or 'no'} problem{'s' * (problems != 1)}; device='cpu' {works} here")
+    lines.append(f"\n{problems or 'no'} problem{'s' * (problems != 1)}; {closing}")
     return "\n".join(lines)
 
 

