@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from kvcached.errors import (
@@ -59,24 +59,40 @@ def terminal_width() -> int | None:
 
 
 def table(
-    headers: Sequence[str], rows: Iterable[Sequence[str]], *, width: int | None, left: int = 1
+    headers: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    *,
+    width: int | None,
+    left: Collection[int] = (0,),
 ) -> str:
-    """Columns of text. The first ``left`` are flush left, the others right.
+    """Columns of text, those with an index in ``left`` flush left, the others right.
 
     With a ``width``, the first column is shortened until the lines fit.
     """
     lines = [list(headers), *map(list, rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(headers))]
+    widths = _widths(lines)
     if width is not None:
-        over = sum(widths) + 2 * (len(widths) - 1) - width
-        widths[0] = max(4, widths[0] - max(0, over))
+        widths[0] = max(4, widths[0] - max(0, _across(widths) - width))
     return "\n".join(_line(line, widths, left) for line in lines)
 
 
-def _line(cells: Sequence[str], widths: Sequence[int], left: int) -> str:
+def fits(headers: Sequence[str], rows: Iterable[Sequence[str]], width: int | None) -> bool:
+    """Whether a table has room for all that is in it."""
+    return width is None or _across(_widths([headers, *rows])) <= width
+
+
+def _widths(lines: Sequence[Sequence[str]]) -> list[int]:
+    return [max(map(len, column)) for column in zip(*lines, strict=True)]
+
+
+def _across(widths: Sequence[int]) -> int:
+    return sum(widths) + 2 * (len(widths) - 1)
+
+
+def _line(cells: Sequence[str], widths: Sequence[int], left: Collection[int]) -> str:
     cells = [shorten(cells[0], widths[0]), *cells[1:]]
     padded = [
-        cell.ljust(width) if i < left else cell.rjust(width)
+        cell.ljust(width) if i in left else cell.rjust(width)
         for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
     ]
     return "  ".join(padded).rstrip()

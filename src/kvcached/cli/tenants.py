@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from kvcached.broker.admin import list_tenants, set_tenant_limit
-from kvcached.cli.render import format_age, table
+from kvcached.cli.render import fits, format_age, shorten, table
 from kvcached.config import Config, format_size, parse_size
 from kvcached.errors import BrokerUnavailable, InvalidInput, UnknownName
 from kvcached.stats import LimitRecord
@@ -15,6 +15,7 @@ from kvcached.stats import LimitRecord
 if TYPE_CHECKING:
     from kvcached.stats import DeviceSnapshot, TenantSnapshot
 
+_MOST_SAID = 40  # columns
 HEADERS = ("NAME", "DEVICE", "PID", "IN USE", "CACHED", "SPARE", "LEASE", "LIMIT", "SINCE")
 
 
@@ -29,13 +30,34 @@ def devices_to_dict(devices: Sequence[DeviceSnapshot]) -> dict[str, Any]:
 
 
 def ps_table(devices: Sequence[DeviceSnapshot], *, width: int | None) -> str:
-    """One line a tenant, sorted by device and name."""
-    rows = [
-        _row(device, tenant)
+    """One line a tenant, sorted by device and name; what engines say of themselves, if it fits."""
+    pairs = [
+        (device, tenant)
         for device in devices
         for tenant in sorted(device.tenants, key=lambda tenant: tenant.name)
     ]
-    return table(HEADERS, rows, width=width, left=2)
+    headers: tuple[str, ...] = HEADERS
+    rows, left = [_row(*pair) for pair in pairs], [0, 1]
+    for header, cells in said([tenant for _, tenant in pairs]):
+        wider = [(*row, cell) for row, cell in zip(rows, cells, strict=True)]
+        if fits((*headers, header), wider, width):
+            left += [len(headers)] * (header != "PORT")
+            headers, rows = (*headers, header), wider
+    return table(headers, rows, width=width, left=left)
+
+
+def said(tenants: Sequence[TenantSnapshot]) -> Iterator[tuple[str, list[str]]]:
+    """Columns of what tenants say of themselves: a header and a cell each; none that is empty."""
+    for key in ("port", "engine", "model"):
+        cells = [_printable(tenant.meta.get(key)) for tenant in tenants]
+        if any(cells):
+            yield key.upper(), cells
+
+
+def _printable(value: object) -> str:
+    """A word of another process, fit for a terminal and a table."""
+    text = "".join(c if c.isprintable() else "?" for c in str("" if value is None else value))
+    return shorten(text, _MOST_SAID)
 
 
 def lowered(devices: Sequence[DeviceSnapshot]) -> list[str]:

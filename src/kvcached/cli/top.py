@@ -25,6 +25,7 @@ MARKS = "█▓▒░ "
 The shades differ without colour, and so does their order."""
 PLAIN_MARKS = "#=-. "
 STYLES = ("bold cyan", "blue", "yellow", "dim", "")
+_LEAST_BAR = 24  # columns; what engines say of themselves is shown beside it if there are more
 LEGEND = ("in use", "cached", "spare", "leased")
 
 
@@ -133,13 +134,21 @@ def live_view(devices: Sequence[DeviceSnapshot], width: int) -> RenderableType:
 
 
 def _live_table(device: DeviceSnapshot, width: int) -> RenderableType:
+    from rich.markup import escape
     from rich.table import Table
 
     grid = Table(box=None, padding=(0, 1), expand=False)
     for name in ("NAME", "PID", "BACKED", "LIMIT", ""):
         grid.add_column(name, justify="left" if name in {"NAME", ""} else "right", no_wrap=True)
-    room = max(10, width - 50)
-    for tenant in sorted(device.tenants, key=lambda tenant: tenant.name):
+    listed = sorted(device.tenants, key=lambda tenant: tenant.name)
+    room, extra = max(10, width - 50), list[list[str]]()
+    for name, cells in tenants.said(listed):
+        needs = 2 + max(len(name), *map(len, cells))
+        if room - needs >= _LEAST_BAR:
+            grid.add_column(name, no_wrap=True)
+            extra.append(cells)
+            room -= needs
+    for i, tenant in enumerate(listed):
         star = "" if tenant.limit.applied else "*"
         grid.add_row(
             tenant.name[:18],
@@ -147,6 +156,7 @@ def _live_table(device: DeviceSnapshot, width: int) -> RenderableType:
             tenants.compact_size(tenant.report.backed_bytes),
             tenants.compact_size(tenant.limit.desired_bytes) + star,
             _rich_bar(tenant, room, device.capacity_bytes),
+            *(escape(cells[i]) for cells in extra),
         )
     return grid
 

@@ -11,6 +11,7 @@ from kvcached.broker.budget import Budget
 from kvcached.broker.ranks import RankBudget
 from kvcached.config import Config, engine_config, format_size
 from kvcached.engines.vllm import region as regions
+from kvcached.engines.vllm.port import served_port
 from kvcached.engines.vllm.tenant import EngineBlocks
 from kvcached.errors import BackendUnavailable, EngineUnsupported
 from kvcached.layout import Geometry
@@ -106,12 +107,14 @@ def _budget(name: str, config: Config, said: list[dict[str, Any]], facts: region
     for body in said:
         groups.setdefault(body["uuid"] or body["device"], []).append(body)
     shares: list[tuple[Budget, int]] = []
+    meta: dict[str, Any] = {"engine": facts.engine, "model": facts.model}
+    meta |= {"port": port} if (port := served_port()) else {}
     try:
         for bodies in groups.values():
             limit: int | str | None = config.limit or facts.limit_bytes * len(bodies) or None
             shares.append((make_budget(
                 name, _Device(bodies[0]), config, limit=limit, floor=config.floor,  # type: ignore[arg-type]
-                weight=config.weight, meta={"engine": facts.engine, "model": facts.model},
+                weight=config.weight, meta=meta,
             ), len(bodies)))  # fmt: skip
     except BaseException:  # whatever it was, the other devices' budgets do not stay behind
         for budget, _ in shares:
