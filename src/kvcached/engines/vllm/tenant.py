@@ -118,6 +118,7 @@ class EngineBlocks(ElasticBlocks):
     def secure(self, count: int) -> bool:
         """Whether ``take(count)`` is certain to succeed. Grows; may wait for others to give."""
         if self._blocks.num_free >= count:
+            self.num_available = max(self.num_available, count)  # counted in bytes, it may be less
             return True
         with self._lock:
             busy = self._blocks.num_used > 0
@@ -130,8 +131,9 @@ class EngineBlocks(ElasticBlocks):
     def take(self, count: int) -> Ids:
         """``count`` blocks, int32."""
         with self._lock:
-            self.num_available -= count
-            return self._blocks.take(count)
+            ids = self._blocks.take(count)
+            self.num_available -= count  # last: what was not secured may be refused
+            return ids
 
     def give(self, ids: Ids, named: NDArray[np.bool_]) -> None:
         """Free blocks, those to be evicted first, first. ``named``: a prefix names them."""
@@ -184,6 +186,11 @@ class EngineBlocks(ElasticBlocks):
         self._blocks.on_evict = call
 
     def forget(self) -> int:
-        """Evict all cached blocks and give the memory back. Returns the bytes."""
+        """Evict all cached blocks and give the memory back. Returns the bytes.
+
+        No prefix names the blocks that wait for a step either: they are free once it is done.
+        """
+        hot, blk = self._blocks.hot, self._blocks.blk
         with self._lock:
+            blk[blk[:, hot.STATE] == hot.QUARANTINED, hot.KEEP] = 0
             return self._blocks.trim(may_split=False)
