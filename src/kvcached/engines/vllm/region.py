@@ -63,15 +63,23 @@ class Region:
         self._server: BackendServer | None = None
 
     def warm(self, num_blocks: int) -> None:
-        """Back blocks 0 to ``num_blocks`` - 1 until ``cool``; their contents mean nothing."""
+        """Back blocks 0 to ``num_blocks`` - 1 until ``cool``; their contents mean nothing.
+
+        All or nothing. Raises ``OutOfPages`` or ``DriverError``.
+        """
         g = self.geometry
         pages = g.pages_of(min(num_blocks, g.num_blocks) - 1).stop
         step = min(pages, _WARM_PAGES) if self.backend.can_alias else pages
-        for plane in range(g.num_planes):
-            if not self._handles or not self.backend.can_alias:
-                self._handles.append(self.backend.create(step))
-            for page in range(0, pages, step):
-                self._map(plane * g.num_pages + page, self._fitting(min(step, pages - page)))
+        try:
+            for plane in range(g.num_planes):
+                if not self._handles or not self.backend.can_alias:
+                    self._handles.append(self.backend.create(step))
+                for page in range(0, pages, step):
+                    self._map(plane * g.num_pages + page, self._fitting(min(step, pages - page)))
+        except BaseException:  # whatever it was, nothing stays
+            with contextlib.suppress(KvcachedError):  # what caused it matters more
+                self.cool()
+            raise
 
     def cool(self) -> None:
         """Give back what ``warm`` took. Idempotent."""
