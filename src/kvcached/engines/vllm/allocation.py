@@ -83,7 +83,7 @@ def place(
     plane = block * blocks
     last = max(t.offset + (len(t.layers) - 1) * t.layer_stride for t in tensors) // plane
     geometry = Geometry(block, last + 1, blocks, backend.page_bytes)
-    if any(tensor.offset % plane or tensor.layer_stride != plane for tensor in tensors):
+    if any(t.offset % plane or (t.layer_stride != plane and len(t.layers) > 1) for t in tensors):
         raise EngineUnsupported("KV layers that do not follow each other")
     moved = [
         dataclasses.replace(tensor, offset=tensor.offset // plane * geometry.plane_bytes,

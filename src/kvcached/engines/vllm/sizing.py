@@ -101,12 +101,13 @@ def unsupported_specs(specs: dict[str, Any]) -> str:
 def address_bytes(vllm_config: Any, specs: dict[str, Any], device_bytes: int, tokens: int) -> int:
     """Bytes of address space: for ``tokens``, or 0: for all that could ever be in use.
 
-    At least one request of full length; otherwise no more than what could be backed of it, twice.
+    At least one request of full length, whose last block may be full in part, and the null block;
+    otherwise no more than what could be backed of it, twice.
     """
     model, scheduler = vllm_config.model_config, vllm_config.scheduler_config
     token_bytes = sum(cdiv(s.page_size_bytes, s.block_size) for s in specs.values())
     block_bytes = sum(s.page_size_bytes for s in specs.values())
-    least = (model.max_model_len + max(s.block_size for s in specs.values())) * token_bytes
+    least = (model.max_model_len + 2 * max(s.block_size for s in specs.values())) * token_bytes
     if tokens:
         return int(max(least, tokens * token_bytes))
     wanted = model.max_model_len * scheduler.max_num_seqs * token_bytes

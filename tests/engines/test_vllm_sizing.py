@@ -1,0 +1,239 @@
+"""How many addresses a vLLM gets, what is refused, and where its layers lie; with stand-ins."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace as Thing
+
+import pytest
+
+from kvcached.engines.vllm import sizing
+from kvcached.engines.vllm.allocation import place
+from kvcached.engines.vllm.sizing import address_bytes, unsupported_config, unsupported_specs
+from kvcached.errors import EngineUnsupported
+from kvcached.layout import cdiv
+from kvcached.testing import FakeBackend
+
+GIB = 1 << 30
+
+
+@dataclass
+class Spec:
+    """Of one layer: a block of ``block_size`` tokens."""
+
+    page_size_bytes: int = 64 << 10
+    block_size: int = 16
+    num_kv_heads: int = 8
+
+
+@dataclass
+class MambaSpec:
+    page_size_bytes: int = 64 << 10
+    block_size: int = 16
+
+
+def layers(count=32, **changes):
+    return {f"layer.{i}": Spec(**changes) for i in range(count)}
+
+
+def config(*, length=4096, seqs=256, **changes):
+    parallel = {"distributed_executor_backend": "mp", "pipeline_parallel_size": 1}
+    cache = {"kv_offloading_size": None}
+    model = {"max_model_len": length, "is_encoder_decoder": False}
+    rest = {"kv_transfer_config": changes.pop("kv_transfer_config", None)}
+    for part in (parallel, cache, model):
+        part.update({key: changes.pop(key) for key in list(changes) if key in part})
+    parallel.update(changes)
+    return Thing(
+        parallel_config=Thing(**parallel), cache_config=Thing(**cache),
+        model_config=Thing(**model), scheduler_config=Thing(max_num_seqs=seqs), **rest,
+    )  # fmt: skip
+
+
+# --- addresses --------------------------------------------------------------------------------
+
+
+def blocks_in(nbytes, specs):
+    return nbytes // sum(spec.page_size_bytes for spec in specs.values())
+
+
+def test_addresses_for_all_that_could_be_in_use():
+    specs = layers()
+    nbytes = address_bytes(config(length=1024, seqs=8), specs, 80 * GIB, 0)
+    assert blocks_in(nbytes, specs) == 1024 * 8 // 16
+
+
+def test_at_most_twice_the_memory_of_the_device():
+    assert address_bytes(config(), layers(), 80 * GIB, 0) == 4096 * 256 * 128 << 10
+    assert address_bytes(config(), layers(), 40 * GIB, 0) == 2 * 40 * GIB
+
+
+def test_of_small_blocks_no_more_than_the_device_holds():
+    specs = layers(page_size_bytes=1 << 10)  # 32 KiB a block: 2^18 of them are 8 GiB
+    many = config(length=1 << 20, seqs=1024)
+    assert address_bytes(many, specs, 80 * GIB, 0) == 80 * GIB
+    assert address_bytes(many, specs, 6 * GIB, 0) == 8 * GIB
+    assert address_bytes(many, specs, 2 * GIB, 0) == 4 * GIB
+
+
+def test_what_the_user_says_counts_in_tokens():
+    specs = layers()
+    assert blocks_in(address_bytes(config(), specs, GIB, 1_600_000), specs) == 100_000
+
+
+@pytest.mark.parametrize("block", [1, 16, 128])
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 1000, 4095, 4096, 4097])
+@pytest.mark.parametrize("tokens", [0, 1])
+def test_a_request_of_full_length_always_fits_beside_the_null_block(length, block, tokens):
+    specs = layers(3, block_size=block)
+    nbytes = address_bytes(config(length=length, seqs=1), specs, 1, tokens)
+    assert blocks_in(nbytes, specs) - 1 >= cdiv(length, block)
+
+
+def test_it_fits_with_groups_of_different_block_sizes_too():
+    small, large = layers(2, block_size=16), {"x": Spec(block_size=64), "y": Spec(block_size=64)}
+    nbytes = address_bytes(config(length=1000, seqs=1), {**small, **large}, 1, 0)
+    page, group = 64 << 10, 2  # two layers a group, so a block of either is two pages
+    assert nbytes // (page * group) - 1 >= cdiv(1000, 16) + cdiv(1000, 64)
+
+
+# --- what is refused --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({}, ""),
+        ({"distributed_executor_backend": "uni"}, ""),
+        ({"distributed_executor_backend": "ray"}, "workers started by 'ray'"),
+        ({"nnodes": 2}, "more than one machine"),
+        ({"pipeline_parallel_size": 2}, "pipeline parallelism"),
+        ({"decode_context_parallel_size": 2}, "decode context parallelism"),
+        ({"kv_transfer_config": object()}, "a KV connector"),
+        ({"kv_offloading_size": 1.5}, "KV offloading"),
+        ({"is_encoder_decoder": True}, "encoder-decoder models"),
+        ({"nnodes": 2, "pipeline_parallel_size": 2}, "more than one machine, pipeline parallelism"),
+    ],
+)
+def test_choices_that_are_in_the_way(changes, why):
+    assert unsupported_config(config(**changes)) == why
+
+
+@pytest.mark.parametrize(
+    ("specs", "why"),
+    [
+        (layers(), ""),
+        ({}, "a model without KV cache"),
+        ({**layers(), "m": MambaSpec()}, "layers of the kind MambaSpec"),
+        (
+            {**layers(), "l": Spec(128)},
+            "layers with blocks of different sizes ([128, 65536] bytes)",
+        ),
+    ],
+)
+def test_layers_that_are_in_the_way(specs, why):
+    assert unsupported_specs(specs) == why
+
+
+def test_a_refusal_is_a_warning_or_if_strict_an_error(caplog, monkeypatch):
+    monkeypatch.setattr(sizing, "_plan", None)
+    away = config(pipeline_parallel_size=2)
+    sizing.prepare(away, "layout", strict=False)
+    assert sizing.plan() is None
+    assert "not elastic: pipeline parallelism is not supported" in caplog.text
+    with pytest.raises(EngineUnsupported, match="cannot be made elastic: pipeline parallelism"):
+        sizing.prepare(away, "layout", strict=True)
+
+
+# --- where layers lie -------------------------------------------------------------------------
+
+PAGE, BLOCKS = 4096, 10
+
+
+@dataclass
+class Tensor:
+    """As vLLM's ``KVCacheTensor`` from 0.32 on."""
+
+    layers: list[str]
+    layer_stride: int
+    block_stride: int
+    offset: int = 0
+    size: int = 0
+    host_resident: bool = False
+
+
+@dataclass
+class CacheConfig:
+    kv_cache_tensors: list[Tensor]
+    num_blocks: int = BLOCKS
+    asked: list[int] = field(default_factory=list)
+
+    def backend(self, block):
+        self.asked.append(block)
+        return FakeBackend(PAGE)
+
+
+def layer_by_layer(count, block, **changes):
+    return Tensor([str(i) for i in range(count)], block * BLOCKS, block, **changes)
+
+
+def starts(tensor, blocks=BLOCKS):
+    return [[tensor.offset + i * tensor.layer_stride + b * tensor.block_stride
+             for b in range(blocks)] for i in range(len(tensor.layers))]  # fmt: skip
+
+
+def test_a_block_that_holds_all_layers_is_backed_by_itself():
+    packed = Tensor(["a", "b", "c"], 1000, 3000, size=30_000)
+    cache = CacheConfig([packed])
+    (backend, geometry), moved = place(cache, cache.backend)
+    assert (geometry.block_bytes, geometry.num_planes, geometry.num_blocks) == (3000, 1, BLOCKS)
+    assert geometry.page_bytes == backend.page_bytes
+    assert moved == [packed]
+    assert cache.asked == [3000]
+
+
+@pytest.mark.parametrize("block", [4096, 1000, 5000, 8192])
+def test_layers_one_after_the_other_become_planes_of_whole_pages(block):
+    cache = CacheConfig([layer_by_layer(3, block)])
+    (_, geometry), (moved,) = place(cache, cache.backend)
+    assert (geometry.block_bytes, geometry.num_planes) == (block, 3)
+    assert moved.size == geometry.reserved_bytes
+    for plane, found in enumerate(starts(moved)):
+        base = plane * geometry.plane_bytes
+        assert found == [base + b * block for b in range(BLOCKS)]
+        assert base % PAGE == 0
+    assert found[-1] + block <= geometry.reserved_bytes
+
+
+def test_groups_that_lie_over_each_other_share_their_planes():
+    plane = 4096 * BLOCKS
+    first, second = layer_by_layer(2, 4096), layer_by_layer(2, 4096)
+    late = layer_by_layer(1, 4096, offset=2 * plane)
+    cache = CacheConfig([first, second, late])
+    (_, geometry), moved = place(cache, cache.backend)
+    assert geometry.num_planes == 3
+    assert starts(moved[0]) == starts(moved[1])
+    assert starts(moved[2])[0][0] == 2 * geometry.plane_bytes
+
+
+@pytest.mark.parametrize("stride", [4096, 4096 * BLOCKS, 0])
+def test_of_one_layer_alone_the_way_to_the_next_means_nothing(stride):
+    cache = CacheConfig([Tensor(["a"], stride, 4096)])
+    (_, geometry), (moved,) = place(cache, cache.backend)
+    assert geometry.num_planes == 1
+    assert starts(moved)[0] == [b * 4096 for b in range(BLOCKS)]
+
+
+@pytest.mark.parametrize(
+    ("tensors", "why"),
+    [
+        ([layer_by_layer(2, 4096), layer_by_layer(2, 8192)], "of different sizes"),
+        ([layer_by_layer(2, 4096, host_resident=True)], "of different sizes"),
+        ([layer_by_layer(2, 4096, offset=100)], "do not follow each other"),
+        ([replace(layer_by_layer(2, 4096), layer_stride=4096 * BLOCKS * 2)], "do not follow"),
+    ],
+)
+def test_placements_that_are_refused(tensors, why):
+    cache = CacheConfig(tensors)
+    with pytest.raises(EngineUnsupported, match=why):
+        place(cache, cache.backend)
