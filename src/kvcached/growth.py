@@ -9,6 +9,7 @@ driver's part), and admits them under the lock again, so that nobody waits for t
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import TYPE_CHECKING
 
@@ -85,22 +86,25 @@ class Grower:
         for _ in range(_ROUNDS):
             if pool.num_free >= count:
                 return True
-            ready = pool.num_free + pool.num_cached + pool.num_quarantined
             if pool.clock() < self._refused_until:
-                return ready >= count
+                return self._ready() >= count
             if self._grow_if_free(count - pool.num_free):
                 continue
-            if ready < count:
-                try:
-                    self._grow(count - ready, _NOTHING, seconds)
+            short = count - self._ready()  # after each question, since others may have acted
+            if short > 0:
+                with contextlib.suppress(MemoryError):  # ours: budget, device or addresses
+                    self._grow(short, _NOTHING, seconds)
                     self._refusal = _REFUSAL_SECONDS
                     continue
-                except MemoryError:  # ours: refused by the budget, the device or the addresses
-                    ready = pool.num_free + pool.num_cached + pool.num_quarantined
                 self._refusal = min(2 * self._refusal, _LONGEST_REFUSAL_SECONDS)
             self._refused_until = pool.clock() + self._refusal
-            return ready >= count
+            return self._ready() >= count
         return False
+
+    def _ready(self) -> int:
+        """Blocks that can be had without growing."""
+        pool = self._blocks
+        return pool.num_free + pool.num_cached + pool.num_quarantined
 
     def _grow_if_free(self, wanted: int) -> bool:
         """Grow by ``wanted`` blocks if nobody has to give anything for it; False if not so.

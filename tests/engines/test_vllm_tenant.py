@@ -1,0 +1,180 @@
+"""``EngineBlocks``: what is promised and what others do meanwhile; when a fence has passed."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from cache_rig import FOREVER, stop_caretaker
+
+from kvcached.broker.budget import LocalBudget
+from kvcached.engines.vllm.tenant import EngineBlocks
+from kvcached.errors import BudgetExceeded
+from kvcached.layout import Geometry
+from kvcached.testing import FakeBackend, ManualFence
+
+PAGE = 8
+NONE, ALL = np.zeros(99, np.bool_), np.ones(99, np.bool_)
+
+
+class AskedBudget(LocalBudget):
+    """``meanwhile`` is done once while the budget waits for an answer."""
+
+    meanwhile = None
+
+    def claim_if_free(self, nbytes, *, ask):
+        if ask and self.meanwhile is not None:
+            do, self.meanwhile = self.meanwhile, None
+            do()
+        return super().claim_if_free(nbytes, ask=ask)
+
+
+@pytest.fixture
+def make():
+    made = []
+
+    def tenant(*, blocks=20, limit=100, make_tail=None):
+        budget, backend = AskedBudget(limit * PAGE), FakeBackend(PAGE)
+        tenant = EngineBlocks(
+            Geometry(PAGE, 1, blocks, PAGE), backend=backend, budget=budget, name="vllm",
+            config=FOREVER, make_tail=make_tail,
+        )  # fmt: skip
+        stop_caretaker(tenant)
+        made.append((tenant, budget, backend))
+        return tenant, budget
+
+    yield tenant
+    for tenant, budget, backend in made:
+        tenant.check()
+        tenant.close()
+        assert budget.claimed_bytes == 0
+        backend.shutdown()
+
+
+def taken(tenant, count):
+    assert tenant.secure(count)
+    return tenant.take(count)
+
+
+def test_what_is_free_is_counted_again_after_others_had_the_lock(make):
+    tenant, budget = make(limit=4)
+    with tenant.scheduling():
+        ids = taken(tenant, 3)
+    with tenant.updating(step=True):
+        tenant.give(ids[:1], ALL[:1])
+        tenant.give(ids[1:], NONE[:2])
+    assert (tenant._blocks.num_free, tenant._blocks.num_cached) == (2, 1)
+
+    def others():  # they get what lay free, while we ask for more
+        tenant.reclaim(2 * PAGE)
+        budget._limit = budget.claimed_bytes
+
+    budget.meanwhile = others
+    with tenant.scheduling():
+        assert not tenant.secure(3), "promised what others have"
+        assert tenant.num_available == 1
+        assert tenant.secure(1)
+        assert len(tenant.take(1)) == 1
+
+
+def test_what_was_promised_is_said_to_be_available(make):
+    tenant, _ = make()
+    with tenant.scheduling():
+        tenant.num_available = 0  # as if the count had been in other units
+        assert tenant.secure(3)
+        assert tenant.num_available == 3
+        tenant.num_available = 0
+        assert tenant.secure(3)
+        assert tenant.num_available == 3
+        tenant.take(3)
+        assert tenant.num_available == 0
+    with tenant.updating(step=True):
+        pass
+    assert tenant.num_available == tenant.count_available() == 16
+
+
+def test_a_take_that_is_refused_counts_nothing(make):
+    tenant, _ = make(limit=4)
+    with tenant.scheduling():
+        before = tenant.num_available
+        with pytest.raises(BudgetExceeded):
+            tenant.take(5)
+        assert tenant.num_available == before
+
+
+def test_no_block_is_free_before_the_steps_are_done_that_may_touch_it(make):
+    tenant, _ = make()
+    with tenant.scheduling():
+        first = taken(tenant, 2)
+    with tenant.scheduling():
+        second = taken(tenant, 2)
+    tenant.give(first, NONE[:2])  # both steps are on their way
+    assert tenant._blocks.num_quarantined == 2
+    with tenant.updating(step=True):
+        tenant.give(second, ALL[:2])
+    assert tenant._blocks.num_quarantined == 4
+    with tenant.updating(step=True):
+        pass
+    assert tenant._blocks.num_quarantined == 0
+    assert tenant._blocks.num_cached == 2
+    tenant.give(taken(tenant, 1), NONE[:1])  # nothing is on its way
+    assert tenant._blocks.num_quarantined == 0
+
+
+def test_where_kernels_run_on_a_fence_lies_behind_them_too(make):
+    made = []
+
+    def tail():
+        made.append(ManualFence())
+        return made[-1]
+
+    tenant, _ = make(make_tail=tail)
+    with tenant.scheduling():
+        ids = taken(tenant, 2)
+    tenant.give(ids, NONE[:2])
+    assert made == []  # the step's result comes first
+    with tenant.updating(step=True):
+        pass
+    assert len(made) == 1
+    assert tenant._blocks.num_quarantined == 2
+    made[0].done = True
+    with tenant.updating(step=False):
+        pass
+    assert tenant._blocks.num_quarantined == 0
+    assert len(made) == 1
+
+
+def test_cached_blocks_stay_while_the_scheduler_looks_and_go_after_it(make):
+    tenant, _ = make()
+    gone = []
+    tenant.on_evict(lambda ids: gone.extend(ids.tolist()))
+    with tenant.scheduling():
+        ids = np.concatenate([taken(tenant, 1) for _ in range(3)])  # an extent each
+    with tenant.updating(step=True):
+        tenant.give(ids, ALL[:3])
+    with tenant.scheduling():
+        assert tenant.reclaim(100 * PAGE) == 0
+        tenant.acquire(ids[1:2])
+    with tenant.updating(step=True):
+        pass
+    assert tenant.reclaim(100 * PAGE) > 0
+    assert int(ids[1]) not in gone
+    assert tenant.num_used == 1
+
+
+@pytest.mark.parametrize("in_flight", [False, True])
+def test_what_is_forgotten_is_kept_for_no_prefix(make, in_flight):
+    tenant, budget = make()
+    with tenant.scheduling():
+        ids = taken(tenant, 4)
+    if not in_flight:
+        with tenant.updating(step=True):
+            pass
+    tenant.give(ids, ALL[:4])
+    tenant.forget()
+    if in_flight:
+        assert budget.claimed_bytes == 5 * PAGE  # the step may still write there
+        with tenant.updating(step=True):
+            pass
+        assert tenant._blocks.num_cached == 0
+        tenant.reclaim(100 * PAGE)
+    assert budget.claimed_bytes == PAGE  # the null block's
