@@ -59,8 +59,14 @@ def blocks_in(nbytes, specs):
 
 def test_addresses_for_all_that_could_be_in_use():
     specs = layers()
-    nbytes = address_bytes(config(length=1024, seqs=8), specs, 80 * GIB, 0)
-    assert blocks_in(nbytes, specs) == 1024 * 8 // 16
+    nbytes = address_bytes(config(length=1024, seqs=80), specs, 8 * GIB, 0)
+    assert blocks_in(nbytes, specs) == 1024 * 80 // 16
+
+
+def test_all_of_the_device_can_hold_prefixes_however_few_requests_there_may_be():
+    assert address_bytes(config(length=1024, seqs=8), layers(), 80 * GIB, 0) == 80 * GIB
+    few = config(length=64, seqs=2)  # but not by more blocks than vLLM can look after
+    assert address_bytes(few, layers(page_size_bytes=256), 80 * GIB, 0) == 256 * 32 << 18
 
 
 def test_at_most_twice_the_memory_of_the_device():

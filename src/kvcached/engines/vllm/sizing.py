@@ -102,7 +102,8 @@ def address_bytes(vllm_config: Any, specs: dict[str, Any], device_bytes: int, to
     """Bytes of address space: for ``tokens``, or 0: for all that could ever be in use.
 
     At least one request of full length, whose last block may be full in part, and the null block;
-    otherwise no more than what could be backed of it, twice.
+    otherwise no more than what could be backed of it, twice. And as much as the device can hold,
+    even if fewer requests are allowed, since the rest can be cached prefixes.
     """
     model, scheduler = vllm_config.model_config, vllm_config.scheduler_config
     token_bytes = sum(cdiv(s.page_size_bytes, s.block_size) for s in specs.values())
@@ -111,8 +112,9 @@ def address_bytes(vllm_config: Any, specs: dict[str, Any], device_bytes: int, to
     if tokens:
         return int(max(least, tokens * token_bytes))
     wanted = model.max_model_len * scheduler.max_num_seqs * token_bytes
-    room = min(_ADDRESSES * device_bytes, max(device_bytes, _MOST_BLOCKS * block_bytes))
-    return int(max(least, min(wanted, room)))
+    many = _MOST_BLOCKS * block_bytes
+    room = min(_ADDRESSES * device_bytes, max(device_bytes, many))
+    return int(max(least, min(wanted, room), min(device_bytes, many)))
 
 
 # --- what is replaced in a worker ----------------------------------------------------------------
