@@ -94,7 +94,7 @@ class Pool:
         return True
 
 
-@dataclass
+@dataclass(eq=False)
 class Request:
     """``prompt`` names its blocks: equal beginnings share. ``hits`` of them were found."""
 

@@ -172,9 +172,9 @@ class QueueMachine(RuleBasedStateMachine):
         return True
 
     def grow(self, request, count, rng, scheduled):
-        while not self.fits(count):  # as vLLM: the last one goes, or this one itself
-            victim = rng.choice(self.running)
-            scheduled[:] = [entry for entry in scheduled if entry[0] is not victim]
+        done = [entry[0] for entry in scheduled]
+        while not self.fits(count):  # as vLLM: one whose turn has not come goes, or this one itself
+            victim = rng.choice([other for other in self.running if other not in done])
             self.drop(victim, backwards=True)
             SEEN["preempted"] += 1
             if victim is request:
