@@ -161,6 +161,27 @@ def test_cached_blocks_stay_while_the_scheduler_looks_and_go_after_it(make):
     assert tenant.num_used == 1
 
 
+def test_what_is_owed_is_not_paid_with_what_the_scheduler_looks_at(make):
+    tenant, _ = make()
+    gone = []
+    tenant.on_evict(lambda ids: gone.extend(ids.tolist()))
+    with tenant.scheduling():
+        ids = taken(tenant, 3)
+    with tenant.updating(step=True):
+        tenant.give(ids, ALL[:3])
+    with tenant.scheduling():
+        tenant.reclaim(100 * PAGE, patient=True)
+        with tenant.updating(step=False):  # a request ends within the pass
+            pass
+        assert gone == []
+        tenant.acquire(ids[:1])
+        assert not tenant.lets_in
+    with tenant.updating(step=True):
+        tenant.give(ids[:1], ALL[:1])
+    assert sorted(gone) == sorted(ids.tolist())
+    assert tenant.reclaim(100 * PAGE) == 0
+
+
 @pytest.mark.parametrize("in_flight", [False, True])
 def test_what_is_forgotten_is_kept_for_no_prefix(make, in_flight):
     tenant, budget = make()

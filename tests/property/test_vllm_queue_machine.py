@@ -36,7 +36,7 @@ class AskingBudget(LocalBudget):
 
     meanwhile = staticmethod(lambda: None)
 
-    def claim(self, nbytes, *, transient=False):
+    def claim(self, nbytes, *, transient=False, seconds=None):
         self.meanwhile()
         super().claim(nbytes, transient=transient)
 

@@ -88,7 +88,8 @@ class EngineBlocks(ElasticBlocks):
             yield
             self._blocks.poll_fences()
             if self._owed and not self._closed:
-                self._owed = max(0, self._owed - self._blocks.reclaim(self._owed))
+                may = not self._matching  # a request may end while the scheduler looks
+                self._owed = max(0, self._owed - self._blocks.reclaim(self._owed, may_evict=may))
             self.num_available = self.count_available()
 
     # --- others ----------------------------------------------------------------------------------
