@@ -89,8 +89,7 @@ class BlockPool:
         self._low_water = 0
         self.grower, self.reclaimer = Grower(self, most_ahead), Reclaimer(self)
         self._fences: deque[tuple[int, Fence, Ids]] = deque()
-        self._next_fence = 1
-        self._lifted: list[Fence] = []  # of blocks that were taken again before they had passed
+        self._next_fence, self._lifted = 1, list[Fence]()  # lifted: taken before it had passed
         g = self.geometry
         self.blk = np.zeros((g.num_blocks, _hot.BLK_WIDTH), np.int32)
         self.page = np.zeros(g.num_pages, np.int32)
@@ -282,8 +281,7 @@ class BlockPool:
     @property
     def may_unmap(self) -> bool:
         """Whether no kernel can be at work on blocks that count as free (see ``take``)."""
-        if self._lifted:
-            self._lifted = [fence for fence in self._lifted if not fence.passed()]
+        self._lifted = [fence for fence in self._lifted if not fence.passed()]
         return not self._lifted
 
     def now(self) -> int:

@@ -21,7 +21,7 @@ from kvcached.hostinfo import cgroup_limit
 HOST_BACKEND = "host backend"
 _LOW_MAP_COUNT = 65_530
 _LOW_MEMLOCK = 64 << 20
-KNOWN_ENGINES = {"transformers": ("5.0", "5.17"), "vllm": ("0.24", "0.33")}
+KNOWN_ENGINES = {"transformers": ("5.0", "5.17"), "vllm": ("0.24", "0.32")}
 """Oldest and newest version that each engine module was tried with."""
 _PLANNED_ENGINES = ("sglang",)
 _EXTRAS = {"torch": "torch", "triton": "triton", "cuda-bindings": "cuda"}

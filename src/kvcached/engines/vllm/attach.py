@@ -90,6 +90,10 @@ def _make(backend: MemoryBackend, said: list[dict[str, Any]], tail: Any) -> Engi
         facts.engine, format_size(budget.limit_bytes), budget.limit_bytes // block,
         format_size(block), format_size(geometry.reserved_bytes), name,
     )  # fmt: skip
+    if budget.limit_bytes < facts.request_bytes:
+        _log.warning("%s: a request of full length takes %s, more than the limit: such a request "
+                     "waits until the limit is raised, or --max-model-len is to be lowered",
+                     name, format_size(facts.request_bytes))  # fmt: skip
     return tenant
 
 

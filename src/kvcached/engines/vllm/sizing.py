@@ -187,7 +187,7 @@ def _decide(worker: Any, plan: Plan, specs: dict[str, Any]) -> int:
         model=str(served[0] if isinstance(served, list) else served),
         engine=f"vLLM {import_module('vllm').__version__}",
         limit_bytes=limit,
-        max_model_len=config.model_config.max_model_len,
+        request_bytes=address_bytes(config, specs, 0, 1),
         speculative=config.speculative_config is not None,
     )
     _log.info("%s of addresses for the KV cache", format_size(nbytes))
