@@ -82,7 +82,8 @@ def throughput() -> None:
     options = {
         "shape": "llama-3.1-8b", "phases": os.environ.get("PHASES", "64,512,64,512"), "settle": 1.5,
         "engine": {"dtype": "bfloat16", "max_model_len": 4096, "max_num_seqs": 256,
-                   "kv_cache_memory_bytes": kv},
+                   "kv_cache_memory_bytes": kv,
+                   "compilation_config": {"cudagraph_capture_sizes": [1, 8, 32, 64, 128, 256]}},
     }  # fmt: skip
     stock = engine("throughput_stock", elastic=False, **options)
     ours = engine("throughput_elastic", elastic=True, **options)
