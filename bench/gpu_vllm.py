@@ -28,6 +28,8 @@ GIB = 1 << 30
 HERE = Path(__file__).resolve().parent / "vllm_engines"
 OUT = Path(os.environ.get("OUT") or RESULTS)
 LOGS = Path(tempfile.mkdtemp(prefix="vllm-logs-"))
+RECORDED: Path | None = None
+"""A folder of raw figures to make the rows of, in place of running engines."""
 ROWS: list[dict[str, Any]] = []
 RUNNERS = [("FLASH_ATTN", runner) for runner in os.environ.get("RUNNERS", "1,0").split(",")]
 """Attention backend, and whether it is the V2 model runner."""
@@ -43,6 +45,8 @@ def add(ident: str, value: float, unit: str, target: float | None, **more: Any) 
 
 def engine(name: str, *, elastic: bool, env: dict[str, str] | None = None, **options: Any) -> Any:
     """Run one engine; its result."""
+    if RECORDED:
+        return json.loads((RECORDED / f"{name}.json").read_text(encoding="utf-8"))
     out = OUT / "vllm" / f"{name}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, str(HERE / "engine.py"), "--out", str(out)]
@@ -87,6 +91,10 @@ def throughput() -> None:
     }  # fmt: skip
     stock = engine("throughput_stock", elastic=False, **options)
     ours = engine("throughput_elastic", elastic=True, **options)
+    pairs = [(a, b) for s, o in zip(stock["phases"], ours["phases"], strict=True)
+             for a, b in zip(s["hashes"], o["hashes"], strict=True)]  # fmt: skip
+    add("throughput_tokens_identical", sum(a == b for a, b in pairs) / len(pairs), "share", 1.0,
+        repeats=len(pairs))  # fmt: skip
     for count in (64, 512):
         rates = [[p["requests_per_s"] for p in run["phases"] if p["requests"] == count]
                  for run in (stock, ours)]  # fmt: skip
@@ -98,17 +106,16 @@ def throughput() -> None:
         }  # fmt: skip
         add(f"throughput_ratio_{count}", medians[1] / medians[0], "x", 0.995,
             repeats=len(rates[0]),
-            requests_per_s={"stock": rates[0], "elastic": rates[1]}, latency=latency)  # fmt: skip
-    add("start_ratio", ours["start_s"] / stock["start_s"], "x", 1.0,
-        seconds={"stock": stock["start_s"], "elastic": ours["start_s"]})  # fmt: skip
+            requests_per_s={"stock": rates[0], "elastic": rates[1]}, latency=latency,
+            peers={"stock requests/s": medians[0], "elastic requests/s": medians[1]})  # fmt: skip
     end = ours["phases"][-1]
     report = end["tenants"][0]["report"]
     add("idle_over_floor", report["backed_bytes"] / max(1, report["split_floor_bytes"] +
                                                         report["cached_bytes"]), "x", 1.02,
-        report=report, used_gib={"stock, started": stock["used_gib_after_start"],
-                                 "elastic, started": ours["used_gib_after_start"],
-                                 "stock, idle": stock["phases"][-1]["used_gib_idle"],
-                                 "elastic, idle": end["used_gib_idle"]})  # fmt: skip
+        report=report, peers={"GiB of the device after start, stock": stock["used_gib_after_start"],
+                              "elastic": ours["used_gib_after_start"],
+                              "idle after the load, stock": stock["phases"][-1]["used_gib_idle"],
+                              "elastic, prefixes kept": end["used_gib_idle"]})  # fmt: skip
 
 
 def ttft(run: Any) -> list[float]:
@@ -148,13 +155,11 @@ def bursts(peaks: tuple[float, ...] = (30.0,), slope: float = 2.0, total: int = 
 PARTS = {"tokens": tokens, "throughput": throughput, "bursts": bursts}
 
 
-def report(failed: list[str]) -> None:
+def report(failed: list[str], device: str) -> None:
     """Write the file; the table comes last."""
-    import torch
-
     document = {
         "schema_version": 1, "commit": os.environ.get("COMMIT") or commit(),
-        "device": torch.cuda.get_device_name(0), "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "device": device, "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "failed": failed, "rows": ROWS,
     }  # fmt: skip
     (OUT / "vllm.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
@@ -163,19 +168,30 @@ def report(failed: list[str]) -> None:
         print(f"{row['id']:<22} {row['value']:>9} {row['unit']:<6} target {row['target']} {more}")
 
 
+def _device() -> str:
+    import torch
+
+    return str(torch.cuda.get_device_name(0))
+
+
 def main() -> int:
     """Measure what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; default: all")
+    parser.add_argument("--recorded", help="raw figures of an earlier run, to make the rows of")
+    parser.add_argument("--device", help="with --recorded: what the run was on")
+    options = parser.parse_args()
+    global RECORDED
+    RECORDED = Path(options.recorded) if options.recorded else None
     failed = []
-    for name in parser.parse_args().parts or PARTS:
+    for name in options.parts or PARTS:
         try:
             PARTS[name]()
         except Exception:  # noqa: BLE001 - one part must not hide the others' figures
             failed.append(name)
             print(f"{name} FAILED:")
             traceback.print_exc()
-    report(failed)
+    report(failed, options.device or _device())
     return len(failed)
 
 

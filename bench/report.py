@@ -49,12 +49,11 @@ def gpu_table(result: dict[str, Any]) -> str:
     for row in result["rows"]:
         target = "" if row["target"] is None else f"{number(row['target'])} {row['unit']}"
         beside = "; ".join(f"{who}: {number(value)}" for who, value in row.get("peers", {}).items())
-        cells = [f"{number(row[key])} {row['unit']}" for key in ("value", "p99")]
+        cells = [f"{number(row[key])} {row['unit']}" if key in row else ""
+                 for key in ("value", "p99")]  # fmt: skip
         rows.append([f"`{row['id']}`", *cells, target, beside])
-    source = (
-        f"{result['device']}, driver {result['driver']}, {result['date']}, "
-        f"commit {result['commit']}."
-    )
+    driver = f"driver {result['driver']}, " if "driver" in result else ""
+    source = f"{result['device']}, {driver}{result['date']}, commit {result['commit']}."
     headers = ["row", "median", "p99", "target", "beside it, in the same run"]
     return f"{table(headers, rows)}\n\n{source}"
 
@@ -119,7 +118,7 @@ def results_of(name: str) -> str:
     result = json.loads(path.read_text("utf-8"))
     if "elastic" in result:
         return f"{demo_table(result)}\n"
-    return f"{gpu_table(result) if 'driver' in result else bench_table(result)}\n"
+    return f"{gpu_table(result) if 'device' in result else bench_table(result)}\n"
 
 
 def modules_of(folder: str) -> str:
