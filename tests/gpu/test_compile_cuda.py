@@ -12,6 +12,14 @@ from kvcached.broker.budget import LocalBudget
 pytestmark = pytest.mark.gpu
 
 
+@pytest.fixture(autouse=True)
+def compile_here(monkeypatch):
+    """In this process: inductor's own workers would outlive the test."""
+    from torch._inductor import config
+
+    monkeypatch.setattr(config, "compile_threads", 1)
+
+
 @pytest.mark.parametrize("backend", ["inductor", "aot_eager"])
 @pytest.mark.parametrize("layout", ["cross_layer", "per_layer"])
 def test_compiled_code_sees_the_blocks_wherever_extents_come_and_go(backend, layout):
