@@ -92,7 +92,7 @@ def vllm(session: nox.Session) -> None:
                              silent=True).strip()) / "vllm-0.32.0.dist-info"  # fmt: skip
     place.mkdir(exist_ok=True)
     (place / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n")
-    session.env |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    session.env.update({"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"})
     chosen = session.posargs or ["-m", "vllm and not slow"]
     _pytest(session, "--durations=15", *chosen, "tests/real_vllm")
 
