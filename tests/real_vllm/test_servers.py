@@ -74,11 +74,13 @@ def test_an_idle_neighbours_prefixes_make_room(servers):
     assert leases(run)["b"] > leases(run)["a"]
 
 
-def test_the_metrics_count_what_is_in_use(servers):
+def test_the_metrics_count_what_is_in_use_and_show_who_shares_the_budget(servers):
     _, a, _ = servers
     text = a.metrics()
     usage = next(line for line in text.splitlines() if line.startswith("vllm:kv_cache_usage_perc"))
     assert float(usage.split()[-1]) < 0.1  # idle, though the address space is mostly unbacked
+    ours = [line for line in text.splitlines() if line.startswith("kvcached_lease_bytes{")]
+    assert {line.partition('name="')[2].partition('"')[0] for line in ours} == {"a", "b"}
 
 
 def test_a_killed_engine_leaves_its_bytes_to_the_other(servers):

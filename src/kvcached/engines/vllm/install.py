@@ -7,7 +7,7 @@ import logging
 from importlib import import_module
 from typing import Any
 
-from kvcached.engines.vllm import seams, sizing, steps
+from kvcached.engines.vllm import gauges, seams, sizing, steps
 from kvcached.errors import EngineUnsupported
 
 _log = logging.getLogger("kvcached.vllm")
@@ -30,6 +30,7 @@ def install(*, strict: bool) -> bool:
         _log.warning("vLLM %s was never tried with kvcached; all that is replaced is there",
                      found.version)  # fmt: skip
     _replace(found.allocation, strict=strict)
+    gauges.register()
     _installed = True
     return True
 
