@@ -1,0 +1,79 @@
+"""Claims whose owner waits a little only: the broker goes on with them for a while."""
+
+from __future__ import annotations
+
+import pytest
+from broker_tenant import MIB, CountingTenant
+
+from kvcached.broker.protocol import OK, REFUSED, Message, Op
+from kvcached.broker.waiting import LOST, Waiting
+from kvcached.errors import BudgetExceeded
+
+
+def grant(answer, status=OK):
+    return Message(Op.GRANT, answer.request, status=status, values=(1,))
+
+
+def test_who_gives_up_leaves_a_claim_that_the_next_one_waits_for():
+    waiting = Waiting()
+    first, new = waiting.add(100, transient=False)
+    assert new
+    waiting.remove(first)
+    again, new = waiting.add(60, transient=False)
+    assert again is first
+    assert not new
+    assert again.nbytes == 60
+    assert waiting.granted(grant(first)) is first
+    waiting.remove(first)
+    assert waiting.add(60, transient=False)[1]
+
+
+def test_a_larger_claim_and_one_for_a_moment_are_their_own():
+    waiting = Waiting()
+    first, _ = waiting.add(100, transient=False)
+    waiting.remove(first)
+    assert waiting.add(101, transient=False)[1]
+    assert waiting.add(10, transient=True)[1]
+
+
+def test_an_answer_for_nobody_is_only_a_larger_lease():
+    waiting = Waiting()
+    first, _ = waiting.add(100, transient=False)
+    waiting.remove(first)
+    assert waiting.granted(grant(first, REFUSED)) is None
+    assert waiting.add(50, transient=False)[1]
+    assert waiting.granted(grant(first)) is None
+
+
+def test_a_lost_connection_ends_what_nobody_waits_for():
+    waiting = Waiting()
+    left, _ = waiting.add(100, transient=False)
+    waiting.remove(left)
+    awaited, _ = waiting.add(200, transient=False)
+    waiting.lose()
+    assert awaited.outcome == LOST
+    assert waiting.add(50, transient=False)[1]
+
+
+@pytest.fixture
+def pair():
+    made = [CountingTenant(name, capacity=100 * MIB) for name in ("a", "b")]
+    yield made
+    for tenant in made:
+        tenant.close()
+
+
+def test_a_claim_that_waits_a_little_is_met_by_what_a_slow_peer_gives(pair):
+    a, b = pair
+    a.use(90 * MIB)
+    a.cache()
+    with a.lock:  # its thread cannot answer yet
+        with pytest.raises(BudgetExceeded):
+            b.budget.claim(40 * MIB, seconds=0.05)
+        assert b.budget.claimed_bytes == 0
+    b.use(40 * MIB)
+    assert b.budget.claimed_bytes == 40 * MIB
+    assert a.cached <= 60 * MIB
+    assert a.reclaims == 1  # for one claim, not for two
+    a.budget.check()
+    b.budget.check()
