@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import count
 from typing import Any
 
 from kvcached.broker.admin import list_tenants, set_tenant_limit
@@ -16,6 +18,8 @@ from kvcached.errors import BrokerUnavailable, EngineUnsupported
 
 _PATIENCE_SECONDS = 60.0
 _POLL_SECONDS = 0.002
+_BURST_SECONDS = 3.0
+"""How long the victim may hold too little before it gets another burst."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,17 +36,30 @@ class Stage:
         """The ``limit`` and ``kill`` of the JSON document. ``burst`` keeps the victim busy."""
         victim, survivor = ENGINES
         self.recording.mark(time.monotonic(), f"burst {victim}")
-        for request in burst:
-            self.fleet[victim].request(request)
-        self._wait_until_in_use(victim, 2 * self.budget // 5)
+        load = self._bursts(victim, burst)
+        next(load)
+        self._wait_until_in_use(victim, 2 * self.budget // 5, load)
         limit = self._lower_limit(victim)
         set_tenant_limit(victim, self.budget, config=self.config)
-        self._wait_until_in_use(victim, self.budget // 3)
+        self._wait_until_in_use(victim, self.budget // 3, load)
+        next(load)  # the one that runs may end before the kill, where the machine is fast
         return {"limit": limit, "kill": self._kill(victim, survivor)}
 
-    def _wait_until_in_use(self, engine: str, nbytes: int) -> None:
+    def _bursts(self, engine: str, burst: list[Request]) -> Iterator[None]:
+        """Send the burst at each step, each time under new numbers."""
+        for turn in count():
+            for request in burst:
+                number = request.id + turn * len(burst)
+                self.fleet[engine].request(replace(request, id=number))
+            yield
+
+    def _wait_until_in_use(self, engine: str, nbytes: int, load: Iterator[None]) -> None:
         deadline = time.monotonic() + _PATIENCE_SECONDS
+        again = time.monotonic() + _BURST_SECONDS
         while (used := self.recording.latest(engine).get("in_use", 0)) < nbytes:
+            if time.monotonic() > again:  # the last one has ended, or is about to
+                again = time.monotonic() + _BURST_SECONDS
+                next(load)
             if time.monotonic() > deadline:
                 raise EngineUnsupported(
                     f"{engine!r} uses {format_size(used)} after {_PATIENCE_SECONDS:.0f} s, and "
