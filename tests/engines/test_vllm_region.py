@@ -22,7 +22,7 @@ SHAPES = [(24, 1, 200), (20, 3, 30), (5, 2, 40), (8, 2, 100)]  # block bytes, pl
 
 def facts(**changes):
     return Facts(**{"rank": 0, "world_size": 1, "model": "m", "engine": "vLLM", "limit_bytes": 0,
-                    "request_bytes": 64, "speculative": False} | changes)  # fmt: skip
+                    "request_bytes": 64, "runs_on": False} | changes)  # fmt: skip
 
 
 def make(shape=SHAPES[0], *, wrap=lambda inner: inner, can_alias=True, **fake):

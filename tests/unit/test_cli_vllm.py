@@ -114,7 +114,7 @@ def test_a_seam_that_is_gone(machine, run):
     assert code == 1
     assert "fail  scheduler      vllm.v1.core.sched.scheduler.Scheduler.schedule is missing" in out
     assert "pip install -U kvcached-py" in out
-    assert out.endswith("3 problems; vLLM cannot become elastic here\n")
+    assert out.endswith("4 problems; vLLM cannot become elastic here\n")
 
 
 def test_an_allocation_that_is_not_known(machine):

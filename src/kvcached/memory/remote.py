@@ -27,8 +27,9 @@ from kvcached.memory.wire import (
     error_of,
 )
 
-_ANSWER_SECONDS = 30.0
-"""Longest wait for a worker's answer: it may be busy with a long call that keeps Python's lock."""
+_HELLO_SECONDS = 30.0
+"""Longest wait for a worker's first answer. Later ones are waited for until it ends: to give up on
+one would leave the two sides with different ideas of what is mapped."""
 _Values = Sequence[tuple[int, ...]]  # one tuple of integers a rank
 
 
@@ -39,8 +40,12 @@ class Worker:
         self.name = f"worker {rank} of engine {owner_pid}"
         self._request = 0
         self._socket = _connect(address_of(owner_pid, rank), self.name, patience)
-        check_peer(self._socket)
-        self._socket.settimeout(_ANSWER_SECONDS)
+        try:
+            check_peer(self._socket)
+        except BaseException:  # whoever listens there is not ours
+            self._socket.close()
+            raise
+        self._socket.settimeout(_HELLO_SECONDS)
 
     def send(self, op: Op, values: tuple[int, ...] = ()) -> None:
         """Ask."""
@@ -71,8 +76,10 @@ class Worker:
         return self.receive()
 
     def hello(self) -> dict[str, Any]:
-        """What the worker says of itself."""
-        return self.call(Op.HELLO).body or {}
+        """What the worker says of itself. From then on it is waited for as long as it lives."""
+        said = self.call(Op.HELLO).body or {}
+        self._socket.settimeout(None)
+        return said
 
     def close(self) -> None:
         """End the connection. Idempotent."""

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from kvcached.errors import InvalidInput, KvcachedError
+from kvcached.errors import BackendUnavailable, InvalidInput, KvcachedError
 from kvcached.memory.base import Handle, MemoryBackend, Reservation
 from kvcached.memory.wire import (
     MAX_MESSAGE,
@@ -62,9 +62,12 @@ class BackendServer:
         try:
             self._socket.bind(address_of(owner_pid, rank))
             self._socket.listen(1)
-        except OSError:
+        except OSError as error:
             self._socket.close()
-            raise
+            raise BackendUnavailable(
+                f"the socket of worker {rank} of engine {owner_pid} cannot be made: {error}",
+                hint="Another process may have taken its name: see /proc/net/unix.",
+            ) from error
         self._thread = threading.Thread(target=self._run, name="kvcached-memory", daemon=True)
         self._thread.start()
 

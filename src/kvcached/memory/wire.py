@@ -127,8 +127,15 @@ def error_of(frame: Frame, who: str) -> KvcachedError:
 
 
 def address_of(owner_pid: int, rank: int) -> str:
-    """The abstract socket address of rank ``rank`` of the engine of process ``owner_pid``."""
-    return f"\0kvcached-memory-{os.getuid()}-{owner_pid}-{rank}"
+    """The abstract socket address of rank ``rank`` of the engine of process ``owner_pid``.
+
+    Containers may share the network but count processes each for itself: hence the namespace.
+    """
+    try:
+        space = os.stat("/proc/self/ns/pid").st_ino
+    except OSError:  # no /proc
+        space = 0
+    return f"\0kvcached-memory-{os.getuid()}-{space}-{owner_pid}-{rank}"
 
 
 def check_peer(sock: socket.socket) -> None:

@@ -23,20 +23,29 @@ from kvcached.resources import make_budget
 _log = logging.getLogger("kvcached.vllm")
 
 
+_attached = False  # to workers in other processes: they serve one page pool
+
+
 def attach(num_blocks: int) -> EngineBlocks | None:
     """The elastic blocks of the engine of this process, if its cache of this size is elastic."""
+    global _attached
     here = regions.current(num_blocks)
     if here is not None:
         backend = here.take_over()
-        return _make(backend, [here.describe()], lambda: fence_on(here.backend, here.stream))
-    found = _workers()
+        return _make(backend, [here.describe()], lambda: fence_on(here.backend, here.stream),
+                     here=True)  # fmt: skip
+    found = None if _attached else _workers()
     if found is None:
         return None
+    _attached = True
     remote = RemoteBackend(found)
     said = remote.descriptions
     if said[0]["num_blocks"] != num_blocks:
         _end(found)
-        return None
+        raise EngineUnsupported(
+            f"the scheduler has {num_blocks} KV blocks and its workers {said[0]['num_blocks']}",
+            hint="Unset KVCACHED, and please report this.",
+        )
     alike = ("block_bytes", "num_planes", "num_blocks", "device")
     if len({tuple(str(body[key]).partition(":")[0] for key in alike) for body in said}) != 1:
         _end(found)
@@ -73,7 +82,9 @@ def _end(workers: list[Worker]) -> None:
         worker.close()
 
 
-def _make(backend: MemoryBackend, said: list[dict[str, Any]], tail: Any) -> EngineBlocks:
+def _make(
+    backend: MemoryBackend, said: list[dict[str, Any]], tail: Any, *, here: bool = False
+) -> EngineBlocks:
     facts, first = regions.facts_in(said[0]), said[0]
     geometry = Geometry(first["block_bytes"], first["num_planes"], first["num_blocks"],
                         first["page_bytes"])  # fmt: skip
@@ -82,7 +93,7 @@ def _make(backend: MemoryBackend, said: list[dict[str, Any]], tail: Any) -> Engi
     budget = _budget(name, config, said, facts)
     tenant = EngineBlocks(
         geometry, backend=backend, budget=budget, name=name, config=config, owns_backend=False,
-        make_tail=tail if facts.speculative else None,
+        make_tail=tail if facts.runs_on else None, make_idle_tail=tail if here else None,
     )  # fmt: skip
     block = geometry.block_bytes * geometry.num_planes
     _log.info(

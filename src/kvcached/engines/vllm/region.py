@@ -34,8 +34,8 @@ class Facts:
     """Most physical bytes of this worker; 0: no rule of vLLM's says so."""
     request_bytes: int
     """Physical bytes of a request of full length."""
-    speculative: bool
-    """Kernels may run on after a step's tokens are known."""
+    runs_on: bool
+    """Kernels may run on after a step's result is known (drafts, parts of pooled prompts)."""
     details: dict[str, Any] = field(default_factory=dict)
 
 
@@ -62,6 +62,8 @@ class Region:
         self._warm: list[tuple[int, Handle]] = []
         self._handles: list[Handle] = []
         self._server: BackendServer | None = None
+        self.taken = False
+        """Whether a page pool of this process has the range."""
 
     def warm(self, num_blocks: int) -> None:
         """Back blocks 0 to ``num_blocks`` - 1 until ``cool``; their contents mean nothing.
@@ -101,6 +103,7 @@ class Region:
 
     def take_over(self) -> MemoryBackend:
         """The backend for a page pool of this very process; nobody else is served any more."""
+        self.taken = True
         if self._server is not None:
             self._server.close()
             self._server = None
@@ -166,10 +169,11 @@ def publish(region: Region) -> None:
 
 
 def current(num_blocks: int) -> Region | None:
-    """The region of this process, if it has this many blocks."""
-    if _current is not None and _current.geometry.num_blocks == num_blocks:
-        return _current
-    return None
+    """The region of this process, if it has this many blocks and nobody has taken it over."""
+    found = _current
+    if found is None or found.taken or found.geometry.num_blocks != num_blocks:
+        return None
+    return found
 
 
 def facts_in(description: dict[str, Any]) -> Facts:

@@ -62,6 +62,7 @@ SCHEDULER = (
     Seam(f"{_CORE}.sched.scheduler", "Scheduler.schedule"),
     Seam(f"{_CORE}.sched.scheduler", "Scheduler.update_from_output"),
     Seam(f"{_CORE}.sched.scheduler", "Scheduler.finish_requests"),
+    Seam(f"{_CORE}.sched.scheduler", "Scheduler.shutdown"),
 )  # fmt: skip
 """Where the scheduler is: the free-block queue, and when a step begins and ends."""
 WORKER = (
@@ -69,6 +70,7 @@ WORKER = (
     Seam(f"{_WORKER}.worker_base", "WorkerBase.__init__", ("vllm_config",)),
     Seam(f"{_WORKER}.gpu_worker", "Worker.determine_available_memory"),
     Seam(f"{_WORKER}.gpu_worker", "Worker.get_kv_cache_spec"),
+    Seam(f"{_WORKER}.gpu_worker", "Worker.sleep"),
     Seam(f"{_WORKER}.gpu_worker", "request_memory", ("init_snapshot", "cache_config")),
 )
 """Where a worker is: how large the cache is."""

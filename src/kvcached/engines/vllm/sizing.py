@@ -77,10 +77,14 @@ def unsupported_config(vllm_config: Any) -> str:
         f"workers started by {executor!r}": executor not in _EXECUTORS,
         "more than one machine": getattr(parallel, "nnodes", 1) > 1,
         "pipeline parallelism": parallel.pipeline_parallel_size > 1,
+        "data parallelism": getattr(parallel, "data_parallel_size", 1) > 1,
         "decode context parallelism": getattr(parallel, "decode_context_parallel_size", 1) > 1,
         "a KV connector": vllm_config.kv_transfer_config is not None,
         "KV offloading": bool(getattr(cache, "kv_offloading_size", None)),
         "encoder-decoder models": bool(vllm_config.model_config.is_encoder_decoder),
+        "sleep mode with an fp8 cache": str(getattr(cache, "cache_dtype", "")).startswith("fp8")
+        and bool(getattr(vllm_config.model_config, "enable_sleep_mode", False)),
+        "a watermark": bool(getattr(vllm_config.scheduler_config, "watermark", 0)),
     }
     return ", ".join(reason for reason, holds in reasons.items() if holds)
 
@@ -129,6 +133,7 @@ def _wrap(kind: str) -> None:
     gpu = import_module("vllm.v1.worker.gpu_worker")
     _wrap_request(gpu)
     _wrap_determine(gpu.Worker)
+    _wrap_sleep(gpu.Worker)
     platform = import_module("vllm.platforms").current_platform
     if platform.is_cpu():
         _wrap_determine(import_module("vllm.v1.worker.cpu_worker").CPUWorker)
@@ -175,6 +180,22 @@ def _wrap_determine(worker: Any) -> None:
     worker.determine_available_memory = elastic_determine
 
 
+def _wrap_sleep(worker: Any) -> None:
+    """What sleep gives may go to a neighbour at once, and vLLM insists that memory got free."""
+    sleep = worker.sleep
+
+    @functools.wraps(sleep)
+    def elastic_sleep(self: Any, *args: Any, **more: Any) -> Any:
+        try:
+            return sleep(self, *args, **more)
+        except AssertionError as error:
+            if _plan is None or "after sleeping" not in str(error):
+                raise
+            _log.info("a neighbour took memory while this engine fell asleep")
+
+    worker.sleep = elastic_sleep
+
+
 def _decide(worker: Any, plan: Plan, specs: dict[str, Any]) -> int:
     """The bytes of address space; also notes what the scheduler must know."""
     config = plan.vllm_config
@@ -188,7 +209,8 @@ def _decide(worker: Any, plan: Plan, specs: dict[str, Any]) -> int:
         engine=f"vLLM {import_module('vllm').__version__}",
         limit_bytes=limit,
         request_bytes=address_bytes(config, specs, 0, 1),
-        speculative=config.speculative_config is not None,
+        runs_on=config.speculative_config is not None
+        or getattr(config.model_config, "runner_type", "") == "pooling",
     )
     _log.info("%s of addresses for the KV cache", format_size(nbytes))
     return nbytes

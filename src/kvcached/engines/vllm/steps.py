@@ -109,6 +109,18 @@ def _wrap_scheduler(scheduler: Any) -> None:
         with _updating(self, step=False):
             return finish(self, *args, **more)
 
+    shutdown = scheduler.shutdown
+
+    @functools.wraps(shutdown)
+    def elastic_shutdown(self: Any, *args: Any, **more: Any) -> Any:
+        try:
+            return shutdown(self, *args, **more)
+        finally:
+            tenant = tenant_of(self)
+            if tenant is not None:
+                tenant.close()
+
+    scheduler.shutdown = elastic_shutdown
     scheduler.schedule, scheduler.update_from_output = elastic_schedule, elastic_update
     scheduler.finish_requests = elastic_finish
 

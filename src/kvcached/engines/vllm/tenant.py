@@ -7,6 +7,8 @@ not in yet may still touch blocks that were freed meanwhile: they wait for it (`
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -14,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kvcached.elastic import ElasticBlocks
+from kvcached.errors import KvcachedError
 from kvcached.memory.base import Fence
 
 if TYPE_CHECKING:
@@ -22,9 +25,11 @@ if TYPE_CHECKING:
     Ids = NDArray[np.int32]
 
 
+_log = logging.getLogger("kvcached.vllm")
 _BUSY_SECONDS, _IDLE_SECONDS = 0.02, 0.25
 """How long others may take to give memory: while requests run here, and while none do."""
 _PAUSE_SECONDS = 0.005
+_QUIET_SECONDS = 0.5
 _DEBT_SECONDS = 1.0
 """How long an engine above its share lets nobody in, after others asked in vain."""
 
@@ -38,10 +43,14 @@ class StepFence:
 
     def passed(self) -> bool:
         """See ``Fence.passed``."""
-        if self._tenant.steps_done < self._steps:
-            return False
-        if self._tail is None and self._tenant.make_tail is not None:
-            self._tail = self._tenant.make_tail()
+        tenant = self._tenant
+        make = tenant.make_tail
+        if tenant.steps_done < self._steps:
+            make = tenant.make_idle_tail if tenant.is_quiet else None
+            if make is None:
+                return False
+        if self._tail is None and make is not None:
+            self._tail = make()
         return self._tail is None or self._tail.passed()
 
 
@@ -53,13 +62,21 @@ class EngineBlocks(ElasticBlocks):
     make_tail:
         Makes a fence behind what the workers have queued; for engines whose kernels run on after
         a step's result is known.
+    make_idle_tail:
+        The same, for where vLLM may leave a result where it is until the next request comes: it
+        stands in for the result when nothing has happened for a while.
     """
 
     def __init__(
-        self, *args: Any, make_tail: Callable[[], Fence] | None = None, **more: Any
+        self,
+        *args: Any,
+        make_tail: Callable[[], Fence] | None = None,
+        make_idle_tail: Callable[[], Fence] | None = None,
+        **more: Any,
     ) -> None:
         self.steps_scheduled = self.steps_done = 0
-        self.make_tail = make_tail
+        self.make_tail, self.make_idle_tail = make_tail, make_idle_tail
+        self._last_pass = time.monotonic()
         self._owed, self._owed_until = 0, -1.0
         self._fence: StepFence | None = None
         super().__init__(*args, **more)
@@ -70,7 +87,7 @@ class EngineBlocks(ElasticBlocks):
     def scheduling(self) -> Iterator[None]:
         """Around one pass of the scheduler: no cached block goes that it may have matched."""
         with self._lock:
-            self._matching = True
+            self._matching, self._last_pass = True, time.monotonic()
             self.num_available = self.count_available()
             try:
                 yield
@@ -86,11 +103,25 @@ class EngineBlocks(ElasticBlocks):
             if step:
                 self.steps_done += 1
             yield
+            self._settle()
+            self.num_available = self.count_available()
+
+    def _settle(self) -> None:
+        """Retire fences, and pay what is owed. The engine goes on if the memory cannot be had."""
+        may_evict = not self._matching  # a request may end while the scheduler looks
+        try:
             self._blocks.poll_fences()
             if self._owed and not self._closed:
-                may = not self._matching  # a request may end while the scheduler looks
-                self._owed = max(0, self._owed - self._blocks.reclaim(self._owed, may_evict=may))
-            self.num_available = self.count_available()
+                given = self._blocks.reclaim(self._owed, may_evict=may_evict)
+                self._owed = max(0, self._owed - given)
+        except KvcachedError:  # nobody here has asked for it; the next growth meets it again
+            _log.exception("%s: memory could not be given back", self.name)
+            self._owed = 0
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether the scheduler has not looked for a while."""
+        return not self._matching and time.monotonic() - self._last_pass > _QUIET_SECONDS
 
     # --- others ----------------------------------------------------------------------------------
 
