@@ -180,7 +180,7 @@ def test_a_sequence_that_another_thread_ends_while_it_is_extended_takes_nothing_
     cache = KVCache(tiny_spec(), name="race", budget=budget, backend=backend, config=FOREVER)
     sequence, claim = cache.new_sequence(), budget.claim
 
-    def slow(nbytes, *, transient=False):
+    def slow(nbytes, *, transient=False, seconds=None):
         claim(nbytes, transient=transient)
         if sequence.alive:
             cache.free(sequence)

@@ -92,7 +92,7 @@ class Stage:
         """Let the survivor ask for nearly everything, then kill the one that holds it."""
         self.fleet[survivor].send("claim", nbytes=self.budget * 9 // 10)
         self.fleet.wait_for(survivor, "claiming", seconds=_PATIENCE_SECONDS)
-        self.fleet.watch(0.3)  # it cannot have it, and keeps asking
+        # It cannot have it and keeps asking; it would, were the victim given time to run dry.
         held = self._tenant(victim).lease_bytes
         self.view.say(
             f"kill -9 {self.fleet[victim].pid}    ({victim}, which holds {format_size(held)})"
