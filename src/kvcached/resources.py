@@ -28,10 +28,15 @@ _BOUNCE_BYTES = 64 << 20
 
 def make_backend(device: str, spec: CacheSpec, config: Config) -> MemoryBackend:
     """A backend for ``"cpu"``, ``"cuda"`` or ``"cuda:N"``."""
+    return backend_for(device, _plane_block_bytes(spec), config)
+
+
+def backend_for(device: str, block_bytes: int, config: Config) -> MemoryBackend:
+    """As ``make_backend``, for blocks of ``block_bytes`` in a plane, whatever they hold."""
     if device == "cpu":
         from kvcached.memory.host import HostBackend
 
-        return HostBackend(host_page_bytes(spec, config), memory=config.host_memory)
+        return HostBackend(_dividing_page(block_bytes, config), memory=config.host_memory)
     if device == "cuda" or device.startswith("cuda:"):
         from kvcached.memory.cuda import CudaBackend
 
@@ -45,10 +50,17 @@ def host_page_bytes(spec: CacheSpec, config: Config) -> int:
     The largest power of two, from the system's page to 2 MiB, that divides a block, so that a
     block is whole pages and a split can get down to the packed floor.
     """
+    return _dividing_page(_plane_block_bytes(spec), config)
+
+
+def _plane_block_bytes(spec: CacheSpec) -> int:
+    return spec.block_bytes if spec.layout == "cross_layer" else spec.key_bytes
+
+
+def _dividing_page(block_bytes: int, config: Config) -> int:
     if config.host_page:
         return parse_size(config.host_page)
-    block = spec.block_bytes if spec.layout == "cross_layer" else spec.key_bytes
-    divisor = block & -block
+    divisor = block_bytes & -block_bytes
     return max(os.sysconf("SC_PAGE_SIZE"), min(divisor, _LARGEST_HOST_PAGE))
 
 

@@ -13,17 +13,17 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from kvcached.config import Config, parse_size
+from kvcached.config import Config
 from kvcached.engines.vllm.region import Region, publish
 from kvcached.errors import EngineUnsupported
 from kvcached.layout import Geometry
 from kvcached.memory.base import MemoryBackend
 from kvcached.memory.views import tensor_from_address
+from kvcached.resources import backend_for
 
 if TYPE_CHECKING:
     from kvcached.engines.vllm.sizing import Plan
 
-_LARGEST_HOST_PAGE, _LEAST_HOST_PAGE = 2 << 20, 4096
 _PlanOf = Callable[[], "Plan | None"]
 
 
@@ -154,19 +154,12 @@ def _packed(plan: Plan, config: Any, device: Any) -> dict[str, Any]:
 
 
 def make_backend(device: Any, block_bytes: int) -> MemoryBackend:
-    """Physical memory of a torch device. On the CPU pages are as large as divides a block."""
-    config = Config.from_env()
-    if device.type == "cpu":
-        from kvcached.memory.host import HostBackend
-
-        page = min(block_bytes & -block_bytes, _LARGEST_HOST_PAGE)
-        chosen = parse_size(config.host_page) if config.host_page else max(page, _LEAST_HOST_PAGE)
-        return HostBackend(chosen, memory=config.host_memory)
-    from kvcached.memory.cuda import CudaBackend
-
-    torch = import_module("torch")
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return CudaBackend(f"cuda:{index}", zero=config.zero)
+    """Physical memory of a torch device."""
+    name = str(device.type)
+    if name != "cpu":
+        torch = import_module("torch")
+        name += f":{torch.cuda.current_device() if device.index is None else device.index}"
+    return backend_for(name, block_bytes, Config.from_env())
 
 
 def _open(plan: Plan, backend: MemoryBackend, geometry: Geometry, warm: int) -> Any:
