@@ -35,6 +35,9 @@ RUNNERS = [("FLASH_ATTN", runner) for runner in os.environ.get("RUNNERS", "1,0")
 """Attention backend, and whether it is the V2 model runner."""
 SEEDED = {"dtype": "bfloat16", "max_model_len": 4096, "max_num_seqs": 64,
           "kv_cache_memory_bytes": 4 * GIB}  # fmt: skip
+PEAKS, SLOPE = os.environ.get("PEAKS", "16,24,32,40"), os.environ.get("SLOPE", "4")
+TOTAL = int(float(os.environ.get("TOTAL_GIB", "3")) * GIB)
+"""Of the bursts: requests a second at the peak, their rise a second, memory for all caches."""
 
 
 def add(ident: str, value: float, unit: str, target: float | None, **more: Any) -> None:
@@ -118,38 +121,66 @@ def throughput() -> None:
                               "elastic, prefixes kept": end["used_gib_idle"]})  # fmt: skip
 
 
-def ttft(run: Any) -> list[float]:
-    """All times to first token of a burst run, sorted."""
-    return sorted(row["ttft_s"] for e in run["engines"] for row in e["rows"])
+def ttft(burst: Any) -> list[float]:
+    """All times to first token of one burst, sorted."""
+    return sorted(row["ttft_s"] for e in burst["engines"] for row in e["rows"])
 
 
-def bursts(peaks: tuple[float, ...] = (30.0,), slope: float = 2.0, total: int = 6 * GIB) -> None:
-    """Three 3B-shaped engines in bursts, elastic against a static split."""
+def bursts() -> None:
+    """Three 3B-shaped engines in bursts, elastic against a static split, and what follows."""
+    found = {mode: fleet(mode) for mode in ("static", "elastic")}
     means, tails, shown = [], [], []
-    for peak in peaks:
-        found = {}
-        for mode in ("static", "elastic"):
-            out = OUT / "vllm" / f"burst_{peak:g}_{mode}.json"
-            out.parent.mkdir(parents=True, exist_ok=True)
-            arguments = {"dtype": "bfloat16", "max_model_len": 4096, "max_num_seqs": 256,
-                         "gpu_memory_utilization": 0.3, "enable_prefix_caching": True}  # fmt: skip
-            subprocess.run(
-                [sys.executable, str(HERE / "burst.py"), "run", "--mode", mode, "--shape",
-                 "llama-3.2-3b", "--peak", str(peak), "--slope", str(slope), "--total",
-                 str(total), "--out", str(out), "--engine", json.dumps(arguments)],
-                check=True, timeout=420,
-            )  # fmt: skip
-            found[mode] = ttft(json.loads(out.read_text(encoding="utf-8")))
-        row: dict[str, Any] = {"peak_rps": peak}
-        for mode, values in found.items():
+    for pair in zip(found["static"]["bursts"], found["elastic"]["bursts"], strict=True):
+        row: dict[str, Any] = {"peak_rps": pair[0]["peak_rps"], "slope": pair[0]["slope"]}
+        for mode, burst in zip(found, pair, strict=True):
+            values = ttft(burst)
             row[mode] = {"requests": len(values), "mean_s": round(statistics.mean(values), 4),
-                         "p99_s": round(values[int(0.99 * (len(values) - 1))], 4)}  # fmt: skip
+                         "p99_s": round(values[int(0.99 * (len(values) - 1))], 4),
+                         "failed": sum("failed" in r for e in burst["engines"] for r in e["rows"]),
+                         "peak_gib": max(s["used_gib"] for s in burst["samples"])}  # fmt: skip
         means.append(row["static"]["mean_s"] / row["elastic"]["mean_s"])
         tails.append(row["static"]["p99_s"] / row["elastic"]["p99_s"])
-        shown.append(row)
-    add("ttft_mean_ratio_min", min(means), "x", 1.0, runs=shown, total_bytes=total)
+        shown.append(row | {"mean_ratio": round(means[-1], 2), "p99_ratio": round(tails[-1], 2)})
+    add("ttft_mean_ratio_min", min(means), "x", 1.0, runs=shown, total_bytes=TOTAL)
     add("ttft_mean_ratio_max", max(means), "x", 7.0)
     add("ttft_p99_ratio_max", max(tails), "x", 28.0)
+    aftermath(found["elastic"])
+
+
+def fleet(mode: str) -> Any:
+    """The raw figures of one mode."""
+    out = OUT / "vllm" / f"burst_{mode}.json"
+    if RECORDED:
+        return json.loads((RECORDED / out.name).read_text(encoding="utf-8"))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    arguments = {"dtype": "bfloat16", "max_model_len": 4096, "max_num_seqs": 256,
+                 "gpu_memory_utilization": 0.3, "enable_prefix_caching": True,
+                 "compilation_config": {"cudagraph_capture_sizes": [1, 8, 16, 32, 64, 128, 256]},
+                 }  # fmt: skip
+    scratch = LOGS / out.name
+    subprocess.run(
+        [sys.executable, str(HERE / "burst.py"), "run", "--mode", mode, "--shape",
+         os.environ.get("SHAPE", "llama-3.2-3b"), "--peaks", PEAKS, "--slope", SLOPE,
+         "--total", str(TOTAL), "--out", str(scratch), "--engine", json.dumps(arguments)],
+        check=True, timeout=500,
+    )  # fmt: skip
+    out.write_bytes(scratch.read_bytes())
+    return json.loads(out.read_text(encoding="utf-8"))
+
+
+def aftermath(run: Any) -> None:
+    """Rows of a neighbour's claims and of a kill."""
+    reclaim, kill = run["reclaim"], run["kill"]
+    granted = [c for c in reclaim["claims"] if "ms" in c and c["engines_held"]]
+    if granted:
+        times = sorted(c["ms"] for c in granted)
+        left = [r for name, r in reclaim["left"].items() if name != "neighbour"]
+        add("reclaim_ms", statistics.median(times), "ms", 30, repeats=len(times), max=times[-1],
+            claims=reclaim["claims"])  # fmt: skip
+        add("idle_over_floor_reclaimed",
+            sum(r["backed_bytes"] for r in left) / sum(r["split_floor_bytes"] for r in left), "x",
+            1.02, left=reclaim["left"], kept=reclaim["kept"])  # fmt: skip
+    add("kill_ms", kill["ms"], "ms", 500, **{k: v for k, v in kill.items() if k != "ms"})
 
 
 PARTS = {"tokens": tokens, "throughput": throughput, "bursts": bursts}

@@ -1,12 +1,13 @@
 """Several engines on one device in bursts, elastic against a static split: time to first token.
 
-    python burst.py run --mode elastic|static --out run.json [--shape ...] [--peak ...]
+    python burst.py run --mode elastic|static --out run.json [--shape ...] [--peaks 16,24,32]
     python burst.py engine ...                       (started by ``run``: one engine)
 
-Each engine gets its load in a triangle: the rate rises from 0 to ``--peak`` requests a second by
-``--slope`` a second, and falls to 1 again. The engines start 2.25 ramps apart, so that their peaks
+Each engine gets its load in a triangle: the rate rises from 0 to the peak by ``--slope`` requests a
+second each second, and falls to 1 again. The engines start 2.25 ramps apart, so that their peaks
 overlap little. A static split gives each engine an equal part of ``--total`` for its cache; elastic
-engines share all of it.
+engines share all of it. The same engines serve one peak after the other. Elastic ones are then
+asked for all that they keep by a neighbour, and one of them is killed under load (``after.py``).
 """
 
 from __future__ import annotations
@@ -16,17 +17,22 @@ import asyncio
 import json
 import os
 import random
+import select
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import after
 import models
 from engine import tenants, used_gib
 
 GIB = 1 << 30
+STARTS_APART = 2.25
+"""Ramps between the starts of two engines' loads."""
 
 
 def arrivals(peak: float, slope: float, seed: int) -> list[float]:
@@ -40,83 +46,168 @@ def arrivals(peak: float, slope: float, seed: int) -> list[float]:
     return times
 
 
-async def serve(options: argparse.Namespace) -> dict[str, Any]:
-    """One engine: start, say so, wait for the word, and take the load."""
-    from vllm import AsyncEngineArgs, SamplingParams
-    from vllm.sampling_params import RequestOutputKind
-    from vllm.v1.engine.async_llm import AsyncLLM
+class Engine:
+    """One engine, and the loads that it is told to take: a line of JSON each."""
 
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = models.make(options.shape, Path(folder)) | json.loads(options.engine)
-        started = time.perf_counter()
-        llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
-        start_s = time.perf_counter() - started
-    vocab = models.SHAPES[options.shape][-1]
-    rng = random.Random(options.index)
-    sampling = SamplingParams(temperature=0, max_tokens=options.output, ignore_eos=True,
-                              detokenize=False, output_kind=RequestOutputKind.DELTA)  # fmt: skip
-    rows: list[dict[str, float]] = []
+    def __init__(self, options: argparse.Namespace) -> None:
+        from vllm import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
 
-    async def one(number: int, at: float) -> None:
-        prompt = {"prompt_token_ids": [rng.randrange(2, vocab) for _ in range(options.prompt)]}
-        sent, first, tokens = time.time(), 0.0, 0
-        async for out in llm.generate(prompt, sampling, f"{options.index}-{number}"):
-            first = first or time.time()
-            tokens += len(out.outputs[0].token_ids)
-        rows.append({"at": round(at, 4), "ttft_s": round(first - sent, 5),
-                     "total_s": round(time.time() - sent, 5), "tokens": tokens})  # fmt: skip
+        self._options = options
+        with tempfile.TemporaryDirectory() as folder:
+            arguments = models.make(options.shape, Path(folder)) | json.loads(options.engine)
+            started = time.perf_counter()
+            self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+            self.start_s = round(time.perf_counter() - started, 2)
+        self._rng = random.Random(options.index)
+        self._sent = 0
 
-    await one(-1, 0.0)  # the first request compiles what is left to compile
-    rows.clear()
-    print("ready", flush=True)
-    begin = float((await asyncio.to_thread(sys.stdin.readline)).strip())
-    times = arrivals(options.peak, options.slope, options.index)
-    tasks = []
-    for number, at in enumerate(times):
-        await asyncio.sleep(max(0.0, begin + at - time.time()))
-        tasks.append(asyncio.create_task(one(number, at)))
-    await asyncio.gather(*tasks)
-    llm.shutdown()
-    return {"index": options.index, "start_s": round(start_s, 2), "begin": begin, "rows": rows,
-            "sent": len(times)}  # fmt: skip
+    async def serve(self) -> None:
+        """Say that the engine is ready, take loads until there are no more lines, and end."""
+        await self.take(0.0, [0.0])  # the first request compiles what is left to compile
+        print("ready", flush=True)
+        while line := await asyncio.to_thread(sys.stdin.readline):
+            order = json.loads(line)
+            if order.get("reset"):
+                found: Any = await self._llm.reset_prefix_cache()
+            else:
+                found = await self.take(order["begin"], order["times"])
+            print(json.dumps({"index": self._options.index, "start_s": self.start_s,
+                              "rows": found}), flush=True)  # fmt: skip
+        self._llm.shutdown()
+
+    async def take(self, begin: float, times: list[float]) -> list[dict[str, Any]]:
+        """Send a request at each of ``times`` after ``begin``; what became of them."""
+        tasks = []
+        for at in times:
+            await asyncio.sleep(max(0.0, begin + at - time.time()))
+            tasks.append(asyncio.create_task(self._one(at)))
+        return list(await asyncio.gather(*tasks))
+
+    async def _one(self, at: float) -> dict[str, Any]:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        vocab = models.SHAPES[self._options.shape][-1]
+        prompt = [self._rng.randrange(2, vocab) for _ in range(self._options.prompt)]
+        sampling = SamplingParams(
+            temperature=0, max_tokens=self._options.output, ignore_eos=True, detokenize=False,
+            output_kind=RequestOutputKind.DELTA,
+        )  # fmt: skip
+        self._sent += 1
+        sent, last, first, tokens, gap = time.time(), 0.0, 0.0, 0, 0.0
+        row: dict[str, Any] = {"at": round(at, 4), "sent": sent}
+        try:
+            async for out in self._llm.generate({"prompt_token_ids": prompt}, sampling,
+                                                f"{self._options.index}-{self._sent}"):  # fmt: skip
+                now = time.time()
+                gap = max(gap, now - last) if last else 0.0
+                first, last = first or now, now
+                tokens += len(out.outputs[0].token_ids)
+        except Exception as error:  # noqa: BLE001 - an engine that was killed is part of the test
+            row["failed"] = f"{type(error).__name__}: {error}"[:200]
+        return row | {"ttft_s": round(first - sent, 5), "total_s": round(time.time() - sent, 5),
+                      "tokens": tokens, "gap_s": round(gap, 5)}  # fmt: skip
+
+
+class Fleet:
+    """The engines of one mode, each a process."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        engine, env = json.loads(options.engine), dict(os.environ)
+        if options.mode == "elastic":
+            env |= {"KVCACHED": "strict", "KVCACHED_BUDGET": str(options.total)}
+        else:
+            env["KVCACHED"] = "0"
+            engine["kv_cache_memory_bytes"] = options.total // options.engines
+        self.children = [self._start(index, engine, env) for index in range(options.engines)]
+
+    def _start(self, index: int, engine: dict[str, Any], env: dict[str, str]) -> Any:
+        command = [sys.executable, __file__, "engine", "--index", str(index), "--engine",
+                   json.dumps(engine)]  # fmt: skip
+        for name in ("shape", "prompt", "output"):
+            command += [f"--{name}", str(getattr(self.options, name))]
+        with Path(f"{self.options.out}.{index}.log").open("w", encoding="utf-8") as log:
+            return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                    stderr=log, text=True,
+                                    env=env | {"KVCACHED_NAME": f"engine-{index}"})  # fmt: skip
+
+    def ready(self) -> None:
+        """Wait until each can serve."""
+        for child in self.children:
+            wait_for_line(child, "ready")
+
+    def tell(self, index: int, **order: Any) -> None:
+        """Give one engine an order."""
+        pipe = self.children[index].stdin
+        pipe.write(json.dumps(order) + "\n")
+        pipe.flush()
+
+    def answers(self, watch: Callable[[], None] = lambda: None) -> list[dict[str, Any]]:
+        """What each has to say to the order that it was given; ``watch`` is called meanwhile."""
+        while not all(select.select([c.stdout], [], [], 0)[0] for c in self.children):
+            watch()
+            time.sleep(0.02)
+        return [json.loads(wait_for_line(child, "{")) for child in self.children]
+
+    def close(self) -> None:
+        """End them; one that was killed has ended already."""
+        for child in self.children:
+            child.stdin.close()
+        for child in self.children:
+            try:
+                child.wait(20)
+            except subprocess.TimeoutExpired:
+                child.terminate()
+                child.wait(20)
+
+
+def burst(fleet: Fleet, peak: float, slope: float) -> dict[str, Any]:
+    """One triangle of load for each engine; the times, and what the device held."""
+    begin, ramp = time.time() + 1, peak / slope
+    for index in range(len(fleet.children)):
+        fleet.tell(index, begin=begin + index * STARTS_APART * ramp,
+                   times=arrivals(peak, slope, index))  # fmt: skip
+    samples: list[dict[str, Any]] = []
+
+    def watch() -> None:
+        if samples and time.time() - begin < samples[-1]["t"] + 0.5:
+            return
+        row: dict[str, Any] = {"t": round(time.time() - begin, 2), "used_gib": used_gib()}
+        if fleet.options.mode == "elastic":
+            row["tenants"] = after.reports()
+        samples.append(row)
+
+    engines = fleet.answers(watch)
+    return {"peak_rps": peak, "slope": slope, "begin": begin, "engines": engines,
+            "samples": samples}  # fmt: skip
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """All engines of one mode, and what the device holds meanwhile."""
-    engine = json.loads(options.engine)
-    env = dict(os.environ)
-    if options.mode == "elastic":
-        env |= {"KVCACHED": "strict", "KVCACHED_BUDGET": str(options.total)}
-    else:
-        env["KVCACHED"] = "0"
-        engine["kv_cache_memory_bytes"] = options.total // options.engines
-    children = []
-    for index in range(options.engines):
-        command = [sys.executable, __file__, "engine", "--index", str(index), "--engine",
-                   json.dumps(engine)]  # fmt: skip
-        for name in ("shape", "peak", "slope", "prompt", "output"):
-            command += [f"--{name}", str(getattr(options, name))]
-        log = Path(f"{options.out}.{index}.log").open("w", encoding="utf-8")  # noqa: SIM115
-        child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                 stderr=log, text=True, env=env)  # fmt: skip
-        children.append(child)
+    """All engines of one mode through all peaks; results are written as they come."""
+    found: dict[str, Any] = {"mode": options.mode, "total_bytes": options.total,
+                             "shape": options.shape, "bursts": []}  # fmt: skip
+    fleet = Fleet(options)
+
+    def write() -> None:
+        Path(options.out).write_text(json.dumps(found, indent=1), encoding="utf-8")
+
     try:
-        for child in children:
-            wait_for_line(child, "ready")
-        begin, ramp = time.time() + 1, options.peak / options.slope
-        for index, child in enumerate(children):
-            assert child.stdin is not None, "a pipe was asked for"
-            child.stdin.write(f"{begin + index * 2.25 * ramp}\n")
-            child.stdin.flush()
-        samples = watch(children, begin, options.mode)
-        found = [json.loads(wait_for_line(child, "{")) for child in children]
+        fleet.ready()
+        for peak in map(float, options.peaks.split(",")):
+            found["bursts"].append(burst(fleet, peak, options.slope))
+            write()
+        if options.mode == "elastic":
+            time.sleep(1.5)
+            found["tenants"] = tenants()
+            found["reclaim"] = after.reclaim(options.total)
+            write()
+            found["kill"] = after.kill(fleet, victim=len(fleet.children) - 1)
+            write()
     finally:
-        for child in children:
-            child.terminate()
-            child.wait(30)
-    return {"mode": options.mode, "total_bytes": options.total, "engines": found,
-            "samples": samples, "peak_rps": options.peak, "slope": options.slope,
-            "shape": options.shape}  # fmt: skip
+        fleet.close()
+    return found
 
 
 def wait_for_line(child: subprocess.Popen[str], start: str) -> str:
@@ -128,27 +219,6 @@ def wait_for_line(child: subprocess.Popen[str], start: str) -> str:
     raise RuntimeError(f"an engine ended with {child.wait()}: see its log")
 
 
-def watch(children: list[Any], begin: float, mode: str) -> list[dict[str, Any]]:
-    """Every half second until the first engine has ended... or all have: the memory in use."""
-    samples = []
-    while any(child.poll() is None for child in children) and time.time() < begin + 600:
-        row: dict[str, Any] = {"t": round(time.time() - begin, 2), "used_gib": used_gib()}
-        if mode == "elastic":
-            row["tenants"] = {t["name"]: t["report"] for t in tenants() if "report" in t}
-        samples.append(row)
-        time.sleep(0.5)
-        if all(has_output(child) for child in children):
-            break
-    return samples
-
-
-def has_output(child: subprocess.Popen[str]) -> bool:
-    """Whether a child has written its result."""
-    import select
-
-    return bool(select.select([child.stdout], [], [], 0)[0])
-
-
 def main() -> int:
     """Either role."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -157,7 +227,7 @@ def main() -> int:
     parser.add_argument("--index", type=int, default=0)
     parser.add_argument("--engines", type=int, default=3)
     parser.add_argument("--shape", default="tiny")
-    parser.add_argument("--peak", type=float, default=24)
+    parser.add_argument("--peaks", default="24", help="requests a second, one burst each")
     parser.add_argument("--slope", type=float, default=1)
     parser.add_argument("--prompt", type=int, default=256)
     parser.add_argument("--output", type=int, default=256)
@@ -166,10 +236,10 @@ def main() -> int:
     parser.add_argument("--engine", default="{}", help="arguments of vLLM's engine, as JSON")
     options = parser.parse_args()
     if options.role == "engine":
-        result = asyncio.run(serve(options))
-        print(json.dumps(result), flush=True)
+        engine = Engine(options)
+        asyncio.run(engine.serve())
         return 0
-    Path(options.out).write_text(json.dumps(run(options), indent=1), encoding="utf-8")
+    run(options)
     return 0
 
 

@@ -1,0 +1,111 @@
+"""What follows a burst of elastic engines: a neighbour that wants their memory, and a death."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+from kvcached.broker.admin import list_tenants
+from kvcached.broker.client import BrokerBudget
+from kvcached.errors import KvcachedError
+from kvcached.stats import TenantReport
+
+if TYPE_CHECKING:
+    from burst import Fleet
+
+CHUNKS = 8
+"""Claims in which a neighbour asks for all memory."""
+KILL_AFTER_S, LOAD_S, RATE = 4.0, 8.0, 6.0
+"""When one engine is killed under a steady load of so many requests a second."""
+
+
+def reports() -> dict[str, dict[str, Any]]:
+    """What each engine holds, by name."""
+    return {t.name: t.report.to_dict() for device in list_tenants() for t in device.tenants}
+
+
+class Neighbour:
+    """A tenant that only counts: its claims show when others have given way."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.budget = BrokerBudget("neighbour", device=list_tenants()[0].device, limit_bytes=None)
+        self.budget.attach(self, self.lock)
+
+    def reclaim(self, nbytes: int, *, patient: bool) -> int:  # noqa: ARG002 - the protocol's
+        """It keeps what it has."""
+        return 0
+
+    def report(self) -> TenantReport:
+        """All of it is in use."""
+        held = self.budget.claimed_bytes
+        return TenantReport(backed_bytes=held, in_use_bytes=held, split_floor_bytes=held)
+
+    def close(self) -> None:
+        """Give all back."""
+        with self.lock:
+            self.budget.give_back(self.budget.claimed_bytes)
+        self.budget.close()
+
+
+def reclaim(total: int) -> dict[str, Any]:
+    """Milliseconds of a neighbour's claims while the engines are idle, until nothing more comes."""
+    kept, neighbour, rows = reports(), Neighbour(), []
+    try:
+        for size in [total // CHUNKS] * CHUNKS + [total // 64] * CHUNKS:
+            held = sum(r["backed_bytes"] for n, r in reports().items() if n != "neighbour")
+            began = time.perf_counter()
+            try:
+                with neighbour.lock:
+                    neighbour.budget.claim(size)
+            except KvcachedError as error:
+                rows.append({"bytes": size, "refused": str(error)[:200]})
+                continue
+            rows.append({"bytes": size, "ms": round((time.perf_counter() - began) * 1e3, 3),
+                         "engines_held": held})  # fmt: skip
+        time.sleep(1.0)
+        return {"kept": kept, "claims": rows, "left": reports()}
+    finally:
+        neighbour.close()
+
+
+def longest_gap(rows: list[dict[str, Any]]) -> float:
+    """Milliseconds between two tokens of a request, at most."""
+    return round(1e3 * max((row["gap_s"] for row in rows), default=0.0), 2)
+
+
+def kill(fleet: Fleet, victim: int) -> dict[str, Any]:
+    """SIGKILL of one engine's core under load: when its bytes are back, what the others felt."""
+    begin = time.time() + 0.5
+    times = [n / RATE for n in range(int(LOAD_S * RATE))]
+    for index in range(len(fleet.children)):
+        fleet.tell(index, begin=begin, times=times)
+    time.sleep(begin + KILL_AFTER_S - time.time())
+    before = reports()
+    name = f"engine-{victim}"
+    pid = next(t.pid for device in list_tenants() for t in device.tenants if t.name == name)
+    at = time.time()
+    os.kill(pid, signal.SIGKILL)
+    while name in reports() and time.time() < at + 20:
+        time.sleep(0.002)
+    back = time.time()
+    engines = fleet.answers()
+    rows = [row for e in engines if e["index"] != victim for row in e["rows"]]
+    through = [r for r in rows if r["sent"] < at < r["sent"] + r["total_s"]]
+    earlier = [r for r in rows if r["sent"] + r["total_s"] < at]
+    return {
+        "killed_held": before[name], "ms": round((back - at) * 1e3, 2),
+        "neighbours": {
+            "requests": len(rows), "failed": [r["failed"] for r in rows if "failed" in r],
+            "running_at_the_kill": len(through),
+            "longest_gap_ms": longest_gap(through),
+            "longest_gap_ms_before": longest_gap(earlier),
+            "ttft_max_s_after": max((r["ttft_s"] for r in rows if r["sent"] > at), default=0.0),
+        },
+        "victim_failed": sum("failed" in r for e in engines if e["index"] == victim
+                             for r in e["rows"]),
+        "left": reports(),
+    }  # fmt: skip
