@@ -55,9 +55,13 @@ class OutOfPages(KvcachedError, MemoryError):
 
 
 class BudgetExceeded(KvcachedError, MemoryError):
-    """The lease refused to grow: the limit, or what the other tenants hold, is in the way."""
+    """The lease refused to grow: the limit, or what the other tenants hold, is in the way.
+
+    ``pending``: others have been asked and may still give; ask again a little later.
+    """
 
     code = "KV102"
+    pending = False
 
 
 class PoolBroken(KvcachedError):

@@ -9,7 +9,6 @@ driver's part), and admits them under the lock again, so that nobody waits for t
 
 from __future__ import annotations
 
-import contextlib
 import time
 from typing import TYPE_CHECKING
 
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
 _NOTHING: Ids = np.empty(0, np.int32)
 _ROUNDS = 8
 _REFUSAL_SECONDS = 0.05  # after a refused claim, how long eviction comes before asking again
-_LONGEST_REFUSAL_SECONDS = 0.8
 _LEAST_SHARE = 16  # growth ahead takes at most one part in this many of the limit
 
 
@@ -40,7 +38,7 @@ class Grower:
     def __init__(self, blocks: BlockPool, most_ahead: int) -> None:
         self._blocks, self._most_ahead = blocks, most_ahead
         self._block_bytes = blocks.geometry.block_bytes * blocks.geometry.num_planes
-        self._refused_until, self._refusal = -1.0, _REFUSAL_SECONDS
+        self._refused_until, self._refused_blocks = -1.0, 0
         self._used_seen = 0  # blocks in use when growth was last measured
         self._demanded = 0  # blocks that growth on demand has told the policy of since then
         self.ahead = Timer()
@@ -77,8 +75,8 @@ class Grower:
 
         Grows by what is missing; evicts nothing itself, since the caller may be about to take some
         of what is cached. What lies free is preferred to what is cached, and what nobody has to
-        that of others, who may take ``seconds`` to give it. Refusals are remembered, longer each
-        time, so that an engine at work does not wait in vain again and again.
+        that of others, who may take ``seconds`` to give it; what they give later is there for the
+        next call. After a refusal nobody is asked for as much, for a moment.
         """
         pool = self._blocks
         if pool.num_free < count:
@@ -86,20 +84,33 @@ class Grower:
         for _ in range(_ROUNDS):
             if pool.num_free >= count:
                 return True
-            if pool.clock() < self._refused_until:
-                return self._ready() >= count
+            short = count - self._ready()
+            refused = pool.clock() < self._refused_until
+            if refused and (short <= 0 or short >= self._refused_blocks):
+                return short <= 0
             if self._grow_if_free(count - pool.num_free):
                 continue
             short = count - self._ready()  # after each question, since others may have acted
             if short > 0:
-                with contextlib.suppress(MemoryError):  # ours: budget, device or addresses
-                    self._grow(short, _NOTHING, seconds)
-                    self._refusal = _REFUSAL_SECONDS
+                answer = self._grow_patiently(short, seconds)
+                if answer is None:
                     continue
-                self._refusal = min(2 * self._refusal, _LONGEST_REFUSAL_SECONDS)
-            self._refused_until = pool.clock() + self._refusal
+                if answer.pending:
+                    return self._ready() >= count
+            self._refused_until = pool.clock() + _REFUSAL_SECONDS
+            self._refused_blocks = short if short > 0 else count
             return self._ready() >= count
         return False
+
+    def _grow_patiently(self, wanted: int, seconds: float | None) -> BudgetExceeded | None:
+        """Grow by ``wanted`` blocks, others may give for it; ``None``, or why that was refused."""
+        try:
+            self._grow(wanted, _NOTHING, seconds)
+        except BudgetExceeded as refusal:
+            return refusal
+        except MemoryError as error:  # ours: the device, or the address space
+            return BudgetExceeded(str(error))
+        return None
 
     def _ready(self) -> int:
         """Blocks that can be had without growing."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 from cache_rig import FOREVER, stop_caretaker
@@ -20,12 +22,27 @@ class AskedBudget(LocalBudget):
     """``meanwhile`` is done once while the budget waits for an answer."""
 
     meanwhile = None
+    pending = False
+    """Others have been asked, and have not answered; ``waited`` is called each time."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.waits, self.waited = [], lambda: None
+
+    def claim(self, nbytes, *, transient=False, seconds=None):
+        self.waits.append(seconds)
+        if self.pending:
+            self.waited()
+            error = BudgetExceeded("others have not answered yet")
+            error.pending = True
+            raise error
+        super().claim(nbytes, transient=transient, seconds=seconds)
 
     def claim_if_free(self, nbytes, *, ask):
         if ask and self.meanwhile is not None:
             do, self.meanwhile = self.meanwhile, None
             do()
-        return super().claim_if_free(nbytes, ask=ask)
+        return not self.pending and super().claim_if_free(nbytes, ask=ask)
 
 
 @pytest.fixture
@@ -199,3 +216,50 @@ def test_what_is_forgotten_is_kept_for_no_prefix(make, in_flight):
         assert tenant._blocks.num_cached == 0
         tenant.reclaim(100 * PAGE)
     assert budget.claimed_bytes == PAGE  # the null block's
+
+
+def test_who_is_to_start_is_not_waited_for_and_starts_when_the_memory_has_come(make):
+    tenant, budget = make()
+    with tenant.scheduling():
+        taken(tenant, 1)  # a request runs
+        budget.waits.clear()
+        budget.pending = True
+        for _ in range(5):  # asked at every pass: no refusal stands in the way of a late answer
+            assert not tenant.secure(3, running=False)
+        assert budget.waits == [0.0] * 5
+        budget.pending = False
+        assert tenant.secure(3, running=False)
+
+
+def test_one_that_runs_is_waited_for_but_in_one_pass_no_longer_than_for_one(make, monkeypatch):
+    tenant, budget = make()
+    with tenant.scheduling():
+        taken(tenant, 1)
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+
+    def slow():
+        now[0] += 0.015
+
+    budget.pending, budget.waited = True, slow
+    for _ in range(2):
+        budget.waits.clear()
+        with tenant.scheduling():
+            for _ in range(3):
+                assert not tenant.secure(3)
+        assert budget.waits == [pytest.approx(0.02), pytest.approx(0.005), 0.0]
+    budget.pending = False
+    with tenant.scheduling():
+        assert tenant.secure(3)
+
+
+def test_a_refusal_of_much_is_none_of_less(make):
+    tenant, budget = make(limit=6)
+    with tenant.scheduling():
+        taken(tenant, 2)
+        budget.waits.clear()
+        assert not tenant.secure(9, running=False)
+        assert not tenant.secure(9, running=False)
+        assert len(budget.waits) == 1, "asked again at once"
+        assert tenant.secure(3)
+        assert len(tenant.take(3)) == 3

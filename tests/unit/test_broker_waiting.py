@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from broker_tenant import MIB, CountingTenant
 
 from kvcached.broker.protocol import OK, REFUSED, Message, Op
-from kvcached.broker.waiting import LOST, Waiting
+from kvcached.broker.waiting import LOST, PENDING, Waiting
 from kvcached.errors import BudgetExceeded
 
 
@@ -77,3 +79,62 @@ def test_a_claim_that_waits_a_little_is_met_by_what_a_slow_peer_gives(pair):
     assert a.reclaims == 1  # for one claim, not for two
     a.budget.check()
     b.budget.check()
+
+
+def test_who_does_not_wait_finds_later_what_others_gave(pair):
+    a, b = pair
+    a.use(90 * MIB)
+    a.cache()
+    with a.lock:
+        with pytest.raises(BudgetExceeded) as refused:
+            b.budget.claim(40 * MIB, seconds=0)
+        assert refused.value.pending
+        with pytest.raises(BudgetExceeded) as again:
+            b.budget.claim(20 * MIB, seconds=0)
+        assert again.value.pending
+    assert wait_until(lambda: b.budget.lease_bytes >= 40 * MIB)
+    b.budget.claim(40 * MIB, seconds=0)
+    assert a.reclaims == 1
+    b.budget.give_back(40 * MIB)
+
+
+def test_who_does_not_wait_is_told_of_the_refusal_by_the_next_claim(pair):
+    a, b = pair
+    a.use(90 * MIB)  # in use: it cannot give
+    with pytest.raises(BudgetExceeded) as first:
+        b.budget.claim(40 * MIB, seconds=0)
+    assert first.value.pending
+    assert wait_until(lambda: refusal_of(b, 40 * MIB) is False)
+
+
+def refusal_of(tenant, nbytes):
+    """Whether the answer to a claim is still to come."""
+    with pytest.raises(BudgetExceeded) as refused:
+        tenant.budget.claim(nbytes, seconds=0)
+    return refused.value.pending
+
+
+def test_a_refusal_that_nobody_waited_for_answers_the_next_claim_of_as_much():
+    now = [0.0]
+    waiting = Waiting(clock=lambda: now[0])
+    for nbytes, later, new in ((100, 0.0, False), (120, 0.0, False), (99, 0.0, True),
+                               (100, 5.0, True)):  # fmt: skip
+        first, _ = waiting.add(100, transient=False)
+        assert first.outcome == PENDING
+        waiting.remove(first)
+        assert waiting.granted(grant(first, REFUSED)) is None
+        now[0] += later
+        answer, asked = waiting.add(nbytes, transient=False)
+        assert asked is new
+        assert (answer.outcome == REFUSED) is not new
+        waiting.remove(answer)
+        waiting.lose()
+
+
+def wait_until(true, seconds=10.0):
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if true():
+            return True
+        time.sleep(0.002)
+    return False

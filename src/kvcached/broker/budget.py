@@ -68,7 +68,8 @@ class Budget(Protocol):
     def claim(self, nbytes: int, *, transient: bool = False, seconds: float | None = None) -> None:
         """Add ``nbytes`` to the claim, or raise ``BudgetExceeded`` and change nothing.
 
-        ``seconds``: how long others may take to give back; ``None``: as long as is usual.
+        ``seconds``: how long others may take to give back; ``None``: as long as is usual. With 0
+        they are asked and not waited for: the error is ``pending``, and a later claim may be met.
         ``transient``: the owner gives back more than this within the same operation (a split), so
         its own limit does not stand in the way; the capacity of the device still does.
         """

@@ -22,7 +22,7 @@ from kvcached.broker.limits import EngineLimit, checked_size
 from kvcached.broker.link import Welcome
 from kvcached.broker.protocol import Message, Op
 from kvcached.broker.session import Session
-from kvcached.broker.waiting import LOST, Waiting
+from kvcached.broker.waiting import LOST, PENDING, Waiting
 from kvcached.config import Config, check_name, format_size
 from kvcached.errors import BudgetExceeded, ClosedError, ForkedProcessError
 from kvcached.stats import LimitRecord, TenantReport
@@ -125,12 +125,13 @@ class BrokerBudget:
         """See ``Budget.claim``. Waits up to 2.5 s for others to give back; not if ``transient``."""
         self._require_usable()
         checked_size("claim", nbytes)
+        seconds = _CLAIM_S if seconds is None else seconds
         with self._changed:
             self._busy_at = time.monotonic()
             if self._fits(nbytes, transient=transient):
                 self._claimed += nbytes
             elif not transient:
-                self._wait_for(nbytes, time.monotonic() + min(_CLAIM_S, seconds or _CLAIM_S))
+                self._wait_for(nbytes, time.monotonic() + min(seconds, _CLAIM_S))
             elif self._ask(nbytes, _GOODBYE_S, transient=True, batch=False) is not None:
                 raise self._refused(nbytes, "nothing is free, not even for a moment")
 
@@ -192,8 +193,7 @@ class BrokerBudget:
             return
         with self._changed:
             assert self._claimed == 0, "I4: budget closed while memory is still claimed"
-            self._closed = True
-            self._lease = 0
+            self._closed, self._lease = True, 0
             said = self._session.send(Message(Op.BYE, _GOODBYE))
             self._changed.notify_all()
             self._changed.wait_for(lambda: self._said_goodbye or not said, _GOODBYE_S)
@@ -222,8 +222,8 @@ class BrokerBudget:
             if status == p.REFUSED:
                 raise self._refused(nbytes, "the others hold the rest and cannot give it now")
             if time.monotonic() >= deadline:
-                why = "the broker does not answer" if status == LOST else "others are too slow"
-                raise self._refused(nbytes, why)
+                why = "others are too slow" if status == p.LATE else "the broker does not answer"
+                raise self._refused(nbytes, why, pending=status == PENDING)
             if status in {LOST, p.LATE}:  # nobody to ask yet, or our own answer is overdue
                 self._changed.wait(0.01)
 
@@ -255,12 +255,14 @@ class BrokerBudget:
             self._waiting.remove(answer)
         return answer.outcome
 
-    def _refused(self, nbytes: int, why: str) -> BudgetExceeded:
-        return BudgetExceeded(
-            f"{self._name} cannot back {format_size(nbytes)} more: {format_size(self._claimed)} "
-            f"are held and {why}",
+    def _refused(self, nbytes: int, why: str, *, pending: bool = False) -> BudgetExceeded:
+        held = format_size(self._claimed)
+        error = BudgetExceeded(
+            f"{self._name} cannot back {format_size(nbytes)} more: {held} are held and {why}",
             hint="`kvcached ps` shows who holds what. Free sequences, or raise a limit.",
         )
+        error.pending = pending
+        return error
 
     # --- giving back, with the owner's lock held --------------------------------------------------
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from kvcached.broker.protocol import Message
+import time
+from collections.abc import Callable
 
-LOST = -1
-"""Status of a claim whose connection ended before the answer came."""
+from kvcached.broker.protocol import REFUSED, Message
+
+LOST, PENDING = -1, -2
+"""Status of a claim whose connection ended before the answer came; of one that still waits."""
+_FRESH_S = 0.1
+"""How long a refusal that nobody waited for answers the next claim."""
 
 
 class Answer:
@@ -20,21 +25,25 @@ class Answer:
 
     @property
     def outcome(self) -> int | None:
-        """``None``: the claim is met; else the broker's status, or ``LOST``."""
+        """``None``: the claim is met; else the broker's status, ``LOST`` or ``PENDING``."""
         if self.done:
             return None
-        return LOST if self.status is None else self.status
+        return PENDING if self.status is None else self.status
 
 
 class Waiting:
     """All waiting claims, by request. The caller holds the owner's lock.
 
     A claim that its owner gave up on stays with the broker for a while. Whoever claims as much, or
-    less, meanwhile waits for that one, or the broker would collect for both.
+    less, meanwhile waits for that one, or the broker would collect for both. If it is refused
+    meanwhile, whoever claims as much, or more, just then has the answer.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._answers: dict[int, Answer] = {}
+        self._refusal: Answer | None = None
+        self._refused_at = 0.0
+        self._clock = clock
         self._next = 1
 
     def add(self, nbytes: int, *, transient: bool) -> tuple[Answer, bool]:
@@ -43,6 +52,10 @@ class Waiting:
             if not (answer.awaited or transient) and answer.nbytes >= nbytes:
                 answer.nbytes, answer.awaited = nbytes, True
                 return answer, False
+        refusal, self._refusal = self._refusal, None
+        fresh = refusal is not None and self._clock() - self._refused_at < _FRESH_S
+        if refusal is not None and fresh and not transient and nbytes >= refusal.nbytes:
+            return refusal, False
         answer = Answer(self._next, nbytes, transient=transient)
         self._answers[answer.request] = answer
         self._next += 1
@@ -63,6 +76,8 @@ class Waiting:
         if answer.awaited:
             return answer
         del self._answers[message.request]
+        if message.status == REFUSED:
+            self._refusal, self._refused_at = answer, self._clock()
         return None
 
     def lose(self) -> None:

@@ -74,8 +74,8 @@ def _wrap_admission(coordinator: Any) -> None:
         queue = self.block_pool.free_block_queue
         if not count or type(queue) is not ElasticQueue:
             return count
-        tenant = queue.tenant
-        if (tenant.lets_in or _runs(self, args, more)) and tenant.secure(count):
+        tenant, running = queue.tenant, _runs(self, args, more)
+        if (tenant.lets_in or running) and tenant.secure(count, running=running):
             return count
         return int(self.block_pool.num_gpu_blocks) + 1
 

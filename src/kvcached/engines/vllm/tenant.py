@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("kvcached.vllm")
 _BUSY_SECONDS, _IDLE_SECONDS = 0.02, 0.25
-"""How long others may take to give memory: while requests run here, and while none do."""
+"""How long others may take to give memory: in one pass while requests run here, while none do."""
 _PAUSE_SECONDS = 0.005
 _QUIET_SECONDS = 0.5
 _DEBT_SECONDS = 1.0
@@ -78,6 +78,7 @@ class EngineBlocks(ElasticBlocks):
         self.make_tail, self.make_idle_tail = make_tail, make_idle_tail
         self._last_pass = time.monotonic()
         self._owed, self._owed_until = 0, -1.0
+        self._patience = _BUSY_SECONDS
         self._fence: StepFence | None = None
         super().__init__(*args, **more)
         self.num_available = self.count_available()
@@ -88,6 +89,7 @@ class EngineBlocks(ElasticBlocks):
         """Around one pass of the scheduler: no cached block goes that it may have matched."""
         with self._lock:
             self._matching, self._last_pass = True, time.monotonic()
+            self._patience = _BUSY_SECONDS
             self.num_available = self.count_available()
             try:
                 yield
@@ -147,14 +149,22 @@ class EngineBlocks(ElasticBlocks):
 
     # --- blocks ----------------------------------------------------------------------------------
 
-    def secure(self, count: int) -> bool:
-        """Whether ``take(count)`` is certain to succeed. Grows; may wait for others to give."""
+    def secure(self, count: int, *, running: bool = True) -> bool:
+        """Whether ``take(count)`` is certain to succeed. Grows; may wait for others to give.
+
+        ``running``: the blocks are for a request that runs: without them one is preempted. For one
+        that is to start while others run nobody waits: it starts when the memory has come.
+        """
         if self._blocks.num_free >= count:
             self.num_available = max(self.num_available, count)  # counted in bytes, it may be less
             return True
         with self._lock:
             busy = self._blocks.num_used > 0
-            done = self._blocks.secure(count, _BUSY_SECONDS if busy else _IDLE_SECONDS)
+            seconds = (self._patience if running else 0.0) if busy else _IDLE_SECONDS
+            began = time.monotonic()
+            done = self._blocks.secure(count, seconds)
+            if seconds and busy:
+                self._patience = max(0.0, self._patience - (time.monotonic() - began))
             if not (done or busy):
                 self._left.wait(_PAUSE_SECONDS)  # or vLLM asks again at once, and again
             self.num_available = max(self.num_available, count) if done else self.count_available()
