@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import models
+import prompts
 
 GIB = 1 << 30
 
@@ -31,6 +32,18 @@ def prompts_of(count: int, length: int, vocab: int, seed: int) -> list[dict[str,
     rng = random.Random(seed)
     return [{"prompt_token_ids": [rng.randrange(2, vocab) for _ in range(length)]}
             for _ in range(count)]  # fmt: skip
+
+
+def workload(options: argparse.Namespace, model: str, seed: int, count: int) -> list[Any]:
+    """The prompts of a phase: language for a model that knows one, else random tokens."""
+    if options.shape == "smollm2":  # about 16 tokens a sentence, after 180 that all begin with
+        return prompts.as_ids(Path(model), count, max(1, (options.prompt - 180) // 16), seed)
+    vocab = models.SHAPES[options.shape][-1]
+    made = prompts_of(count, options.prompt, vocab, seed)
+    prefix = prompts_of(1, options.repeat_prefix, vocab, 7)[0]["prompt_token_ids"]
+    for prompt in made:
+        prompt["prompt_token_ids"][: len(prefix)] = prefix
+    return made
 
 
 def used_gib() -> float:
@@ -91,7 +104,6 @@ def main() -> int:
         started = time.perf_counter()
         llm = LLM(**arguments | {"disable_log_stats": False} | json.loads(options.engine))
         took = time.perf_counter() - started
-    vocab = models.SHAPES[options.shape][-1]
     result: dict[str, Any] = {
         "shape": options.shape, "start_s": round(took, 2), "used_gib_after_start": used_gib(),
         "phases": [], "engine": json.loads(options.engine),
@@ -99,14 +111,11 @@ def main() -> int:
     }  # fmt: skip
     greedy = SamplingParams(temperature=0, max_tokens=options.output, ignore_eos=True,
                             detokenize=False)  # fmt: skip
-    prefix = prompts_of(1, options.repeat_prefix, vocab, 7)[0]["prompt_token_ids"]
     try:
         for number, count in enumerate(map(int, options.phases.split(","))):
-            prompts = prompts_of(count, options.prompt, vocab, number)
-            for prompt in prompts:
-                prompt["prompt_token_ids"][: len(prefix)] = prefix
+            given = workload(options, arguments["model"], number, count)
             began = time.perf_counter()
-            outs = llm.generate(prompts, greedy, use_tqdm=False)
+            outs = llm.generate(given, greedy, use_tqdm=False)
             seconds = time.perf_counter() - began
             tokens = [list(out.outputs[0].token_ids) for out in outs]
             busy = used_gib()
