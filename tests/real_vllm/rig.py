@@ -20,6 +20,7 @@ ENGINE = {
     "max_num_seqs": 16,
     "kv_cache_memory_bytes": 256 << 20,
 }
+PHASES = [(2, 160), (32, 160), (4, 160), (48, 120), (1, 100)]  # requests, and tokens of each
 BLOCK = 512 << 10  # of the tiny model: 128 tokens, 4 layers, float32
 _ENV = {
     "HF_HUB_OFFLINE": "1",
