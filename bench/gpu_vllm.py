@@ -1,6 +1,6 @@
 """Real vLLM, stock beside elastic, in one run: ``bench/results/vllm.json``, the table last.
 
-    python bench/gpu_vllm.py [tokens attention throughput bursts ...]
+    python bench/gpu_vllm.py [tokens attention sleep throughput bursts ...]
 
 Needs a GPU and vLLM in the environment, and this package installed beside it (vLLM finds its
 plug-in by entry point). Models are real shapes with dummy weights, and SmolLM2 where tokens are
@@ -31,10 +31,11 @@ LOGS = Path(tempfile.mkdtemp(prefix="vllm-logs-"))
 RECORDED: Path | None = None
 """A folder of raw figures to make the rows of, in place of running engines."""
 ROWS: list[dict[str, Any]] = []
-RUNNERS = [("FLASH_ATTN", runner) for runner in os.environ.get("RUNNERS", "1,0").split(",")]
-"""Attention backend, and whether it is the V2 model runner."""
 BACKENDS = os.environ.get("BACKENDS", "FLASH_ATTN,TRITON_ATTN,CUSTOM").split(",")
-"""Those whose tokens and speed ``attention`` compares; CUSTOM is ours, and needs the plug-in."""
+"""Attention backends. CUSTOM is ours: it needs the plug-in, and its results depend on the batch."""
+RUNNERS = [(backend, runner) for backend in BACKENDS if backend != "CUSTOM"
+           for runner in os.environ.get("RUNNERS", "1,0").split(",")]  # fmt: skip
+"""Attention backend, and whether it is the V2 model runner."""
 SMALL = {"dtype": "bfloat16", "max_model_len": 4096, "max_num_seqs": 64,
          "kv_cache_memory_bytes": 4 * GIB}  # fmt: skip
 TOKENS = {"shape": "smollm2", "phases": "100,100", "prompt": 400, "output": 128, "settle": 0}
@@ -120,6 +121,26 @@ def attention() -> None:
         add(f"attention_{backend.lower()}", share(shown[backend]), "share", None, repeats=200,
             requests=shown[backend], requests_per_s=rates[backend],
             peers={"stock again": share(shown["FLASH_ATTN, stock again"])})  # fmt: skip
+
+
+def sleep() -> None:
+    """Memory while an engine sleeps, and its tokens after; prefixes dropped and kept."""
+    shown: dict[str, Any] = {}
+    for choice in ("drop", "keep"):
+        run = engine(f"sleep_{choice}", elastic=True, sleep=1,
+                     env={"KVCACHED_SLEEP": choice, "VLLM_BATCH_INVARIANT": "1"},
+                     engine=SMALL | {"enable_sleep_mode": True}, **TOKENS)  # fmt: skip
+        shown[choice] = nap = run["nap"]
+        report = nap["tenants"][0]["report"]
+        least = report["split_floor_bytes"] + report["cached_bytes"]
+        add(f"sleep_over_floor_{choice}", report["backed_bytes"] / least, "x", 1.02, report=report,
+            nap={k: v for k, v in nap.items() if k not in {"tenants", "hashes"}},
+            peers={"GiB of the device, before": run["phases"][-1]["used_gib_idle"],
+                   "asleep": nap["used_gib"], "ms to sleep": nap["sleep_ms"],
+                   "ms to wake": nap["wake_ms"]})  # fmt: skip
+    pairs = [pair for nap in shown.values() for pair in nap["hashes"]]
+    add("sleep_tokens_identical", sum(a == b for a, b in pairs) / len(pairs), "share", 1.0,
+        repeats=len(pairs))  # fmt: skip
 
 
 def throughput() -> None:
@@ -222,7 +243,13 @@ def aftermath(run: Any) -> None:
     add("kill_ms", kill["ms"], "ms", 500, **{k: v for k, v in kill.items() if k != "ms"})
 
 
-PARTS = {"tokens": tokens, "attention": attention, "throughput": throughput, "bursts": bursts}
+PARTS = {
+    "tokens": tokens,
+    "attention": attention,
+    "sleep": sleep,
+    "throughput": throughput,
+    "bursts": bursts,
+}
 
 
 def report(failed: list[str], device: str) -> None:

@@ -85,6 +85,28 @@ def latencies(outs: list[Any]) -> dict[str, float]:
     return found
 
 
+def hash_of(out: Any) -> str:
+    """Of a request's tokens."""
+    text = json.dumps(list(out.outputs[0].token_ids))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def nap(llm: Any, level: int, given: list[Any], sampling: Any) -> dict[str, Any]:
+    """Sleep and wake: times, memory meanwhile, and one request's tokens before and after."""
+    before = hash_of(llm.generate(given, sampling, use_tqdm=False)[0])
+    times = [time.perf_counter()]
+    llm.sleep(level=level)
+    times.append(time.perf_counter())
+    asleep = {"used_gib": used_gib(), "tenants": tenants()}
+    times.append(time.perf_counter())
+    llm.wake_up()
+    times.append(time.perf_counter())
+    after = hash_of(llm.generate(given, sampling, use_tqdm=False)[0])
+    return asleep | {"sleep_ms": round(1e3 * (times[1] - times[0]), 1),
+                     "wake_ms": round(1e3 * (times[3] - times[2]), 1),
+                     "hashes": [[before, after]]}  # fmt: skip
+
+
 def main() -> int:
     """Run the phases."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -93,6 +115,7 @@ def main() -> int:
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--output", type=int, default=128)
     parser.add_argument("--repeat-prefix", type=int, default=0, help="tokens that all begin with")
+    parser.add_argument("--sleep", type=int, default=0, help="level of a nap after all phases")
     parser.add_argument("--settle", type=float, default=1.5, help="seconds before memory is read")
     parser.add_argument("--out", required=True)
     parser.add_argument("--engine", default="{}", help="more arguments of vllm.LLM, as JSON")
@@ -117,17 +140,18 @@ def main() -> int:
             began = time.perf_counter()
             outs = llm.generate(given, greedy, use_tqdm=False)
             seconds = time.perf_counter() - began
-            tokens = [list(out.outputs[0].token_ids) for out in outs]
             busy = used_gib()
             time.sleep(options.settle)
             result["phases"].append({
                 "requests": count, "seconds": round(seconds, 3),
                 "requests_per_s": round(count / seconds, 3), "used_gib": busy,
-                "used_gib_idle": used_gib(), "tokens": sum(map(len, tokens)),
-                "hashes": [hashlib.sha256(json.dumps(t).encode()).hexdigest()[:12]
-                           for t in tokens],
+                "used_gib_idle": used_gib(),
+                "tokens": sum(len(out.outputs[0].token_ids) for out in outs),
+                "hashes": [hash_of(out) for out in outs],
                 "tenants": tenants() if "KVCACHED" in os.environ else [],
             } | latencies(outs))  # fmt: skip
+        if options.sleep:
+            result["nap"] = nap(llm, options.sleep, given[:1], greedy)
     finally:
         Path(options.out).write_text(json.dumps(result, indent=1), encoding="utf-8")
         llm.llm_engine.engine_core.shutdown()  # left to the exit it can hang
