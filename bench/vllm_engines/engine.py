@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import models
+import prompts
 
 GIB = 1 << 30
 
@@ -31,6 +32,18 @@ def prompts_of(count: int, length: int, vocab: int, seed: int) -> list[dict[str,
     rng = random.Random(seed)
     return [{"prompt_token_ids": [rng.randrange(2, vocab) for _ in range(length)]}
             for _ in range(count)]  # fmt: skip
+
+
+def workload(options: argparse.Namespace, model: str, seed: int, count: int) -> list[Any]:
+    """The prompts of a phase: language for a model that knows one, else random tokens."""
+    if options.shape == "smollm2":  # about 16 tokens a sentence, after 180 that all begin with
+        return prompts.as_ids(Path(model), count, max(1, (options.prompt - 180) // 16), seed)
+    vocab = models.SHAPES[options.shape][-1]
+    made = prompts_of(count, options.prompt, vocab, seed)
+    prefix = prompts_of(1, options.repeat_prefix, vocab, 7)[0]["prompt_token_ids"]
+    for prompt in made:
+        prompt["prompt_token_ids"][: len(prefix)] = prefix
+    return made
 
 
 def used_gib() -> float:
@@ -72,6 +85,28 @@ def latencies(outs: list[Any]) -> dict[str, float]:
     return found
 
 
+def hash_of(out: Any) -> str:
+    """Of a request's tokens."""
+    text = json.dumps(list(out.outputs[0].token_ids))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def nap(llm: Any, level: int, given: list[Any], sampling: Any) -> dict[str, Any]:
+    """Sleep and wake: times, memory meanwhile, and one request's tokens before and after."""
+    before = hash_of(llm.generate(given, sampling, use_tqdm=False)[0])
+    times = [time.perf_counter()]
+    llm.sleep(level=level)
+    times.append(time.perf_counter())
+    asleep = {"used_gib": used_gib(), "tenants": tenants()}
+    times.append(time.perf_counter())
+    llm.wake_up()
+    times.append(time.perf_counter())
+    after = hash_of(llm.generate(given, sampling, use_tqdm=False)[0])
+    return asleep | {"sleep_ms": round(1e3 * (times[1] - times[0]), 1),
+                     "wake_ms": round(1e3 * (times[3] - times[2]), 1),
+                     "hashes": [[before, after]]}  # fmt: skip
+
+
 def main() -> int:
     """Run the phases."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -80,6 +115,7 @@ def main() -> int:
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--output", type=int, default=128)
     parser.add_argument("--repeat-prefix", type=int, default=0, help="tokens that all begin with")
+    parser.add_argument("--sleep", type=int, default=0, help="level of a nap after all phases")
     parser.add_argument("--settle", type=float, default=1.5, help="seconds before memory is read")
     parser.add_argument("--out", required=True)
     parser.add_argument("--engine", default="{}", help="more arguments of vllm.LLM, as JSON")
@@ -91,7 +127,6 @@ def main() -> int:
         started = time.perf_counter()
         llm = LLM(**arguments | {"disable_log_stats": False} | json.loads(options.engine))
         took = time.perf_counter() - started
-    vocab = models.SHAPES[options.shape][-1]
     result: dict[str, Any] = {
         "shape": options.shape, "start_s": round(took, 2), "used_gib_after_start": used_gib(),
         "phases": [], "engine": json.loads(options.engine),
@@ -99,26 +134,24 @@ def main() -> int:
     }  # fmt: skip
     greedy = SamplingParams(temperature=0, max_tokens=options.output, ignore_eos=True,
                             detokenize=False)  # fmt: skip
-    prefix = prompts_of(1, options.repeat_prefix, vocab, 7)[0]["prompt_token_ids"]
     try:
         for number, count in enumerate(map(int, options.phases.split(","))):
-            prompts = prompts_of(count, options.prompt, vocab, number)
-            for prompt in prompts:
-                prompt["prompt_token_ids"][: len(prefix)] = prefix
+            given = workload(options, arguments["model"], number, count)
             began = time.perf_counter()
-            outs = llm.generate(prompts, greedy, use_tqdm=False)
+            outs = llm.generate(given, greedy, use_tqdm=False)
             seconds = time.perf_counter() - began
-            tokens = [list(out.outputs[0].token_ids) for out in outs]
             busy = used_gib()
             time.sleep(options.settle)
             result["phases"].append({
                 "requests": count, "seconds": round(seconds, 3),
                 "requests_per_s": round(count / seconds, 3), "used_gib": busy,
-                "used_gib_idle": used_gib(), "tokens": sum(map(len, tokens)),
-                "hashes": [hashlib.sha256(json.dumps(t).encode()).hexdigest()[:12]
-                           for t in tokens],
+                "used_gib_idle": used_gib(),
+                "tokens": sum(len(out.outputs[0].token_ids) for out in outs),
+                "hashes": [hash_of(out) for out in outs],
                 "tenants": tenants() if "KVCACHED" in os.environ else [],
             } | latencies(outs))  # fmt: skip
+        if options.sleep:
+            result["nap"] = nap(llm, options.sleep, given[:1], greedy)
     finally:
         Path(options.out).write_text(json.dumps(result, indent=1), encoding="utf-8")
         llm.llm_engine.engine_core.shutdown()  # left to the exit it can hang

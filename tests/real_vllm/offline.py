@@ -50,32 +50,48 @@ def prompts_of(phase, count):
 def main():
     from vllm import LLM, SamplingParams
 
-    job = json.loads(sys.argv[1])
+    with open(sys.argv[1], encoding="utf-8") as file:
+        job = json.load(file)
     llm = LLM(model=job["model"], seed=0, **job["engine"])
     elastic = os.environ.get("KVCACHED", "0") != "0"
     result = {"phases": []}
     try:
         for number, (count, length) in enumerate(job["phases"]):
             greedy = SamplingParams(temperature=0, max_tokens=length, ignore_eos=True)
-            outs = llm.generate(prompts_of(number, count), greedy, use_tqdm=False)
+            texts = job["texts"][number] if job["texts"] else prompts_of(number, count)
+            outs = llm.generate(texts, greedy, use_tqdm=False)
             busy = memory_of_workers()
             time.sleep(job.get("settle", 1.5))
             result["phases"].append({
                 "tokens": [list(out.outputs[0].token_ids) for out in outs],
+                "texts": [out.outputs[0].text for out in outs],
                 "busy_bytes": busy, "idle_bytes": memory_of_workers(),
                 "tenants": tenants() if elastic else [],
             })  # fmt: skip
-        if job.get("reset"):
-            result["reset"] = llm.reset_prefix_cache()
-            result["after_reset"] = tenants()
-        result["preempted"] = preemptions(llm)
+        result["sleeps"] = [nap(llm, job, level) for level in job.get("sleep", ())]
+        result["preempted"] = counter(llm, "vllm:num_preemptions")
     finally:
         llm.llm_engine.engine_core.shutdown()
     print(json.dumps(result), flush=True)
 
 
-def preemptions(llm):
-    return sum(int(m.value) for m in llm.get_metrics() if m.name == "vllm:num_preemptions")
+def nap(llm, job, level):
+    """Sleep, look at the memory, wake, and say the first phase again."""
+    from vllm import SamplingParams
+
+    llm.sleep(level=level)
+    asleep = tenants()
+    hits = counter(llm, "vllm:prefix_cache_hits")
+    llm.wake_up()
+    count, length = job["phases"][0]
+    greedy = SamplingParams(temperature=0, max_tokens=length, ignore_eos=True)
+    outs = llm.generate(prompts_of(0, count), greedy, use_tqdm=False)
+    return {"asleep": asleep, "tokens": [list(out.outputs[0].token_ids) for out in outs],
+            "hits": counter(llm, "vllm:prefix_cache_hits") - hits}  # fmt: skip
+
+
+def counter(llm, name):
+    return sum(int(m.value) for m in llm.get_metrics() if m.name == name)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ ENGINE = {
     "max_num_seqs": 16,
     "kv_cache_memory_bytes": 256 << 20,
 }
+PHASES = [(2, 160), (32, 160), (4, 160), (48, 120), (1, 100)]  # requests, and tokens of each
 BLOCK = 512 << 10  # of the tiny model: 128 tokens, 4 layers, float32
 _ENV = {
     "HF_HUB_OFFLINE": "1",
@@ -36,12 +37,15 @@ def environment(runtime_dir, **more):
     return ours | _ENV | {"KVCACHED_RUNTIME_DIR": str(runtime_dir)} | more
 
 
-def offline(model, runtime_dir, log, *, phases, engine=None, **env):
-    """Run one engine to its end: what ``offline.py`` says."""
-    job = {"model": str(model), "phases": phases, "engine": ENGINE | (engine or {})}
+def offline(model, runtime_dir, log, *, phases, engine=None, texts=None, more=None, **env):
+    """Run one engine to its end: what ``offline.py`` says. ``texts``: prompts of each phase."""
+    engine = ENGINE | {"disable_log_stats": False} | (engine or {})
+    job = {"model": str(model), "phases": phases, "texts": texts, "engine": engine} | (more or {})
+    order = Path(log).with_suffix(".job")
+    order.write_text(json.dumps(job), encoding="utf-8")
     with open(log, "w", encoding="utf-8") as file:
         done = subprocess.run(
-            [sys.executable, str(RUNNER), json.dumps(job)], check=False, text=True, timeout=400,
+            [sys.executable, str(RUNNER), str(order)], check=False, text=True, timeout=400,
             stdout=subprocess.PIPE, stderr=file, env=environment(runtime_dir, **env),
         )  # fmt: skip
     assert done.returncode == 0, Path(log).read_text(encoding="utf-8")[-3000:]

@@ -6,20 +6,11 @@ import pytest
 from real_vllm import rig
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
-PHASES = [(2, 160), (32, 160), (4, 160), (48, 120), (1, 100)]
-
-
-@pytest.fixture(scope="module")
-def stock(model, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("stock")
-    return rig.offline(model, folder, folder / "log", phases=PHASES,
-                       engine={"disable_log_stats": False})  # fmt: skip
 
 
 def elastic(model, folder, **more):
     more = {"KVCACHED": "strict", "KVCACHED_CHECK": "1"} | more
-    engine = {"disable_log_stats": False} | more.pop("engine", {})
-    return rig.offline(model, folder, folder / "log", phases=PHASES, engine=engine, **more)
+    return rig.offline(model, folder, folder / "log", phases=rig.PHASES, **more)
 
 
 def assert_same(ours, stock):

@@ -24,7 +24,8 @@ def servers(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("servers")
     run, made = Path(tempfile.mkdtemp(prefix="kv-")), []
     try:
-        more = {"KVCACHED": "strict", "KVCACHED_BUDGET": str(BUDGET)}
+        more = {"KVCACHED": "strict", "KVCACHED_BUDGET": str(BUDGET),
+                "VLLM_SERVER_DEV_MODE": "1"}  # fmt: skip
         made.append(rig.Server(model, run, folder / "a.log", KVCACHED_NAME="a",
                                VLLM_CPU_OMP_THREADS_BIND="0", **more))  # fmt: skip
         made.append(rig.Server(model, run, folder / "b.log", KVCACHED_NAME="b",
@@ -72,6 +73,20 @@ def test_an_idle_neighbours_prefixes_make_room(servers):
     assert leases(run)["a"] > BUDGET // 2
     load(b, range(200, 224))
     assert leases(run)["b"] > leases(run)["a"]
+
+
+def test_sleep_takes_all_memory_from_running_requests_and_waking_gives_it_back(servers):
+    run, a, _ = servers
+    alone = load(a, range(500, 506))
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(load, a, range(500, 506))
+        time.sleep(0.5)
+        a.post("/sleep?level=1&mode=keep", {})
+        (held,) = (t["report"]["backed_bytes"] for t in rig.tenants(run) if t["name"] == "a")
+        assert held == rig.BLOCK  # the null block
+        assert not running.done()
+        a.post("/wake_up", {})
+        assert running.result() == alone
 
 
 def test_the_metrics_count_what_is_in_use_and_show_who_shares_the_budget(servers):

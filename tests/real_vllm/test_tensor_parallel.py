@@ -14,7 +14,7 @@ def test_two_ranks_say_what_two_stock_ranks_say(model, run_dir):
     for mode in ("0", "strict"):
         runs[mode] = rig.offline(
             model, run_dir, run_dir / f"{mode}.log", phases=PHASES,
-            engine={"tensor_parallel_size": 2, "disable_log_stats": False}, KVCACHED=mode,
+            engine={"tensor_parallel_size": 2}, KVCACHED=mode,
             KVCACHED_NAME="two", VLLM_CPU_OMP_THREADS_BIND="0|1",
         )  # fmt: skip
     tokens = [[phase["tokens"] for phase in run["phases"]] for run in runs.values()]

@@ -6,17 +6,22 @@ import importlib.util
 import json
 from pathlib import Path
 
-MODELS = Path(__file__).parents[2] / "bench" / "vllm_engines" / "models.py"
+ENGINES = Path(__file__).parents[2] / "bench" / "vllm_engines"
+
+
+def bench_module(name):
+    """A module of the bench: what it measures with, tests compare with."""
+    spec = importlib.util.spec_from_file_location(f"bench_{name}", ENGINES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def write(folder):
     """Write the model's folder."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    spec = importlib.util.spec_from_file_location("bench_models", MODELS)
-    bench = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(bench)
-    bench.make("tiny", folder, max_position_embeddings=2048, torch_dtype="float32")
+    bench_module("models").make("tiny", folder, max_position_embeddings=2048, torch_dtype="float32")
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     names = ["<s>", "</s>", *alphabet]
     tokenizer = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, []))

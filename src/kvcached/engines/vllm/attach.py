@@ -13,7 +13,7 @@ from kvcached.config import Config, engine_config, format_size
 from kvcached.engines.vllm import region as regions
 from kvcached.engines.vllm.port import served_port
 from kvcached.engines.vllm.tenant import EngineBlocks
-from kvcached.errors import BackendUnavailable, EngineUnsupported
+from kvcached.errors import BackendUnavailable, EngineUnsupported, NotAllowed
 from kvcached.layout import Geometry
 from kvcached.memory.base import Fence, MemoryBackend
 from kvcached.memory.fences import PassedFence, fence_on
@@ -66,7 +66,7 @@ def _workers() -> list[Worker] | None:
     owner, found = os.getpid(), list[Worker]()
     try:
         found.append(Worker(owner, 0, patience=0))
-    except BackendUnavailable:
+    except (BackendUnavailable, NotAllowed):  # nobody, or another user's: ours could not listen
         return None
     try:
         facts = regions.facts_in(found[0].hello())

@@ -12,6 +12,7 @@ from kvcached.errors import EngineUnsupported
 
 _log = logging.getLogger("kvcached.vllm")
 _installed = False
+_ATTENTION = "kvcached.engines.vllm.attention.KvcachedAttentionBackend"
 
 
 def install(*, strict: bool) -> bool:
@@ -30,9 +31,26 @@ def install(*, strict: bool) -> bool:
         _log.warning("vLLM %s was never tried with kvcached; all that is replaced is there",
                      found.version)  # fmt: skip
     _replace(found.allocation, strict=strict)
+    _offer_attention()
     gauges.register()
     _installed = True
     return True
+
+
+def _offer_attention() -> None:
+    """Our kernels are ``--attention-backend CUSTOM``, unless another plug-in has taken that."""
+    registry: Any = import_module(seams.REGISTRY)
+    custom = registry.AttentionBackendEnum.CUSTOM
+    if not custom.is_overridden():
+        registry.register_backend(custom, _ATTENTION)
+
+
+def _attend_on_cpu(vllm_config: Any) -> None:
+    """On the CPU vLLM has one backend whatever is chosen: if that is ours, it takes its place."""
+    backends: Any = import_module(seams.REGISTRY)
+    kinds, chosen = backends.AttentionBackendEnum, vllm_config.attention_config.backend
+    if chosen is kinds.CUSTOM and kinds.CUSTOM.get_path() == _ATTENTION:
+        backends.register_backend(kinds.CPU_ATTN, _ATTENTION)
 
 
 def _log_as_vllm_does() -> None:
@@ -67,6 +85,7 @@ def _wrap_worker(worker: Any, allocation: str, *, strict: bool) -> None:
 
     @functools.wraps(init)
     def elastic_init(self: Any, vllm_config: Any, *args: Any, **more: Any) -> None:
+        _attend_on_cpu(vllm_config)
         sizing.prepare(vllm_config, allocation, strict=strict)
         init(self, vllm_config, *args, **more)
 

@@ -48,6 +48,8 @@ def installed_version() -> str | None:
 
 
 _CORE, _WORKER = "vllm.v1.core", "vllm.v1.worker"
+REGISTRY = "vllm.v1.attention.backends.registry"
+"""Where vLLM looks attention backends up."""
 SCHEDULER = (
     Seam(f"{_CORE}.block_pool", "FreeKVCacheBlockQueue"),
     Seam(f"{_CORE}.kv_cache_utils", "FreeKVCacheBlockQueue",
@@ -63,8 +65,11 @@ SCHEDULER = (
     Seam(f"{_CORE}.sched.scheduler", "Scheduler.update_from_output"),
     Seam(f"{_CORE}.sched.scheduler", "Scheduler.finish_requests"),
     Seam(f"{_CORE}.sched.scheduler", "Scheduler.shutdown"),
+    Seam("vllm.v1.engine.core", "EngineCore.sleep", ("level",)),
+    Seam("vllm.v1.engine.core", "EngineCore.wake_up"),
+    Seam("vllm.v1.engine.core", "EngineCore._reset_caches"),
 )  # fmt: skip
-"""Where the scheduler is: the free-block queue, and when a step begins and ends."""
+"""Where the scheduler is: the free-block queue, when a step begins and ends, and sleep."""
 WORKER = (
     Seam(f"{_WORKER}.worker_base", "resolve_obj_by_qualname"),
     Seam(f"{_WORKER}.worker_base", "WorkerBase.__init__", ("vllm_config",)),
@@ -72,8 +77,10 @@ WORKER = (
     Seam(f"{_WORKER}.gpu_worker", "Worker.get_kv_cache_spec"),
     Seam(f"{_WORKER}.gpu_worker", "Worker.sleep"),
     Seam(f"{_WORKER}.gpu_worker", "request_memory", ("init_snapshot", "cache_config")),
+    Seam(REGISTRY, "register_backend", ("backend", "class_path")),
+    Seam(REGISTRY, "AttentionBackendEnum", methods=("get_path", "is_overridden")),
 )
-"""Where a worker is: how large the cache is."""
+"""Where a worker is: how large the cache is, and which attention reads it."""
 LAYOUT_ALLOCATION = (
     Seam(f"{_WORKER}.utils", "allocate_kv_cache",
          ("kv_cache_config", "device", "layout", "kernel_block_sizes")),

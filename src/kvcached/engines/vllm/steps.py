@@ -6,6 +6,7 @@ import functools
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+from kvcached.config import engine_config
 from kvcached.engines.vllm.attach import attach
 from kvcached.engines.vllm.queue import ElasticQueue
 from kvcached.engines.vllm.tenant import EngineBlocks
@@ -26,6 +27,10 @@ def install() -> None:
     _wrap_pool(block_pool.BlockPool)
     _wrap_admission(kv_cache_coordinator.KVCacheCoordinator)
     _wrap_scheduler(scheduler.Scheduler)
+    if engine_config().sleep == "keep":
+        from vllm.v1.engine import core
+
+        _wrap_sleep(core.EngineCore)
 
 
 def _wrap_pool(pool: Any) -> None:
@@ -42,6 +47,9 @@ def _wrap_pool(pool: Any) -> None:
         queue = self.free_block_queue
         if not isinstance(queue, ElasticQueue):
             return bool(reset(self))
+        if queue.tenant.keeps_prefixes:
+            queue.tenant.shed()
+            return True
         with queue.tenant.updating(step=False), queue.as_if_all_were_free():
             done = bool(reset(self))
         if done:
@@ -123,6 +131,40 @@ def _wrap_scheduler(scheduler: Any) -> None:
     scheduler.shutdown = elastic_shutdown
     scheduler.schedule, scheduler.update_from_output = elastic_schedule, elastic_update
     scheduler.finish_requests = elastic_finish
+
+
+def _wrap_sleep(core: Any) -> None:
+    """Fall asleep at level 1, to wake with the same weights, without forgetting the prefixes.
+
+    vLLM pauses its scheduler, perhaps waits, and then resets all caches: that reset is told from
+    others by coming from ``sleep``.
+    """
+    sleep, wake, reset = core.sleep, core.wake_up, core._reset_caches  # noqa: SLF001 - the seams
+
+    @functools.wraps(sleep)
+    def elastic_sleep(self: Any, level: int = 1, *args: Any, **more: Any) -> Any:
+        self.kvcached_keeps = level == 1
+        return sleep(self, level, *args, **more)
+
+    @functools.wraps(wake)
+    def elastic_wake(self: Any, *args: Any, **more: Any) -> Any:
+        self.kvcached_keeps = False
+        return wake(self, *args, **more)
+
+    @functools.wraps(reset)
+    def elastic_reset(self: Any, *args: Any, **more: Any) -> Any:
+        tenant = tenant_of(self.scheduler)
+        if tenant is None or not getattr(self, "kvcached_keeps", False):
+            return reset(self, *args, **more)
+        self.kvcached_keeps, tenant.keeps_prefixes = False, True
+        try:
+            return reset(self, *args, **more)
+        finally:
+            tenant.keeps_prefixes = False
+
+    core.sleep, core.wake_up, core._reset_caches = (  # noqa: SLF001
+        elastic_sleep, elastic_wake, elastic_reset
+    )  # fmt: skip
 
 
 def tenant_of(scheduler: Any) -> EngineBlocks | None:

@@ -80,6 +80,8 @@ class EngineBlocks(ElasticBlocks):
         self._owed, self._owed_until = 0, -1.0
         self._patience = _BUSY_SECONDS
         self._fence: StepFence | None = None
+        self.keeps_prefixes = False
+        """Whether vLLM's reset of its prefix cache is one that is to leave the prefixes."""
         super().__init__(*args, **more)
         self.num_available = self.count_available()
         """As ``count_available`` says, between its calls."""
@@ -236,3 +238,9 @@ class EngineBlocks(ElasticBlocks):
         with self._lock:
             blk[blk[:, hot.STATE] == hot.QUARANTINED, hot.KEEP] = 0
             return self._blocks.trim(may_split=False)
+
+    def shed(self) -> int:
+        """Give back the memory that holds nothing, and leave the prefixes. Returns the bytes."""
+        with self._lock:
+            self._blocks.spares.forget()  # or growth ahead would take it again
+            return self._blocks.drop_spares()
