@@ -37,7 +37,7 @@ RUNNERS = [(backend, runner) for backend in BACKENDS if backend != "CUSTOM"
            for runner in os.environ.get("RUNNERS", "1,0").split(",")]  # fmt: skip
 """Attention backend, and whether it is the V2 model runner."""
 SMALL = {"dtype": "bfloat16", "max_model_len": 4096, "max_num_seqs": 64,
-         "kv_cache_memory_bytes": 4 * GIB}  # fmt: skip
+         "kv_cache_memory_bytes": 4 * GIB, "gpu_memory_utilization": 0.1}  # fmt: skip
 TOKENS = {"shape": "smollm2", "phases": "100,100", "prompt": 400, "output": 128, "settle": 0}
 """200 requests of a model that has learnt something, greedy."""
 PEAKS, SLOPE = os.environ.get("PEAKS", "16,24,32,40"), os.environ.get("SLOPE", "4")

@@ -16,8 +16,8 @@ from kvcached.stats import TenantReport
 if TYPE_CHECKING:
     from burst import Fleet
 
-CHUNKS = 8
-"""Claims in which a neighbour asks for all memory."""
+CLAIMS = ((8, 8), (8, 64), (24, 1024))
+"""A neighbour asks for all memory: how many claims, and which part of all each is for."""
 KILL_AFTER_S, LOAD_S, RATE = 4.0, 8.0, 6.0
 """When one engine is killed under a steady load of so many requests a second."""
 
@@ -55,7 +55,7 @@ def reclaim(total: int) -> dict[str, Any]:
     """Milliseconds of a neighbour's claims while the engines are idle, until nothing more comes."""
     kept, neighbour, rows = reports(), Neighbour(), []
     try:
-        for size in [total // CHUNKS] * CHUNKS + [total // 64] * CHUNKS:
+        for size in [total // part for count, part in CLAIMS for _ in range(count)]:
             held = sum(r["backed_bytes"] for n, r in reports().items() if n != "neighbour")
             began = time.perf_counter()
             try:
