@@ -5,11 +5,15 @@ The arguments are those of ``flash_attn_with_kvcache`` (Dao-AILab/flash-attentio
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from kvcached.errors import InvalidInput
 from kvcached.kernels.checks import AttentionCall, check_call
+
+if TYPE_CHECKING:
+    from kvcached.kernels.plan import Plan
 
 
 def attn_with_kvcache(
@@ -19,11 +23,11 @@ def attn_with_kvcache(
     cu_seqlens_q: Any = None, max_seqlen_q: int = 1, softmax_scale: float | None = None,
     causal: bool = True, window_size: tuple[int, int] = (-1, -1), softcap: float = 0.0,
     alibi_slopes: torch.Tensor | None = None, sinks: torch.Tensor | None = None,
-    custom_mask: None = None, k_descale: None = None, v_descale: None = None,
-    num_splits: int = 0, plan: None = None,
+    custom_mask: torch.Tensor | None = None, k_descale: torch.Tensor | None = None,
+    v_descale: torch.Tensor | None = None, num_splits: int = 0, plan: Plan | None = None,
     out: torch.Tensor | None = None, return_softmax_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Attention of ``q`` over sequences that lie in a paged cache; decode, prefill or both.
+    """Attention of ``q`` over sequences in a paged cache; raises ``InvalidInput`` by argument.
 
     Parameters
     ----------
@@ -31,7 +35,8 @@ def attn_with_kvcache(
         ``[T, Hq, D]``, the query tokens of all sequences one after another.
     k_cache, v_cache:
         ``[num_blocks, block_size, Hkv, D]`` and ``[..., Dv]`` of q's dtype (float32, float16,
-        bfloat16, float64), last stride 1, ``Hq % Hkv == 0``. Only slots that a query sees are read.
+        bfloat16, float64) or, on GPUs, quantised as in ``kernels.quant``; last stride 1,
+        ``Hq % Hkv == 0``. Only slots that a query sees are read.
     k, v:
         ``[T, Hkv, D]``, ``[..., Dv]``: of the query tokens, to be written to the cache first. Then
         ``cache_seqlens`` counts the tokens *before* them.
@@ -49,31 +54,45 @@ def attn_with_kvcache(
     softcap, alibi_slopes, sinks:
         Scores become ``softcap * tanh(score / softcap)``; slopes ``[Hq]`` take off ``slope *
         distance``; sinks ``[Hq]`` join the softmax's denominator (not the LSE).
+    custom_mask:
+        A tree of up to 64 drafts, GPUs only: bit j of int64 ``[T]`` tells whether the token sees
+        the j-th query token of its sequence (itself too); in place of ``causal``.
+    k_descale, v_descale:
+        Scales of a quantised cache, float32: ``()``, ``[Hkv]`` or (the only one for int4) of any
+        strides ``[num_blocks, block_size, Hkv]``.
+    num_splits, plan:
+        Hints for GPUs: parts of each sequence (0: as needed); a ``plan_attention``.
     out, return_softmax_lse:
         ``[T, Hq, Dv]`` to write to; whether to return the natural-log LSE too, float32 ``[T, Hq]``.
         A query that sees no token gives 0 and -inf.
-
-    Raises ``InvalidInput`` naming the argument. ``num_splits`` is a hint for GPUs; ``custom_mask``,
-    ``k_descale``, ``v_descale`` and ``plan`` are reserved and must be ``None``.
     """
     call = check_call(
         q, k_cache, v_cache, k, v, cache_seqlens=cache_seqlens, page_table=page_table,
         cache_start=cache_start, cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q,
         softmax_scale=softmax_scale, causal=causal, window_size=window_size, softcap=softcap,
         alibi_slopes=alibi_slopes, sinks=sinks, out=out, custom_mask=custom_mask,
-        k_descale=k_descale, v_descale=v_descale, plan=plan,
+        k_descale=k_descale, v_descale=v_descale,
     )  # fmt: skip
-    _run(call, num_splits)
+    _run(call, num_splits, plan)
     return (call.out, call.lse) if return_softmax_lse else call.out
 
 
-def _run(call: AttentionCall, num_splits: int) -> None:
+def _run(call: AttentionCall, num_splits: int, plan: Plan | None) -> None:
+    """The one place where a checked call goes to the kernel that serves it best."""
     if call.kv.device.type == "cpu":
+        _refuse_on_cpu(call)
         from kvcached.kernels.cpu import attend
 
         attend(call)
-    else:
-        from kvcached.kernels.decode import attend_triton
+        return
+    from kvcached.kernels.decode import attend_triton
 
-        with torch.cuda.device(call.kv.device):  # Triton launches on the current one
-            attend_triton(call, num_splits)
+    with torch.cuda.device(call.kv.device):  # Triton launches on the current one
+        attend_triton(call, num_splits, plan)
+
+
+def _refuse_on_cpu(call: AttentionCall) -> None:
+    if call.kv.quantized:
+        raise InvalidInput(f"attention over a {call.kv.dtype} cache runs on GPUs only")
+    if call.masks is not None:
+        raise InvalidInput("custom_mask works on GPUs only")

@@ -13,11 +13,17 @@ from typing import Any
 import torch
 
 from kvcached.errors import InvalidInput
+from kvcached.kernels.quant import INT4
 from kvcached.kernels.view import KVView
 from kvcached.layout import cdiv
 
+F32 = torch.float32
 UNBOUNDED = 1 << 40
 """A window side that never cuts anything off."""
+UNSCALED = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+"""Dtypes of queries."""
+MASK_BITS = 64
+"""Query tokens of a sequence that a ``custom_mask`` can tell apart."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +32,10 @@ class AttentionCall:
 
     Shapes: ``q [T, Hq, D]``, ``out [T, Hq, Dv]``, ``lse [T, Hq]`` float32, ``lens [B]`` int32,
     ``q_starts [B + 1]`` int32 or ``None`` if each sequence has ``max_q`` tokens, ``table [B, n]``
-    int32 or ``None``, ``starts [B]`` int32 or ``None``. ``left`` and ``right`` are the tokens
-    that a query sees before and after its own position.
+    int32 or ``None``, ``starts [B]`` int32 or ``None``, ``masks [T]`` int64 or ``None``,
+    ``k_scale``, ``v_scale`` float32 ``()``, ``[Hkv]`` or ``[num_blocks, block_size, Hkv]``, or
+    ``None``. ``left`` and ``right`` are the tokens that a query sees before and after its own
+    position.
     """
 
     q: torch.Tensor
@@ -45,6 +53,9 @@ class AttentionCall:
     right: int
     slopes: torch.Tensor | None
     sinks: torch.Tensor | None
+    masks: torch.Tensor | None = None
+    k_scale: torch.Tensor | None = None
+    v_scale: torch.Tensor | None = None
 
 
 def check_call(
@@ -66,15 +77,14 @@ def check_call(
     alibi_slopes: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
-    **reserved: Any,
+    custom_mask: torch.Tensor | None = None,
+    k_descale: torch.Tensor | None = None,
+    v_descale: torch.Tensor | None = None,
 ) -> AttentionCall:
     """Check the arguments of ``attn_with_kvcache``; writes ``k`` and ``v`` to the cache.
 
     Raises ``InvalidInput``.
     """
-    for name, value in reserved.items():
-        if value is not None:
-            raise InvalidInput(f"{name} is not supported yet", hint=f"Leave {name}=None.")
     kv = KVView.from_tensors(k_cache, v_cache)
     _check_queries(q, kv)
     lens = index_tensor("cache_seqlens", cache_seqlens, 1, kv.device)
@@ -87,9 +97,18 @@ def check_call(
         scale=kv.head_dim**-0.5 if softmax_scale is None else float(softmax_scale),
         softcap=_softcap(softcap), left=left, right=right,
         slopes=_per_head("alibi_slopes", alibi_slopes, q), sinks=_per_head("sinks", sinks, q),
+        masks=_masks(custom_mask, q, max_seqlen_q),
+        k_scale=_scale("k_descale", k_descale, kv), v_scale=_scale("v_descale", v_descale, kv),
     )  # fmt: skip
+    if call.masks is not None and (left != UNBOUNDED or alibi_slopes is not None):
+        raise InvalidInput("custom_mask goes with neither window_size nor alibi_slopes")
     if k is None and v is None:
         return call
+    if kv.quantized:
+        raise InvalidInput(
+            f"k and v cannot be written to a {kv.dtype} cache here",
+            hint="Write them with reshape_and_cache first.",
+        )
     return replace(call, lens=_append(k, v, k_cache, v_cache, call))
 
 
@@ -107,7 +126,8 @@ def index_tensor(name: str, value: Any, dims: int, device: torch.device) -> torc
 def _check_queries(q: torch.Tensor, kv: KVView) -> None:
     if not isinstance(q, torch.Tensor) or q.dim() != 3:
         raise InvalidInput(f"q must be [T, Hq, D], not of shape {tuple(getattr(q, 'shape', ()))}")
-    if (q.dtype, q.device) != (kv.dtype, kv.device):
+    fits = q.dtype in UNSCALED if kv.quantized else q.dtype == kv.dtype
+    if not fits or q.device != kv.device:
         raise InvalidInput(
             f"q is {q.dtype} on {q.device}, but the cache is {kv.dtype} on {kv.device}"
         )
@@ -207,6 +227,36 @@ def _per_head(name: str, value: torch.Tensor | None, q: torch.Tensor) -> torch.T
             f"on {value.device}"
         )
     return value.to(torch.float32).contiguous()
+
+
+def _scale(name: str, scale: torch.Tensor | None, kv: KVView) -> torch.Tensor | None:
+    """A scale of a quantised cache, and of no other."""
+    if (scale is not None) != kv.quantized:
+        what = "needs" if kv.quantized else "takes no"
+        raise InvalidInput(f"a cache of {kv.dtype} {what} {name}")
+    if scale is None:
+        return None
+    rows = (kv.num_blocks, kv.block_size, kv.num_kv_heads)
+    shapes = (rows,) if kv.dtype == INT4 else ((), rows[2:], rows)
+    if tuple(scale.shape) not in shapes or (scale.dtype, scale.device) != (F32, kv.device):
+        raise InvalidInput(
+            f"{name} must be float32 of shape {' or '.join(map(str, shapes))} on {kv.device}, not "
+            f"{scale.dtype} {tuple(scale.shape)} on {scale.device}"
+        )
+    return scale
+
+
+def _masks(masks: torch.Tensor | None, q: torch.Tensor, max_q: int) -> torch.Tensor | None:
+    if masks is None:
+        return None
+    if masks.shape != q.shape[:1] or (masks.dtype, masks.device) != (torch.int64, q.device):
+        raise InvalidInput(
+            f"custom_mask must be int64 [{len(q)}] on {q.device}, not {masks.dtype} "
+            f"{tuple(masks.shape)} on {masks.device}"
+        )
+    if max_q > MASK_BITS:
+        raise InvalidInput(f"custom_mask has {MASK_BITS} bits, but max_seqlen_q is {max_q}")
+    return masks.contiguous()
 
 
 def _output(out: torch.Tensor | None, q: torch.Tensor, kv: KVView) -> torch.Tensor:

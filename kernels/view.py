@@ -7,8 +7,10 @@ from dataclasses import dataclass
 import torch
 
 from kvcached.errors import InvalidInput
+from kvcached.kernels.quant import INT4, LARGEST
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64, *LARGEST)
+"""Of elements; the last four are quantised."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +19,8 @@ class KVView:
 
     Element (block, slot, head, d) of K is at ``k_ptr`` plus ``block * block_stride + slot *
     slot_stride + head * head_stride + d`` elements; V goes by the ``v_*`` strides.
-    ``num_blocks`` bounds the block ids.
+    ``num_blocks`` bounds the block ids. The strides are those of stored elements, the head dims
+    those of the keys and values: of int4 two are stored as one.
     """
 
     k_ptr: int
@@ -54,12 +57,18 @@ class KVView:
                 f"v_cache is {v_cache.dtype} on {v_cache.device}, but k_cache is "
                 f"{k_cache.dtype} on {k_cache.device}: they must be equal"
             )
-        blocks, size, heads, dim = k_cache.shape
+        blocks, size, heads, _ = k_cache.shape
+        dim, dim_v = (x.shape[3] * (2 if x.dtype == INT4 else 1) for x in (k_cache, v_cache))
         return cls(
             k_cache.data_ptr(), v_cache.data_ptr(), k_cache.dtype, k_cache.device,
-            blocks, size, heads, dim, v_cache.shape[3],
+            blocks, size, heads, dim, dim_v,
             *k_cache.stride()[:3], *v_cache.stride()[:3],
         )  # fmt: skip
+
+    @property
+    def quantized(self) -> bool:
+        """Whether elements need a scale."""
+        return self.dtype in LARGEST
 
 
 def _check_cache(name: str, cache: torch.Tensor) -> None:

@@ -9,55 +9,119 @@ import subprocess
 import sys
 import tempfile
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kvcached.kernels.decode import append_kernel, attend_kernel, num_warps, tile_config
+from kvcached.kernels import decode
+from kvcached.kernels._decode import attend_kernel
+from kvcached.kernels._launch import signature_of
+from kvcached.kernels.checks import UNBOUNDED, AttentionCall
+from kvcached.kernels.plan import plan_kernel
+from kvcached.kernels.quant import INT4
+from kvcached.kernels.view import KVView
 
-NAMES = {"fp16": 2, "bf16": 2, "fp32": 4}
-ATTEND_POINTERS = {"TABLE": "*i32", "LENS": "*i32", "Q_STARTS": "*i32", "SINKS": "*fp32",
-                   "SLOPES": "*fp32", "PARTIAL": "*fp32", "STATE": "*fp32", "FINISHED": "*i32",
-                   "LSE": "*fp32", "scale": "fp32", "softcap": "fp32"}  # fmt: skip
+NAMES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+QUANTIZED = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2, "int8": torch.int8,
+             "int4": INT4}  # fmt: skip
+BLOCKS = 64
 
 
-def attend(dtype, dim, *, max_q, splits, extras):
-    """(kernel, signature, constants) of one configuration of ``attend_kernel``."""
-    constants = tile_config(4, dim, dim, max_q, NAMES[dtype]) | {
-        "SPLITS": splits, "BLOCK_SIZE": 16, "PAGED": True, "VARLEN": max_q > 1,
-        "HAS_SINKS": extras, "HAS_SLOPES": extras, "HAS_CAP": extras, "ALIGN": 16,
-        "UPCAST": False,
-    }  # fmt: skip
-    pointers = ATTEND_POINTERS | {"Q": f"*{dtype}", "OUT": f"*{dtype}", "K": "i64", "V": "i64"}
-    return attend_kernel, pointers, constants
+def shaped(dtype, dim, *, stored=None, block_size=16, paged=True, max_q=1, heads=8, group=4,
+           by_row=True, extras=False, left=UNBOUNDED, tree=False):  # fmt: skip
+    """A checked call of this shape, whose tensors nobody reads."""
+    stored = stored or dtype
+    width = dim // 2 if stored == INT4 else dim
+    strides = (block_size * heads * width, heads * width, width)
+    kv = KVView(16 << 20, 32 << 20, stored, torch.device("cpu"), BLOCKS, block_size, heads, dim,
+                dim, *strides, *strides)  # fmt: skip
+    q, ints = torch.empty(max_q, heads * group, dim, dtype=dtype), torch.empty(1, 1).int()
+    scale = None
+    if kv.quantized:
+        scale = torch.empty(BLOCKS, block_size, heads) if by_row else torch.empty(heads)
+    per_head = torch.empty(heads * group) if extras else None
+    return AttentionCall(
+        q=q, kv=kv, out=q, lse=torch.empty(q.shape[:2]), lens=ints[0],
+        table=ints if paged else None, starts=None if paged else ints[0],
+        q_starts=ints[0] if max_q > 1 else None, max_q=max_q, scale=1.0,
+        softcap=5.0 if extras else 0.0, left=left, right=0, slopes=per_head, sinks=per_head,
+        masks=torch.empty(max_q).long() if tree else None, k_scale=scale, v_scale=scale,
+    )  # fmt: skip
+
+
+def attend(call, *, split=True, planned=False):
+    """(kernel, types, constants, warps, bytes of tiles that are to be in flight)."""
+    kv = call.kv
+    config = decode.tile_config(call.q.shape[1] // kv.num_kv_heads, kv.head_dim, kv.head_dim_v,
+                                call.max_q, call.q.dtype, kv.dtype)  # fmt: skip
+    constants = decode.constants_of(call, config, split=split, planned=planned)
+    pair = kv.dtype.itemsize * config["BN"] * (config["DP"] + config["DVP"])
+    warps = decode.num_warps(config, call.q.element_size())
+    ahead = (config["STAGES"] - 1) * pair
+    return attend_kernel, decode.types_of(call.q.dtype), constants, warps, ahead
 
 
 def append(dtype, dim):
-    """(kernel, signature, constants) of ``append_kernel``."""
+    """The same of ``append_kernel``."""
     constants = {"D": dim, "DV": dim, "WIDTH": 1024, "BLOCK_SIZE": 16}
-    return append_kernel, {"KEY": f"*{dtype}", "VALUE": f"*{dtype}", "SLOTS": "*i32",
-                           "K": "i64", "V": "i64"}, constants  # fmt: skip
+    types = {"KEY": f"*{dtype}", "VALUE": f"*{dtype}", "SLOTS": "*i32", "K": "i64", "V": "i64"}
+    return decode.append_kernel, types, constants, 4, 0
 
 
-def tiles_ahead(constants, itemsize):
-    """Bytes of the (STAGES - 1) // 2 pairs of K and V tiles that are to be in flight."""
-    if "STAGES" not in constants:
-        return 0
-    pair = itemsize * constants["BN"] * (constants["DP"] + constants["DVP"])
-    return (constants["STAGES"] - 1) // 2 * pair
+def plans(sequences):
+    """The same of ``plan_kernel``."""
+    constants = {"B": sequences, "E": 8192 // sequences, "BN": 64, "LEFT": True, "VARLEN": True,
+                 "ORDERS": 8}  # fmt: skip
+    return plan_kernel, dict.fromkeys(("LENS", "Q_STARTS", "WORK"), "*i32"), constants, 8, 0
 
 
-def report(kernel, types, constants, itemsize):
+def configurations():
+    """Name -> what ``report`` takes."""
+    rows = {}
+    shapes = {
+        "decode": {}, "verify": {"max_q": 4}, "tree": {"max_q": 8, "tree": True},
+        "prefill": {"max_q": 99}, "extras": {"extras": True, "left": 100},
+        "MQA": {"heads": 1, "group": 32}, "MHA": {"group": 1},
+    }  # fmt: skip
+    for dim in (64, 128, 256):
+        for shape, options in shapes.items():
+            rows[f"attend bf16 {dim} {shape}"] = attend(shaped(torch.bfloat16, dim, **options))
+    for name in ("fp16", "fp32"):  # float32 is for comparisons
+        for shape in ("decode", "prefill"):
+            rows[f"attend {name} 64 {shape}"] = attend(shaped(NAMES[name], 64, **shapes[shape]))
+    for name in NAMES:
+        rows[f"append {name}"] = append(name, 128)
+    for dim in (80, 96, 192):
+        rows[f"attend bf16 {dim} decode"] = attend(shaped(torch.bfloat16, dim))
+    places = {"page 1": {"block_size": 1}, "page 256": {"block_size": 256},
+              "consecutive": {"paged": False}}  # fmt: skip
+    for place, options in places.items():
+        rows[f"attend bf16 128 {place}"] = attend(shaped(torch.bfloat16, 128, **options))
+    plain = shaped(torch.bfloat16, 128)
+    rows["attend bf16 128 whole"] = attend(plain, split=False)
+    rows["attend bf16 128 planned"] = attend(plain, planned=True)
+    for name, stored in QUANTIZED.items():
+        for by_row in (True,) if stored == INT4 else (True, False):
+            call = shaped(torch.bfloat16, 128, stored=stored, by_row=by_row)
+            rows[f"attend {name} 128 {'by row' if by_row else 'by head'}"] = attend(call)
+    for sequences in (16, 256, 1024):
+        rows[f"plan {sequences}"] = plans(sequences)
+    return rows
+
+
+def report(kernel, types, constants, warps, ahead):
     """What the sm_90 code needs: registers, stack and shared bytes, copies ahead of use."""
-    signature = {n: types.get(n, "constexpr" if n in constants else "i32")
-                 for n in kernel.arg_names}  # fmt: skip
-    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names)
-               if signature[n][0] == "*" or n in {"K", "V"} or n.startswith("stride")}  # fmt: skip
+    signature = signature_of(kernel, types, constants)
+    attributes = {}
+    if kernel is decode.append_kernel:
+        wide = [name for name in kernel.arg_names if name[0].isupper() or name.startswith("stride")]
+        attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in wide
+                      if name not in constants}  # fmt: skip
     compiled = triton.compile(
-        ASTSource(kernel, signature, constants, aligned),
-        target=GPUTarget("cuda", 90, 32),
-        options={"num_warps": num_warps(constants, itemsize) if kernel is attend_kernel else 4},
-    )
+        ASTSource(kernel, signature, constants, attributes),
+        target=GPUTarget("cuda", 90, 32), options={"num_warps": warps},
+    )  # fmt: skip
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -68,23 +132,14 @@ def report(kernel, types, constants, itemsize):
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
     return {
         "registers": registers, "stack": stack, "shared": compiled.metadata.shared,
-        # 16-byte copies of K and V; narrower ones fetch the block table
+        # 16-byte copies of K and V; narrower ones fetch scales, and V of one byte an element
         "wide_copies": len(re.findall(r"cp\.async\.c[ga][^;]*, 0x10", compiled.asm["ptx"])),
-        "tiles_ahead": tiles_ahead(constants, itemsize),
+        "tiles_ahead": ahead,
     }  # fmt: skip
 
 
 def main():
-    rows = {}
-    for dtype, itemsize in NAMES.items():
-        for dim in (64, 128) if itemsize < 4 else (64,):  # float32 is for comparisons
-            shapes = {"decode": (1, 8, False), "verify": (4, 1, False), "prefill": (99, 1, False),
-                      "extras": (1, 8, True)}  # fmt: skip
-            for name, (max_q, splits, extras) in shapes.items():
-                one = attend(dtype, dim, max_q=max_q, splits=splits, extras=extras)
-                rows[f"attend {dtype} {dim} {name}"] = report(*one, itemsize)
-            rows[f"append {dtype} {dim}"] = report(*append(dtype, dim), itemsize)
-    json.dump(rows, sys.stdout)
+    json.dump({name: report(*one) for name, one in configurations().items()}, sys.stdout)
 
 
 if __name__ == "__main__":

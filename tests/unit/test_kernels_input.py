@@ -25,6 +25,10 @@ def arguments(**changes):
     } | changes  # fmt: skip
 
 
+QUANTIZED = dict.fromkeys(("k_cache", "v_cache"), torch.zeros(4, 16, 2, 8).char()) | dict.fromkeys(
+    ("k_descale", "v_descale"), torch.ones(2)
+)
+
 BAD_CALLS = {
     "q must be": {"q": torch.zeros(2, 8)},
     "q is torch.float16": {"q": torch.zeros(2, 4, 8).half()},
@@ -34,7 +38,12 @@ BAD_CALLS = {
     "q has 3 tokens": {"q": torch.zeros(3, 4, 8)},
     "k_cache must be": {"k_cache": torch.zeros(4, 16, 8)},
     "k_cache has stride 2": {"k_cache": torch.zeros(4, 16, 2, 16)[..., ::2]},
-    "k_cache is torch.int8": {"k_cache": torch.zeros(4, 16, 2, 8, dtype=torch.int8)},
+    "k_cache is torch.int16": {"k_cache": torch.zeros(4, 16, 2, 8, dtype=torch.int16)},
+    "int8 needs k_descale": dict.fromkeys(("k_cache", "v_cache"), torch.zeros(4, 16, 2, 8).char()),
+    "float32 takes no v_descale": {"v_descale": torch.ones(())},
+    r"v_descale must be float32 of shape \(\) or": QUANTIZED | {"v_descale": torch.ones(3)},
+    "GPUs only": QUANTIZED,
+    "cannot be written": QUANTIZED | {"k": torch.zeros(2, 2, 8), "v": torch.zeros(2, 2, 8)},
     "k_cache has shape": {"k_cache": torch.zeros(0, 16, 2, 8)},
     "v_cache has shape": {"v_cache": torch.zeros(3, 16, 2, 8)},
     "v_cache is torch.float64": {"v_cache": torch.zeros(4, 16, 2, 8).double()},
@@ -56,7 +65,9 @@ BAD_CALLS = {
     "sinks must be": {"sinks": torch.zeros(3)},
     "alibi_slopes must be": {"alibi_slopes": torch.zeros(3)},
     "out must be": {"out": torch.zeros(2, 4, 9)},
-    "custom_mask is not supported": {"custom_mask": torch.zeros(1)},
+    "custom_mask must be": {"custom_mask": torch.zeros(2)},
+    "custom_mask works on GPUs": {"custom_mask": torch.ones(2).long()},
+    "custom_mask goes with": {"custom_mask": torch.ones(2).long(), "window_size": (3, 0)},
     "k and v must be given both": {"k": torch.zeros(2, 2, 8)},
     "key must be": {"k": torch.zeros(1, 2, 8), "v": torch.zeros(2, 2, 8)},
 }

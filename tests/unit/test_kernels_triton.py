@@ -41,18 +41,20 @@ def test_the_laws_of_the_kernels_hold_in_the_interpreter():
 
 @pytest.fixture(scope="module")
 def compiled():
-    done = _python(str(Path(__file__).with_name("aot_report.py")), timeout=110)
+    done = _python(str(Path(__file__).with_name("aot_report.py")), timeout=280)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout)
 
 
+@pytest.mark.timeout(300)
 def test_every_kernel_compiles_for_sm_90_without_spills(compiled):
-    assert len(compiled) == 25
+    assert len(compiled) == 46
     for name, needs in compiled.items():
         assert needs["stack"] == 0, (name, needs)
         assert needs["shared"] <= SHARED_LIMIT, (name, needs)
 
 
+@pytest.mark.timeout(300)
 def test_keys_and_values_are_copied_ahead_in_16_byte_pieces(compiled):
     for name, needs in compiled.items():
         if name.startswith("attend"):

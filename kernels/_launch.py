@@ -1,0 +1,91 @@
+"""Compiled kernels, kept by what they were compiled for, and called with addresses as integers.
+
+Triton's own launch looks at every argument to find the kernel, and asks the driver about every
+tensor. Here the caller knows: a kernel is compiled for explicit types and constants, the same that
+the ahead-of-time tests compile, and its handle is called with integers. So a launch costs about a
+microsecond of the host, and the base of a cache may be unmapped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import triton
+from triton.compiler import ASTSource
+
+from kvcached.errors import InvalidInput
+
+TYPES = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float8_e4m3fn: "fp8e4nv",
+    torch.float8_e5m2: "fp8e5",
+    torch.int8: "i8",
+    torch.uint8: "u8",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
+"""Triton's names of element types."""
+
+
+def interpreted() -> bool:
+    """Whether Triton interprets kernels on the CPU (``TRITON_INTERPRET=1`` before its import)."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+def signature_of(kernel: Any, types: Mapping[str, str], constants: Mapping[str, Any]) -> Any:
+    """What Triton compiles; arguments without a type or a value are ``i32``."""
+    return {
+        name: "constexpr" if name in constants else types.get(name, "i32")
+        for name in kernel.arg_names
+    }
+
+
+class Handle:
+    """A compiled kernel on one device: ``handle(grid_x, grid_y, stream, *arguments)``.
+
+    Arguments are all those of the kernel in order: integers for pointers, ``None`` for constants.
+    """
+
+    __slots__ = ("_fixed", "_function", "_launch", "compiled")
+
+    def __init__(self, compiled: Any) -> None:
+        run = compiled.run  # loads the kernel onto the current device
+        if run.global_scratch_size or run.profile_scratch_size:
+            raise InvalidInput(f"{compiled.name} needs scratch memory, which no caller brings")
+        self.compiled = compiled
+        self._launch = run.launch
+        self._function = compiled.function
+        # cooperative, dependent launch, two scratch areas, sizes, metadata and hooks of profilers
+        self._fixed = (run.launch_cooperative_grid, run.launch_pdl, None, None,
+                       compiled.packed_metadata, None, None, None)  # fmt: skip
+
+    def __call__(self, grid_x: int, grid_y: int, stream: int, *arguments: Any) -> None:
+        self._launch(grid_x, grid_y, 1, stream, self._function, *self._fixed, *arguments)
+
+
+_handles: dict[tuple[Any, ...], Handle] = {}
+
+
+def handle_of(
+    kernel: Any,
+    types: Mapping[str, str],
+    constants: Mapping[str, Any],
+    *,
+    num_warps: int,
+    device: int,
+) -> Handle:
+    """The compiled kernel for ``types`` of pointers and scalars and for ``constants``.
+
+    Compiles at the first call, for the current device, which must be number ``device``.
+    """
+    key = (kernel, device, num_warps, tuple(types.items()), tuple(constants.items()))
+    handle = _handles.get(key)
+    if handle is None:
+        source = ASTSource(kernel, signature_of(kernel, types, constants), dict(constants), {})
+        compiled = triton.compile(source, options={"num_warps": num_warps})
+        handle = _handles[key] = Handle(compiled)
+    return handle
