@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from kvcached.kernels.attention import attn_with_kvcache
     from kvcached.kernels.merge import merge_state, merge_states
     from kvcached.kernels.move import copy_pages, gather_kv, gather_pages, scatter_pages
+    from kvcached.kernels.plan import Plan, plan_attention
     from kvcached.kernels.view import KVView
 
 _HOMES = {
@@ -25,16 +26,20 @@ _HOMES = {
     "gather_kv": "move",
     "gather_pages": "move",
     "scatter_pages": "move",
+    "Plan": "plan",
+    "plan_attention": "plan",
     "KVView": "view",
 }
 __all__ = [
     "KVView",
+    "Plan",
     "attn_with_kvcache",
     "copy_pages",
     "gather_kv",
     "gather_pages",
     "merge_state",
     "merge_states",
+    "plan_attention",
     "reference",
     "reshape_and_cache",
     "scatter_pages",

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from kvcached.kernels.quant import dequantize
+
 
 def rows_of(cache: torch.Tensor, blocks: torch.Tensor, length: int) -> torch.Tensor:
     """The first ``length`` rows of the sequence in ``blocks``: ``[length, Hkv, D]`` float64."""
@@ -28,8 +30,12 @@ def attend_rows(
     softcap: float,
     slopes: torch.Tensor | None,
     sinks: torch.Tensor | None,
+    masks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of one sequence: ``q [S, Hq, D]`` over ``keys [L, Hkv, D]``, ``values``."""
+    """Attention of one sequence: ``q [S, Hq, D]`` over ``keys [L, Hkv, D]``, ``values``.
+
+    ``masks`` int64 ``[S]``: bit j shows the j-th query token to a query; in place of ``causal``.
+    """
     group = q.shape[1] // keys.shape[1]
     keys, values = (x.double().repeat_interleave(group, 1) for x in (keys, values))
     scores = torch.einsum("shd,lhd->hsl", q.double(), keys) * scale
@@ -43,7 +49,11 @@ def attend_rows(
     hidden = torch.zeros_like(distance, dtype=torch.bool)
     if left >= 0:
         hidden |= distance < -left
-    if right >= 0:
+    if masks is not None:
+        nth = torch.arange(len(keys)) - (len(keys) - len(q))  # which query token a key is of
+        bits = (masks[:, None] >> nth.clamp(min=0)[None, :]) & 1
+        hidden |= (nth >= 0)[None, :] & (bits == 0)
+    elif right >= 0:
         hidden |= distance > right
     scores = scores.masked_fill(hidden, -torch.inf)
     lse = torch.logsumexp(scores, -1)
@@ -68,19 +78,27 @@ def attn_with_kvcache(
     softcap: float = 0.0,
     alibi_slopes: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
+    custom_mask: torch.Tensor | None = None,
+    k_descale: torch.Tensor | None = None,
+    v_descale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Twin of ``kernels.attn_with_kvcache``; returns (out ``[T, Hq, Dv]``, lse ``[T, Hq]``)."""
     if cu_seqlens_q is None:
         cu_seqlens_q = torch.arange(len(cache_seqlens) + 1) * max_seqlen_q
+    if k_descale is not None and v_descale is not None:
+        k_cache = dequantize(k_cache, k_descale, torch.float64)
+        v_cache = dequantize(v_cache, v_descale, torch.float64)
     outs = [torch.zeros(0, q.shape[1], v_cache.shape[-1], dtype=torch.float64)]
     lses = [torch.zeros(0, q.shape[1], dtype=torch.float64)]
     for i, length in enumerate(cache_seqlens.tolist()):
+        part = slice(int(cu_seqlens_q[i]), int(cu_seqlens_q[i + 1]))
         out, lse = attend_rows(
-            q[int(cu_seqlens_q[i]) : int(cu_seqlens_q[i + 1])],
+            q[part],
             rows_of(k_cache, page_table[i], length),
             rows_of(v_cache, page_table[i], length),
             scale=q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale,
             causal=causal, window=window_size, softcap=softcap, slopes=alibi_slopes, sinks=sinks,
+            masks=None if custom_mask is None else custom_mask[part],
         )  # fmt: skip
         outs.append(out)
         lses.append(lse)
