@@ -55,29 +55,43 @@ def attn_with_kvcache(
         Scores become ``softcap * tanh(score / softcap)``; slopes ``[Hq]`` take off ``slope *
         distance``; sinks ``[Hq]`` join the softmax's denominator (not the LSE).
     custom_mask:
-        A tree of up to 64 drafts, GPUs only: bit j of int64 ``[T]`` tells whether the token sees
-        the j-th query token of its sequence (itself too); in place of ``causal``.
+        In place of ``causal``, on GPUs: bit j of int64 ``[T]`` tells whether the token sees the
+        j-th query token of its sequence, of at most 64 (a tree of drafts).
     k_descale, v_descale:
-        Scales of a quantised cache, float32: ``()``, ``[Hkv]`` or (the only one for int4) of any
-        strides ``[num_blocks, block_size, Hkv]``.
+        Scales of a quantised cache, float32: ``()``, ``[Hkv]`` or (of int4 always) ``[num_blocks,
+        block_size, Hkv]``.
     num_splits, plan:
         Hints for GPUs: parts of each sequence (0: as needed); a ``plan_attention``.
     out, return_softmax_lse:
-        ``[T, Hq, Dv]`` to write to; whether to return the natural-log LSE too, float32 ``[T, Hq]``.
-        A query that sees no token gives 0 and -inf.
+        ``[T, Hq, Dv]`` to write to (0 for a query that sees no token); whether to return the
+        natural-log LSE too, float32 ``[T, Hq]`` (-inf).
     """
-    call = check_call(
-        q, k_cache, v_cache, k, v, cache_seqlens=cache_seqlens, page_table=page_table,
-        cache_start=cache_start, cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q,
-        softmax_scale=softmax_scale, causal=causal, window_size=window_size, softcap=softcap,
-        alibi_slopes=alibi_slopes, sinks=sinks, out=out, custom_mask=custom_mask,
-        k_descale=k_descale, v_descale=v_descale,
-    )  # fmt: skip
-    _run(call, num_splits, plan)
+    tensors = (q, k_cache, v_cache, page_table, cache_start, cache_seqlens, cu_seqlens_q,
+               custom_mask, sinks, alibi_slopes, k_descale, v_descale, out)  # fmt: skip
+    options = max_seqlen_q, softmax_scale, causal, window_size, softcap, num_splits
+    if plan is not None and k is None and v is None:
+        done = plan.known.launch(tensors, options, with_lse=return_softmax_lse)
+        if done is not None:
+            return done if return_softmax_lse else done[0]
+    call = _checked(tensors, options, k, v)
+    _run(call, num_splits, plan, (tensors, options))
     return (call.out, call.lse) if return_softmax_lse else call.out
 
 
-def _run(call: AttentionCall, num_splits: int, plan: Plan | None) -> None:
+def _checked(tensors: tuple[Any, ...], options: tuple[Any, ...], k: Any, v: Any) -> AttentionCall:
+    q, k_cache, v_cache, table, starts, lens, cu, mask, sinks, slopes, k_scale, v_scale, out = (
+        tensors
+    )
+    max_q, scale, causal, window, softcap, _ = options
+    return check_call(
+        q, k_cache, v_cache, k, v, cache_seqlens=lens, page_table=table, cache_start=starts,
+        cu_seqlens_q=cu, max_seqlen_q=max_q, softmax_scale=scale, causal=causal,
+        window_size=window, softcap=softcap, alibi_slopes=slopes, sinks=sinks, out=out,
+        custom_mask=mask, k_descale=k_scale, v_descale=v_scale,
+    )  # fmt: skip
+
+
+def _run(call: AttentionCall, num_splits: int, plan: Plan | None, given: tuple[Any, Any]) -> None:
     """The one place where a checked call goes to the kernel that serves it best."""
     if call.kv.device.type == "cpu":
         _refuse_on_cpu(call)
@@ -88,7 +102,9 @@ def _run(call: AttentionCall, num_splits: int, plan: Plan | None) -> None:
     from kvcached.kernels.decode import attend_triton
 
     with torch.cuda.device(call.kv.device):  # Triton launches on the current one
-        attend_triton(call, num_splits, plan)
+        made = attend_triton(call, num_splits, plan)
+    if plan is not None and made is not None:
+        plan.known.learn(*given, call, made)
 
 
 def _refuse_on_cpu(call: AttentionCall) -> None:

@@ -28,6 +28,8 @@ from kvcached.kernels._workspace import workspace_of
 from kvcached.kernels.quant import INT4
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from kvcached.kernels._workspace import Workspace
     from kvcached.kernels.checks import AttentionCall
     from kvcached.kernels.plan import Plan
@@ -199,16 +201,24 @@ class Launch:
     tail: tuple[Any, ...]
     handle: Handle | None = None
 
-    def __call__(self, addresses: tuple[Any, ...], out: Any, lse: Any, stream: int) -> None:
+    def __call__(self, addresses: Iterable[int], out: int, lse: int, stream: int) -> None:
         """Launch on ``stream`` with addresses of Q, K, V ... V_SCALE, of the output and the LSE."""
         assert self.handle is not None  # compiled in ``prepare``
         self.handle(*self.grid, stream, *addresses, *self.work.addresses, out, lse, *self.tail)
 
 
-def attend_triton(call: AttentionCall, num_splits: int = 0, plan: Plan | None = None) -> None:
-    """Run a checked ``call`` in Triton; writes ``call.out`` and ``call.lse``."""
-    if call.q.shape[0]:
-        launch(prepare(call, num_splits, plan), call)
+def attend_triton(
+    call: AttentionCall, num_splits: int = 0, plan: Plan | None = None
+) -> Launch | None:
+    """Run a checked ``call`` in Triton; writes ``call.out`` and ``call.lse``.
+
+    Returns the launch, which fits calls with equal shapes, or ``None`` for a call of no queries.
+    """
+    if not call.q.shape[0]:
+        return None
+    made = prepare(call, num_splits, plan)
+    launch(made, call)
+    return made
 
 
 def prepare(call: AttentionCall, num_splits: int = 0, plan: Plan | None = None) -> Launch:
@@ -245,7 +255,6 @@ def prepare(call: AttentionCall, num_splits: int = 0, plan: Plan | None = None) 
         made.handle = handle_of(
             attend_kernel, types_of(q.dtype), constants, num_warps=made.warps, device=device
         )
-        made.tail += (None,) * len(constants)
     return made
 
 

@@ -17,6 +17,7 @@ import triton.language as tl
 from kvcached.errors import InvalidInput
 from kvcached.kernels._decode import span
 from kvcached.kernels._launch import handle_of, interpreted
+from kvcached.kernels._repeat import Known
 from kvcached.kernels._workspace import make_workspace
 from kvcached.kernels.checks import UNBOUNDED, AttentionCall, index_tensor
 from kvcached.kernels.decode import (
@@ -105,7 +106,8 @@ class Plan:
         self.window = window
         self.fixed = fixed
         self.balanced = False
-        self.prepared: dict[Any, Any] = {}
+        rows = shape["max_batch"] * shape["max_q"] * shape["group"] * shape["num_kv_heads"]
+        self.known = Known(rows, shape["device"])
         self.config = tile_config(
             shape["group"], shape["head_dim"], shape["head_dim_v"], shape["max_q"],
             shape["dtype"], shape["kv_dtype"],
@@ -157,10 +159,11 @@ class Plan:
                 handle(
                     grid, 1, triton.runtime.driver.active.get_current_stream(device.index),
                     lens.data_ptr(), 0 if starts is None else starts.data_ptr(),
-                    self.workspace.work.data_ptr(), *numbers, *(None for _ in constants),
+                    self.workspace.work.data_ptr(), *numbers,
                 )  # fmt: skip
+        if not self.balanced:
+            self.known.clear()  # they cut into equal parts
         self.balanced = True
-        self.prepared.clear()
 
     def config_for(self, call: AttentionCall) -> dict[str, int]:
         """The tiles of ``call``; raises ``InvalidInput`` if the plan was made for other calls."""

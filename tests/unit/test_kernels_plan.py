@@ -1,0 +1,112 @@
+"""A call that a plan knows is launched by its addresses; whatever differs goes the long way."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from kvcached.kernels import _repeat
+from kvcached.kernels._repeat import Known
+from kvcached.kernels.checks import check_call
+
+OPTIONS = (1, None, True, (-1, -1), 0.0, 0)
+
+
+class Recorder:
+    """Stands in for a launch with a compiled kernel."""
+
+    handle = object()
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, addresses, out, lse, stream):
+        self.calls.append((*addresses, out, lse, stream))
+
+
+def given(**changes):
+    cache = torch.zeros(4, 16, 2, 8)
+    every = dict.fromkeys(("cache_start", "cu_seqlens_q", "custom_mask", "sinks", "alibi_slopes",
+                           "k_descale", "v_descale", "out"))  # fmt: skip
+    return every | {
+        "q": torch.zeros(2, 4, 8), "k_cache": cache, "v_cache": cache.clone(),
+        "cache_seqlens": torch.tensor([3, 20], dtype=torch.int32),
+        "page_table": torch.tensor([[1, 0], [2, 3]], dtype=torch.int32),
+    } | changes  # fmt: skip
+
+
+def ordered(call):
+    names = ("q", "k_cache", "v_cache", "page_table", "cache_start", "cache_seqlens",
+             "cu_seqlens_q", "custom_mask", "sinks", "alibi_slopes", "k_descale", "v_descale",
+             "out")  # fmt: skip
+    return tuple(call[name] for name in names)
+
+
+@pytest.fixture
+def known(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # the index of the CPU
+    monkeypatch.setattr(_repeat.triton.runtime, "driver", SimpleNamespace(active=_Driver))
+    return Known(8, torch.device("cpu"))
+
+
+class _Driver:
+    @staticmethod
+    def get_current_stream(_index):
+        return 77
+
+
+def learned(known, call):
+    launch = Recorder()
+    known.learn(ordered(call), OPTIONS, check_call(**call), launch)
+    return launch
+
+
+def test_a_known_call_is_launched_with_the_addresses_of_its_own_tensors(known):
+    call = given()
+    launch = learned(known, call)
+    again = call | {name: call[name].clone() for name in ("q", "cache_seqlens", "page_table")}
+    again["q"] += 1
+    out, lse = known.launch(ordered(again), OPTIONS, with_lse=True)
+    want = [again[name].data_ptr() for name in
+            ("q", "k_cache", "v_cache", "page_table", "cache_seqlens")]  # fmt: skip
+    assert launch.calls == [(*want, 0, 0, 0, 0, 0, 0, out.data_ptr(), lse.data_ptr(), 77)]
+    assert (out.shape, lse.shape) == ((2, 4, 8), (2, 4))
+
+
+@pytest.mark.parametrize("change", [
+    {"q": torch.zeros(2, 4, 16)[..., :8]}, {"q": torch.zeros(1, 4, 8)},
+    {"q": torch.zeros(65)[1:].view(2, 4, 8)}, {"k_cache": torch.zeros(4, 16, 2, 8)},
+    {"cache_seqlens": torch.tensor([3, 20])}, {"sinks": torch.zeros(4)},
+    {"page_table": torch.zeros(2, 3, dtype=torch.int32)}, {"out": torch.zeros(2, 4, 8)},
+    {"cache_start": torch.zeros(2, dtype=torch.int32)}, {"page_table": [[1, 0], [2, 3]]},
+])  # fmt: skip
+def test_a_call_that_differs_is_not_known(known, change):
+    call = given()
+    launch = learned(known, call)
+    assert known.launch(ordered(call | change), OPTIONS, with_lse=False) is None
+    assert known.launch(ordered(call), (*OPTIONS[:5], 2), with_lse=False) is None
+    assert known.launch(ordered(call), (*OPTIONS[:3], [-1, -1], 0.0, 0), with_lse=False) is None
+    assert not launch.calls
+    assert known.launch(ordered(call), OPTIONS, with_lse=False) is not None
+
+
+def test_a_call_on_another_device_or_with_converted_tensors_goes_the_long_way(known, monkeypatch):
+    call = given(sinks=torch.zeros(4, dtype=torch.float16))
+    learned(known, call)  # sinks were converted: the launch has other addresses
+    assert known.launch(ordered(call), OPTIONS, with_lse=False) is None
+    call = given()
+    learned(known, call)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert known.launch(ordered(call), OPTIONS, with_lse=False) is None
+
+
+def test_the_oldest_calls_are_forgotten(known, monkeypatch):
+    monkeypatch.setattr(_repeat, "MOST_KNOWN", 1)
+    first, second = given(), given()
+    learned(known, first)
+    learned(known, second)
+    assert known.launch(ordered(first), OPTIONS, with_lse=False) is None
+    assert known.launch(ordered(second), OPTIONS, with_lse=False) is not None
