@@ -48,10 +48,11 @@ def signature_of(kernel: Any, types: Mapping[str, str], constants: Mapping[str, 
 class Handle:
     """A compiled kernel on one device: ``handle(grid_x, grid_y, stream, *arguments)``.
 
-    Arguments are those that are no constants, in order; integers for pointers.
+    Arguments are those that are no constants, in order; integers for pointers. ``launch(x, y, z,
+    stream, *fixed, *arguments)`` is what it calls.
     """
 
-    __slots__ = ("_fixed", "_function", "_launch", "compiled")
+    __slots__ = ("compiled", "fixed", "launch")
 
     def __init__(self, compiled: Any, types: Mapping[str, str]) -> None:
         run = compiled.run  # loads the kernel onto the current device
@@ -61,14 +62,13 @@ class Handle:
         # Triton's launcher takes the constants too, and looks at each: a third of its time.
         given = {name: kind for name, kind in types.items() if kind != "constexpr"}
         source = SimpleNamespace(constants={}, signature=given, fn=compiled.src.fn)
-        self._launch = triton.runtime.driver.active.launcher_cls(source, compiled.metadata).launch
-        self._function = compiled.function
+        self.launch = triton.runtime.driver.active.launcher_cls(source, compiled.metadata).launch
         # cooperative, dependent launch, two scratch areas, sizes, metadata and hooks of profilers
-        self._fixed = (run.launch_cooperative_grid, run.launch_pdl, None, None,
-                       compiled.packed_metadata, None, None, None)  # fmt: skip
+        self.fixed = (compiled.function, run.launch_cooperative_grid, run.launch_pdl, None, None,
+                      compiled.packed_metadata, None, None, None)  # fmt: skip
 
     def __call__(self, grid_x: int, grid_y: int, stream: int, *arguments: Any) -> None:
-        self._launch(grid_x, grid_y, 1, stream, self._function, *self._fixed, *arguments)
+        self.launch(grid_x, grid_y, 1, stream, *self.fixed, *arguments)
 
 
 _handles: dict[tuple[Any, ...], Handle] = {}

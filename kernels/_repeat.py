@@ -15,6 +15,8 @@ import torch
 import triton
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from kvcached.kernels.checks import AttentionCall
     from kvcached.kernels.decode import Launch
 
@@ -27,16 +29,32 @@ def _described(x: Any) -> Any:
 
 
 def _key(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[Any, ...]:
-    q, keys, values, *others = tensors
-    return id(keys), id(values), options, q.data_ptr() & 15, _described(q), *map(_described, others)
+    """What a call is known by. Spelled out, since this is most of what a launch costs."""
+    q, keys, values, table, starts, lens, cu, mask, sinks, slopes, k_scale, v_scale, out = tensors
+    place = starts if table is None else table
+    if cu is mask is sinks is slopes is k_scale is v_scale is None:
+        others = None
+    else:
+        others = tuple(map(_described, (cu, mask, sinks, slopes, k_scale, v_scale)))
+    return (
+        id(keys), id(values), options, q.data_ptr() & 15, table is None, starts is None, others,
+        q.dtype, q.shape, q.stride(), q.get_device(),
+        place.dtype, place.shape, place.stride(), place.get_device(),
+        lens.dtype, lens.shape, lens.stride(), lens.get_device(),
+        None if out is None else (out.dtype, out.shape, out.stride(), out.get_device()),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    made: Launch
+    run: Callable[..., None]
     keys: weakref.ref[torch.Tensor]
     values: weakref.ref[torch.Tensor]
+    grid: tuple[int, ...]
+    fixed: tuple[Any, ...]
     addresses: tuple[int, int]
+    work: tuple[int, ...]
+    tail: tuple[Any, ...]
     shape: tuple[int, ...]
 
 
@@ -50,6 +68,7 @@ class Known:
     def __init__(self, rows: int, device: torch.device) -> None:
         self._calls: dict[Any, _Call] = {}
         self._device = device
+        self._index = device.index
         self._unread = torch.empty(rows, dtype=torch.float32, device=device)
         self._stream: Any = None
 
@@ -69,8 +88,9 @@ class Known:
             self._calls.clear()
         self._stream = triton.runtime.driver.active.get_current_stream
         self._calls[_key(tensors, options)] = _Call(
-            made, weakref.ref(tensors[1]), weakref.ref(tensors[2]),
-            (call.kv.k_ptr, call.kv.v_ptr), tuple(call.out.shape),
+            made.handle.launch, weakref.ref(tensors[1]), weakref.ref(tensors[2]), made.grid,
+            made.handle.fixed, (call.kv.k_ptr, call.kv.v_ptr), made.work.addresses, made.tail,
+            tuple(call.out.shape),
         )  # fmt: skip
 
     def launch(
@@ -84,21 +104,26 @@ class Known:
             found = self._calls.get(_key(tensors, options))
         except (AttributeError, TypeError):  # no tensors: the checks know better what to say
             return None
-        if found is None or torch.cuda.current_device() != self._device.index:
+        index = self._index
+        if found is None or torch.cuda.current_device() != index:
             return None  # the long way sets the device
-        if found.keys() is not tensors[1] or found.values() is not tensors[2]:
+        q, keys, values, table, starts, lens, cu, mask, sinks, slopes, k_scale, v_scale, out = (
+            tensors
+        )
+        if found.keys() is not keys or found.values() is not values:
             return None  # another tensor got the id of one that is gone
-        q, _, _, table, starts, *others, out = tensors
         if out is None:
             out = torch.empty(found.shape, dtype=q.dtype, device=self._device)
         lse = self._unread
         if with_lse:
             lse = torch.empty(found.shape[:2], dtype=torch.float32, device=self._device)
-        addresses = [
-            q.data_ptr(),
-            *found.addresses,
-            (starts if table is None else table).data_ptr(),
-        ]
-        addresses += [0 if x is None else x.data_ptr() for x in others]
-        found.made(addresses, out.data_ptr(), lse.data_ptr(), self._stream(self._device.index))
+        found.run(
+            *found.grid, 1, self._stream(index), *found.fixed, q.data_ptr(), *found.addresses,
+            (starts if table is None else table).data_ptr(), lens.data_ptr(),
+            0 if cu is None else cu.data_ptr(), 0 if mask is None else mask.data_ptr(),
+            0 if sinks is None else sinks.data_ptr(), 0 if slopes is None else slopes.data_ptr(),
+            0 if k_scale is None else k_scale.data_ptr(),
+            0 if v_scale is None else v_scale.data_ptr(),
+            *found.work, out.data_ptr(), lse.data_ptr(), *found.tail,
+        )  # fmt: skip
         return out, lse

@@ -18,13 +18,12 @@ OPTIONS = (1, None, True, (-1, -1), 0.0, 0)
 class Recorder:
     """Stands in for a launch with a compiled kernel."""
 
-    handle = object()
+    grid, tail = (8, 4), (5, 6)
+    work = SimpleNamespace(addresses=(1, 2, 3, 4))
 
     def __init__(self):
         self.calls = []
-
-    def __call__(self, addresses, out, lse, stream):
-        self.calls.append((*addresses, out, lse, stream))
+        self.handle = SimpleNamespace(launch=lambda *a: self.calls.append(a), fixed=("kernel",))
 
 
 def given(**changes):
@@ -72,7 +71,9 @@ def test_a_known_call_is_launched_with_the_addresses_of_its_own_tensors(known):
     out, lse = known.launch(ordered(again), OPTIONS, with_lse=True)
     want = [again[name].data_ptr() for name in
             ("q", "k_cache", "v_cache", "page_table", "cache_seqlens")]  # fmt: skip
-    assert launch.calls == [(*want, 0, 0, 0, 0, 0, 0, out.data_ptr(), lse.data_ptr(), 77)]
+    ends = out.data_ptr(), lse.data_ptr()
+    absent = (0,) * 6
+    assert launch.calls == [(8, 4, 1, 77, "kernel", *want, *absent, 1, 2, 3, 4, *ends, 5, 6)]
     assert (out.shape, lse.shape) == ((2, 4, 8), (2, 4))
 
 
