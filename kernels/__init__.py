@@ -10,30 +10,47 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kvcached.kernels import reference
-    from kvcached.kernels.append import reshape_and_cache
+    from kvcached.kernels.append import concat_and_cache_mla, reshape_and_cache
     from kvcached.kernels.attention import attn_with_kvcache
+    from kvcached.kernels.cascade import Level, cascade_attention
     from kvcached.kernels.merge import merge_state, merge_states
-    from kvcached.kernels.move import copy_pages, gather_kv, gather_pages, scatter_pages
+    from kvcached.kernels.move import (
+        compact_pages,
+        copy_pages,
+        gather_kv,
+        gather_pages,
+        scatter_pages,
+        swap_pages,
+    )
     from kvcached.kernels.plan import Plan, plan_attention
     from kvcached.kernels.view import KVView
 
 _HOMES = {
     "attn_with_kvcache": "attention",
     "reshape_and_cache": "append",
+    "concat_and_cache_mla": "append",
+    "Level": "cascade",
+    "cascade_attention": "cascade",
     "merge_state": "merge",
     "merge_states": "merge",
+    "compact_pages": "move",
     "copy_pages": "move",
     "gather_kv": "move",
     "gather_pages": "move",
     "scatter_pages": "move",
     "Plan": "plan",
     "plan_attention": "plan",
+    "swap_pages": "move",
     "KVView": "view",
 }
 __all__ = [
     "KVView",
+    "Level",
     "Plan",
     "attn_with_kvcache",
+    "cascade_attention",
+    "compact_pages",
+    "concat_and_cache_mla",
     "copy_pages",
     "gather_kv",
     "gather_pages",
@@ -43,6 +60,7 @@ __all__ = [
     "reference",
     "reshape_and_cache",
     "scatter_pages",
+    "swap_pages",
 ]
 
 

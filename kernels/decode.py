@@ -1,4 +1,4 @@
-"""Split-KV attention in Triton: shapes, splits and launch; also the write of new keys and values.
+"""Split-KV attention in Triton: shapes, splits and launch.
 
 One launch: a program takes (tile of query tokens of one sequence, KV head, part of the keys). The
 query heads of a KV head and the tokens of the tile are packed into the rows of the tile, so one
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from kvcached.kernels._workspace import Workspace
     from kvcached.kernels.checks import AttentionCall
     from kvcached.kernels.plan import Plan
-    from kvcached.kernels.view import KVView
 
 MAX_ROWS = 64
 """Rows (query tokens x heads of one KV head) of a tile, unless one token has more; half as many
@@ -53,30 +52,6 @@ MERGED_ELEMENTS = 8192
 tiles, which would spill."""
 NATURAL = 1 << 30
 """A divisor that cuts no sequence: parts have ``least`` tokens each."""
-
-
-@triton.jit
-def append_kernel(
-    KEY, VALUE, K: tl.int64, V: tl.int64, SLOTS,
-    stride_kt, stride_kn, stride_vt, stride_vn,
-    stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh, kv_heads,
-    D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-):  # fmt: skip
-    """Write a piece of one token's key and value to its slot; a negative slot is skipped."""
-    token = tl.program_id(0).to(tl.int64)
-    slot = tl.load(SLOTS + token)
-    if slot < 0:
-        return
-    block, offset = (slot // BLOCK_SIZE).to(tl.int64), slot % BLOCK_SIZE
-    K_BASE = K.to(tl.pointer_type(KEY.dtype.element_ty)) + block * stride_kb + offset * stride_ks
-    V_BASE = V.to(tl.pointer_type(KEY.dtype.element_ty)) + block * stride_vb + offset * stride_vs
-    element = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-    head, d = element // D, element % D
-    key = tl.load(KEY + token * stride_kt + head * stride_kn + d, mask=head < kv_heads)
-    tl.store(K_BASE + head * stride_kh + d, key, mask=head < kv_heads)
-    head, d = element // DV, element % DV
-    value = tl.load(VALUE + token * stride_vt + head * stride_vn + d, mask=head < kv_heads)
-    tl.store(V_BASE + head * stride_vh + d, value, mask=head < kv_heads)
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,20 +251,6 @@ def launch(made: Launch, call: AttentionCall) -> None:
                  *(0 if x is None else x.data_ptr() for x in tensors))  # fmt: skip
     stream = triton.runtime.driver.active.get_current_stream(call.q.device.index)
     made(addresses, call.out.data_ptr(), call.lse.data_ptr(), stream)
-
-
-def append_triton(key: torch.Tensor, value: torch.Tensor, kv: KVView, slots: torch.Tensor) -> None:
-    """Write checked rows to their slots in Triton; see ``append.reshape_and_cache``."""
-    if not len(slots):
-        return
-    width = 1024
-    pieces = triton.cdiv(kv.num_kv_heads * max(kv.head_dim, kv.head_dim_v), width)
-    append_kernel[len(slots), pieces](
-        key, value, kv.k_ptr, kv.v_ptr, slots, *key.stride()[:2], *value.stride()[:2],
-        kv.block_stride, kv.slot_stride, kv.head_stride,
-        kv.v_block_stride, kv.v_slot_stride, kv.v_head_stride, kv.num_kv_heads,
-        D=kv.head_dim, DV=kv.head_dim_v, WIDTH=width, BLOCK_SIZE=kv.block_size,
-    )  # fmt: skip
 
 
 def _longest(call: AttentionCall) -> int:

@@ -1,12 +1,17 @@
-"""Moving cache rows and whole blocks: gather, scatter, copy. Bytes only, whatever the dtype.
+"""Moving cache rows and whole blocks: gather, scatter, copy, swap, compact. Bytes, not numbers.
 
 ``pool`` is any tensor whose first dimension is the block id: one layer's ``k_cache``
 ``[num_blocks, block_size, Hkv, D]``, or the records of a cross-layer cache
-``[num_blocks, block_bytes]``. Blocks that are not named are never touched.
+``[num_blocks, block_bytes]``. Blocks that are not named are never touched, mapped or not.
+
+Ids are int32, on the pool's device or on the host. Those on the host (and all for CPU pools) are
+checked by value; those on a GPU are not read back, so there the caller answers for them.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,12 +23,16 @@ from kvcached.kernels._simd import move_bytes
 from kvcached.kernels.checks import index_tensor
 from kvcached.kernels.view import KVView
 
+DMA_BYTES = 1 << 20
+"""From this size on, a run of blocks between host and device is left to the copy engines."""
+_HOST = torch.device("cpu")
+
 
 def gather_pages(pool: torch.Tensor, page_ids: Any, out: torch.Tensor) -> torch.Tensor:
     """out[i] = pool[page_ids[i]]; ``page_ids`` int32 ``[n]``, ``out [n, *pool.shape[1:]]``."""
     ids = _ids("page_ids", page_ids, pool)
     _check_pair("out", out, len(ids), pool)
-    _move(out, _every(ids), pool, ids)
+    _move(out, None, pool, ids)
     return out
 
 
@@ -32,19 +41,92 @@ def scatter_pages(src: torch.Tensor, page_ids: Any, pool: torch.Tensor) -> None:
     ids = _ids("page_ids", page_ids, pool)
     _check_pair("src", src, len(ids), pool)
     check_distinct("page_ids", ids)
-    _move(pool, ids, src, _every(ids))
+    _move(pool, ids, src, None)
 
 
 def copy_pages(pool: torch.Tensor, src_ids: Any, dst_ids: Any) -> None:
     """pool[dst_ids[i]] = pool[src_ids[i]], as if at once: no destination may be a source."""
     sources, targets = _ids("src_ids", src_ids, pool), _ids("dst_ids", dst_ids, pool)
-    if len(sources) != len(targets):
-        raise InvalidInput(f"src_ids has {len(sources)} ids and dst_ids {len(targets)}")
+    _check_lengths(sources, targets)
     check_distinct("dst_ids", targets)
-    both = np.intersect1d(sources, targets)
-    if len(both):
-        raise InvalidInput(f"block {both[0]} is both a source and a destination")
+    _check_apart(sources, targets)
     _move(pool, targets, pool, sources)
+
+
+def swap_pages(src: torch.Tensor, dst: torch.Tensor, src_ids: Any, dst_ids: Any) -> None:
+    """dst[dst_ids[i]] = src[src_ids[i]] between two pools, of which either may be on the host.
+
+    Both pools have the same entry shape and dtype; ids are host int32. Between host and device,
+    runs of ids that are consecutive on both sides and contiguous go to the copy engines from
+    ``DMA_BYTES`` on; smaller ones are moved by one kernel, if the host side is pinned. Queued on
+    the current stream: synchronise before the host reads what came.
+    """
+    if src.shape[1:] != dst.shape[1:] or src.dtype != dst.dtype:
+        raise InvalidInput(
+            f"blocks of {tuple(src.shape[1:])} {src.dtype} cannot be swapped with blocks of "
+            f"{tuple(dst.shape[1:])} {dst.dtype}"
+        )
+    sources = _host_ids("src_ids", src_ids, len(src))
+    targets = _host_ids("dst_ids", dst_ids, len(dst))
+    _check_lengths(sources, targets)
+    check_distinct("dst_ids", targets)
+    if src.device == dst.device:
+        if src.data_ptr() == dst.data_ptr():
+            _check_apart(sources, targets)
+        _move(dst, targets, src, sources)
+        return
+    host = src if src.device == _HOST else dst
+    small = np.ones(len(sources), bool)
+    for start, end in _consecutive(sources, targets):
+        a, b = int(sources[start]), int(targets[start])
+        run = src[a : a + end - start], dst[b : b + end - start]
+        whole = run[0].is_contiguous() and run[1].is_contiguous()
+        if not host.is_pinned() or (whole and run[0].nbytes >= DMA_BYTES):
+            run[1].copy_(run[0], non_blocking=True)
+            small[start:end] = False
+    if small.any():
+        _move(dst, targets[small], src, sources[small])
+
+
+def compact_pages(
+    kv: torch.Tensor | Sequence[torch.Tensor], moves: Any, page_tables: torch.Tensor | None = None
+) -> None:
+    """Copy block ``moves[i, 0]`` to ``moves[i, 1]`` and rename it in the block tables.
+
+    On a GPU one launch does both. ``kv`` is a pool, or K and V of a layer. ``moves`` are host
+    int32 ``[n, 2]``. They must be acyclic: no target may be a source or occur twice, no source may
+    occur twice. ``page_tables`` int32 ``[B, n]`` on the pool's device is rewritten in place, every
+    entry that names a source. Sources keep their contents. Raises ``InvalidInput`` before
+    anything is written.
+    """
+    pools = [kv] if isinstance(kv, torch.Tensor) else list(kv)
+    if not 1 <= len(pools) <= 2 or len({(len(pool), pool.device) for pool in pools}) > 1:
+        raise InvalidInput("kv must be one pool, or two of as many blocks on one device")
+    pairs = index_tensor("moves", moves, 2, _HOST).numpy()
+    if pairs.shape[1] != 2:
+        raise InvalidInput(f"moves must be [n, 2], not {pairs.shape}")
+    order = np.argsort(pairs[:, 0], kind="stable")
+    sources, targets = (
+        _host_ids("moves", np.ascontiguousarray(side), len(pools[0])) for side in pairs[order].T
+    )
+    for side in (sources, targets):
+        check_distinct("moves", side)
+    _check_apart(sources, targets)
+    if page_tables is not None:
+        _check_table(page_tables, pools[0].device)
+    if not len(sources):
+        return
+    if not _on_gpu(pools[0]):
+        for pool in pools:
+            _move(pool, targets, pool, sources)
+        if page_tables is not None and page_tables.numel():
+            _rename(page_tables.numpy(), sources.astype(np.int32), targets.astype(np.int32))
+        return
+    from kvcached.kernels._move_triton import compact
+
+    device = pools[0].device
+    with _current(device):
+        compact(pools, _upload(sources, device), _upload(targets, device), page_tables)
 
 
 def gather_kv(
@@ -58,15 +140,26 @@ def gather_kv(
     """Copy the rows of all sequences one after another: ``out_k [T, Hkv, D]``, ``out_v``.
 
     ``page_table`` int32 ``[B, n]`` holds the block ids, ``cu_seqlens_k`` int32 ``[B + 1]`` where
-    each sequence starts in the output; T is its last entry.
+    each sequence starts in the output; T is its last entry. On a GPU both are not read back: rows
+    of the output behind the last entry are left as they were.
     """
     kv = KVView.from_tensors(k_cache, v_cache)
-    require_cpu("gather_kv", kv.device)
-    table = index_tensor("page_table", page_table, 2, kv.device).numpy()
-    starts = index_tensor("cu_seqlens_k", cu_seqlens_k, 1, kv.device).numpy().astype(np.int64)
-    slots = _slots(table, starts, kv)
-    for name, out, cache in (("out_k", out_k, k_cache), ("out_v", out_v, v_cache)):
-        check_rows(name, out, len(slots), cache)
+    table = index_tensor("page_table", page_table, 2, kv.device)
+    starts = index_tensor("cu_seqlens_k", cu_seqlens_k, 1, kv.device)
+    if len(starts) != len(table) + 1:
+        raise InvalidInput(f"cu_seqlens_k must rise from 0 and have {len(table) + 1} entries")
+    outs = (("out_k", out_k, k_cache), ("out_v", out_v, v_cache))
+    if kv.device.type == "cpu":  # lengths and ids by value
+        slots = _slots(table.numpy(), starts.numpy().astype(np.int64), kv)
+    for name, out, cache in outs:
+        check_rows(name, out, len(slots) if kv.device.type == "cpu" else len(out_k), cache)
+    if _on_gpu(k_cache):
+        from kvcached.kernels._move_triton import gather_rows
+
+        with _current(kv.device):
+            gather_rows(k_cache, v_cache, table, starts, out_k, out_v)
+        return out_k, out_v
+    for _, out, cache in outs:
         move_rows(out, np.arange(len(slots)), cache, slots)
     return out_k, out_v
 
@@ -74,7 +167,7 @@ def gather_kv(
 def _slots(table: Any, starts: Any, kv: KVView) -> Any:
     """The slots of all rows of all sequences, one after another, checked."""
     counts, size = np.diff(starts), kv.block_size
-    if len(counts) != len(table) or (counts < 0).any() or (len(starts) and starts[0] != 0):
+    if (counts < 0).any() or starts[0] != 0:
         raise InvalidInput(f"cu_seqlens_k must rise from 0 and have {len(table) + 1} entries")
     if len(counts) and counts.max() > table.shape[1] * size:
         raise InvalidInput(
@@ -106,11 +199,35 @@ def _row_offsets(tensor: torch.Tensor, rows: Any) -> Any:
 
 
 def _move(dst: torch.Tensor, to: Any, src: torch.Tensor, frm: Any) -> None:
-    """Copy entries of the first dimension."""
+    """Copy entries of the first dimension; ids on the host or the device, ``None`` counts."""
+    if _on_gpu(dst) or _on_gpu(src):
+        from kvcached.kernels._move_triton import copy_entries
+
+        device = dst.device if dst.is_cuda else src.device
+        with _current(device):
+            copy_entries(dst, _upload(to, device), src, _upload(frm, device))
+        return
     size = dst.element_size()
     inner = _runs(dst.shape[1:], dst.stride()[1:], src.stride()[1:], size)
+    to, frm = (_every(len(other)) if ids is None else ids for ids, other in ((to, frm), (frm, to)))
     to_offsets, from_offsets = to * (dst.stride(0) * size), frm * (src.stride(0) * size)
     _copy(dst.data_ptr(), src.data_ptr(), to_offsets, from_offsets, *inner)
+
+
+def _on_gpu(tensor: torch.Tensor) -> bool:
+    """Whether Triton moves it; the tests of its interpreter say yes for CPU tensors."""
+    return bool(tensor.is_cuda)
+
+
+def _current(device: torch.device) -> Any:
+    """Triton launches on the current device."""
+    return torch.cuda.device(device if device.type == "cuda" else -1)
+
+
+def _upload(ids: Any, device: torch.device) -> torch.Tensor | None:
+    if ids is None or isinstance(ids, torch.Tensor):
+        return ids
+    return torch.from_numpy(ids.astype(np.int32)).to(device, non_blocking=True)
 
 
 def _runs(shape: Any, to: Any, frm: Any, itemsize: int) -> tuple[Any, Any, int]:
@@ -136,14 +253,27 @@ def _copy(dst, src, to, frm, inner_to, inner_from, nbytes):
             move_bytes(dst + to[i] + inner_to[j], src + frm[i] + inner_from[j], nbytes)
 
 
-def _every(ids: Any) -> Any:
-    return np.arange(len(ids), dtype=np.int64)
+@njit(cache=True, nogil=True)
+def _rename(table, sources, targets):
+    """Replace each entry that is in the sorted ``sources`` by its target."""
+    for row in range(table.shape[0]):
+        for column in range(table.shape[1]):
+            at = np.searchsorted(sources, table[row, column])
+            if at < len(sources) and sources[at] == table[row, column]:
+                table[row, column] = targets[at]
 
 
-def require_cpu(call: str, device: torch.device) -> None:
-    """Refuse what has no GPU kernel yet."""
-    if device.type != "cpu":
-        raise InvalidInput(f"{call} has no kernel for {device} yet; it takes CPU tensors")
+def _every(count: int) -> Any:
+    return np.arange(count, dtype=np.int64)
+
+
+def _consecutive(a: Any, b: Any) -> list[tuple[int, int]]:
+    """(start, end) of each run in which both ids rise by 1."""
+    if not len(a):
+        return []
+    cuts = np.flatnonzero((np.diff(a) != 1) | (np.diff(b) != 1)) + 1
+    bounds = [0, *cuts.tolist(), len(a)]
+    return list(itertools.pairwise(bounds))
 
 
 def check_rows(name: str, rows: torch.Tensor, count: int, cache: torch.Tensor) -> None:
@@ -164,18 +294,45 @@ def check_range(name: str, ids: Any, count: int) -> None:
 
 
 def check_distinct(name: str, ids: Any) -> None:
-    """No id may occur twice."""
+    """No id may occur twice, as far as that can be seen from the host."""
+    if isinstance(ids, torch.Tensor):
+        return
     ordered = np.sort(ids)
     twice = np.flatnonzero(ordered[1:] == ordered[:-1])
     if len(twice):
         raise InvalidInput(f"{name} holds {ordered[twice[0]]} twice; each target is written once")
 
 
-def _ids(name: str, ids: Any, pool: torch.Tensor) -> Any:
-    require_cpu(f"moving blocks by {name}", pool.device)
-    found = index_tensor(name, ids, 1, pool.device).numpy().astype(np.int64)
-    check_range(name, found, pool.shape[0])
+def _check_apart(sources: Any, targets: Any) -> None:
+    if isinstance(sources, torch.Tensor) or isinstance(targets, torch.Tensor):
+        return
+    both = np.intersect1d(sources, targets)
+    if len(both):
+        raise InvalidInput(f"block {both[0]} is both a source and a destination")
+
+
+def _check_lengths(sources: Any, targets: Any) -> None:
+    if len(sources) != len(targets):
+        raise InvalidInput(f"src_ids has {len(sources)} ids and dst_ids {len(targets)}")
+
+
+def _check_table(table: Any, device: torch.device) -> None:
+    checked = index_tensor("page_tables", table, 2, device)
+    if checked is not table:
+        raise InvalidInput("page_tables is rewritten in place: its last stride must be 1")
+
+
+def _host_ids(name: str, ids: Any, count: int) -> Any:
+    found = index_tensor(name, ids, 1, _HOST).numpy().astype(np.int64)
+    check_range(name, found, count)
     return found
+
+
+def _ids(name: str, ids: Any, pool: torch.Tensor) -> Any:
+    """Ids on the host as checked int64 in numpy; those on the device as they are."""
+    if isinstance(ids, torch.Tensor) and ids.is_cuda:
+        return index_tensor(name, ids, 1, pool.device)
+    return _host_ids(name, ids, len(pool))
 
 
 def _check_pair(name: str, other: torch.Tensor, count: int, pool: torch.Tensor) -> None:

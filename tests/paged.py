@@ -123,10 +123,9 @@ def append(key, value, k_cache, v_cache, slots):
     if not TRITON:
         reshape_and_cache(key, value, k_cache, v_cache, slots)
         return
-    from kvcached.kernels.decode import append_triton
-    from kvcached.kernels.view import KVView
+    from kvcached.kernels._write_triton import append_triton
 
-    append_triton(key, value, KVView.from_tensors(k_cache, v_cache), slots)
+    append_triton(key, value, k_cache, v_cache, slots)
 
 
 def attend(q, k_cache, v_cache, splits=1, **options):

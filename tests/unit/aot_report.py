@@ -62,13 +62,6 @@ def attend(call, *, split=True, planned=False):
     return attend_kernel, decode.types_of(call.q.dtype), constants, warps, ahead
 
 
-def append(dtype, dim):
-    """The same of ``append_kernel``."""
-    constants = {"D": dim, "DV": dim, "WIDTH": 1024, "BLOCK_SIZE": 16}
-    types = {"KEY": f"*{dtype}", "VALUE": f"*{dtype}", "SLOTS": "*i32", "K": "i64", "V": "i64"}
-    return decode.append_kernel, types, constants, 4, 0
-
-
 def plans(sequences):
     """The same of ``plan_kernel``."""
     constants = {"B": sequences, "E": 8192 // sequences, "BN": 64, "LEFT": True, "VARLEN": True,
@@ -90,8 +83,6 @@ def configurations():
     for name in ("fp16", "fp32"):  # float32 is for comparisons
         for shape in ("decode", "prefill"):
             rows[f"attend {name} 64 {shape}"] = attend(shaped(NAMES[name], 64, **shapes[shape]))
-    for name in NAMES:
-        rows[f"append {name}"] = append(name, 128)
     for dim in (80, 96, 192):
         rows[f"attend bf16 {dim} decode"] = attend(shaped(torch.bfloat16, dim))
     places = {"page 1": {"block_size": 1}, "page 256": {"block_size": 256},
@@ -113,13 +104,8 @@ def configurations():
 def report(kernel, types, constants, warps, ahead):
     """What the sm_90 code needs: registers, stack and shared bytes, copies ahead of use."""
     signature = signature_of(kernel, types, constants)
-    attributes = {}
-    if kernel is decode.append_kernel:
-        wide = [name for name in kernel.arg_names if name[0].isupper() or name.startswith("stride")]
-        attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in wide
-                      if name not in constants}  # fmt: skip
     compiled = triton.compile(
-        ASTSource(kernel, signature, constants, attributes),
+        ASTSource(kernel, signature, constants, {}),
         target=GPUTarget("cuda", 90, 32), options={"num_warps": warps},
     )  # fmt: skip
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

@@ -101,8 +101,49 @@ BAD_WRITES = {
     "key must be": {"key": torch.ones(3, 2, 8)},
     "value must be": {"value": torch.ones(2, 2, 8).half()},
     "value has stride 2": {"value": torch.ones(2, 2, 16)[..., ::2]},
-    "quantised": {"kv_cache_dtype": "fp8"},
+    "kv_cache_dtype is 'fp8', but the cache is": {"kv_cache_dtype": "fp8"},
+    "kv_cache_dtype is 'fp7'": {"kv_cache_dtype": "fp7"},
+    "k_scale is given, but": {"k_scale": torch.ones(())},
+    "caches must be": {"k_cache": torch.zeros(64, 2, 8)},
+    "a cache has stride 2": {"k_cache": torch.zeros(4, 16, 2, 16)[..., ::2]},
+    "v_cache has shape|v_cache .* must be equal": {"v_cache": torch.zeros(3, 16, 2, 8)},
+    "v_cache torch.float16": {"v_cache": torch.zeros(4, 16, 2, 8).half()},
 }
+BAD_QUANTISED = {
+    "k_scale of a torch.int8 cache must be": {},
+    "k_scale must be float32": {"k_scale": torch.ones((), dtype=torch.float64)},
+    "both be made by row": {"k_scale": torch.ones(4, 16, 2), "v_scale": torch.ones(())},
+    "key must be": {"key": torch.ones(2, 2, 9)},
+    "key must be .* of float32": {"key": torch.ones(2, 2, 8).int(), "value": torch.ones(2).int()},
+}
+
+
+@pytest.mark.parametrize("message", BAD_QUANTISED)
+def test_a_bad_quantised_write_is_refused(message):
+    cache, ones = torch.zeros(4, 16, 2, 8, dtype=torch.int8), torch.ones(2, 2, 8)
+    call = {"key": ones, "value": ones, "k_cache": cache, "v_cache": cache.clone(),
+            "slot_mapping": int32(0, 1)} | BAD_QUANTISED[message]  # fmt: skip
+    with pytest.raises(InvalidInput, match=message):
+        kernels.reshape_and_cache(**call)
+    assert not cache.any()
+
+
+BAD_LATENTS = {
+    "must be .T, R.": {"kv_c": torch.ones(2, 1, 8)},
+    "rows of 12": {"k_pe": torch.ones(2, 5)},
+    "one scale for all": {"scale": torch.ones(2)},
+    "no int4": {"kv_cache_dtype": "int4"},
+}
+
+
+@pytest.mark.parametrize("message", BAD_LATENTS)
+def test_a_bad_latent_write_is_refused(message):
+    cache = torch.zeros(4, 16, 12)
+    call = {"kv_c": torch.ones(2, 8), "k_pe": torch.ones(2, 4), "kv_cache": cache,
+            "slot_mapping": int32(0, 1)} | BAD_LATENTS[message]  # fmt: skip
+    with pytest.raises(InvalidInput, match=message):
+        kernels.concat_and_cache_mla(**call)
+    assert not cache.any()
 
 
 @pytest.mark.parametrize("message", BAD_WRITES)
@@ -119,6 +160,10 @@ def ids(*values):
     return np.array(values, np.int32)
 
 
+def pairs(*values):
+    return ids(*values).reshape(-1, 2)
+
+
 BAD_MOVES = {
     "page_ids holds 4": lambda p: kernels.gather_pages(p, ids(4), p[:1]),
     "out must be": lambda p: kernels.gather_pages(p, ids(1), p[:2]),
@@ -130,6 +175,22 @@ BAD_MOVES = {
     "page_table has 1": lambda p: kernels.gather_kv(p, p, ids(1)[None], ids(0, 17), p[0], p[0]),
     "page_table holds 9": lambda p: kernels.gather_kv(p, p, ids(9)[None], ids(0, 1), p[0], p[0]),
     "out_k must": lambda p: kernels.gather_kv(p, p, ids(1)[None], ids(0, 1), p[0], p[0]),
+    "moves holds 2 twice": lambda p: kernels.compact_pages(p, pairs(0, 2, 1, 2)),
+    "moves holds 1 twice": lambda p: kernels.compact_pages(p, pairs(1, 2, 1, 3)),
+    "block 1 is both": lambda p: kernels.compact_pages(p, pairs(0, 1, 1, 2)),
+    "moves holds 4": lambda p: kernels.compact_pages(p, pairs(0, 4)),
+    "moves must be .n, 2.": lambda p: kernels.compact_pages(p, ids(0, 1, 2)[None]),
+    "kv must be one pool": lambda p: kernels.compact_pages([p, p[:2]], pairs(0, 1)),
+    "page_tables must be": lambda p: kernels.compact_pages(p, pairs(0, 1), torch.zeros(2, 2)),
+    "page_tables is rewritten": lambda p: kernels.compact_pages(
+        p, pairs(0, 1), torch.zeros(2, 4).int()[:, ::2]
+    ),
+    "cannot be swapped": lambda p: kernels.swap_pages(p, p[:, :2], ids(0), ids(1)),
+    "block 0 is both": lambda p: kernels.swap_pages(p, p, ids(0), ids(0)),
+    "sinks must be": lambda p: kernels.merge_states([p], [p[..., 0]], sinks=torch.ones(3)),
+    "out must be .4": lambda p: kernels.merge_states([p], [p[..., 0]], out=p[:2]),
+    "at least one level": lambda p: kernels.cascade_attention(p[0], p, p, []),
+    "out must be .16": lambda p: kernels.cascade_attention(p[0], p, p, [None], out=p[0, :1]),
     "cannot be merged": lambda _: kernels.merge_states([], []),
     "does not fit": lambda p: kernels.merge_state(p, p[..., 0], p[:2], p[..., 0]),
 }

@@ -1,0 +1,192 @@
+"""Writing new keys and values to their slots on a GPU, in Triton; see ``append.py``.
+
+Caches and scales go by integer addresses: their first block may be unmapped.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from kvcached.kernels.quant import LARGEST
+
+WIDTH = 1024
+"""Elements of a token that a program writes."""
+_STORED = {
+    torch.float8_e4m3fn: tl.float8e4nv,
+    torch.float8_e5m2: tl.float8e5,
+    torch.int8: tl.int8,
+    torch.uint8: tl.uint8,
+}
+
+
+@triton.jit
+def _write_side(
+    ROWS, CACHE, token, slot, valid, stride_t, stride_n, stride_b, stride_s, stride_h, heads,
+    D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_SIZE: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    BASE = tl.multiple_of(CACHE.to(tl.pointer_type(ROWS.dtype.element_ty)), ALIGN)
+    element = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    head, d = element // D, element % D
+    inside = (head < heads)[None, :]
+    frm = (token * stride_t)[:, None] + (head * stride_n + d)[None, :]
+    rows = tl.load(ROWS + frm, mask=inside & valid[:, None])
+    to = (slot // BLOCK_SIZE * stride_b + slot % BLOCK_SIZE * stride_s)[:, None]
+    tl.store(BASE + to + (head * stride_h + d)[None, :], rows, mask=inside & (slot >= 0)[:, None])
+
+
+@triton.jit
+def append_kernel(
+    KEY, VALUE, K: tl.int64, V: tl.int64, SLOTS, tokens,
+    stride_kt, stride_kn, stride_vt, stride_vn,
+    stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh, heads,
+    D: tl.constexpr, DV: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """Write a piece of some tokens' keys and values to their slots; negative ones are skipped.
+
+    The rows are read whether or not they are skipped: that load waits for nothing.
+    """
+    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    valid = token < tokens
+    slot = tl.load(SLOTS + token, mask=valid, other=-1).to(tl.int64)
+    _write_side(KEY, K, token, slot, valid, stride_kt, stride_kn, stride_kb, stride_ks, stride_kh,
+                heads, D, WIDTH, BLOCK_SIZE, ALIGN)  # fmt: skip
+    _write_side(VALUE, V, token, slot, valid, stride_vt, stride_vn, stride_vb, stride_vs,
+                stride_vh, heads, DV, WIDTH, BLOCK_SIZE, ALIGN)  # fmt: skip
+
+
+@triton.jit
+def _row_scale(largest, LIMIT: tl.constexpr):
+    scale = tl.div_rn(largest, LIMIT + tl.zeros_like(largest))
+    return tl.where(scale > 0, scale, 1.0)
+
+
+@triton.jit
+def _scaled(x, scale, LIMIT: tl.constexpr, WHOLE: tl.constexpr):
+    """``x / scale`` within the limit; ``WHOLE``: rounded half to even, by adding 1.5 * 2**23."""
+    x = tl.div_rn(x, scale[:, None] + tl.zeros_like(x))
+    x = tl.minimum(tl.maximum(x, -LIMIT), LIMIT)
+    if WHOLE:
+        x = (x + 12582912.0) - 12582912.0
+    return x
+
+
+@triton.jit
+def _quantise_side(
+    ROWS, CACHE, SCALE, token, slot, stride_t, stride_n, stride_b, stride_s, stride_h,
+    scale_b, scale_s, scale_h, heads,
+    D: tl.constexpr, DP: tl.constexpr, HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    STORED: tl.constexpr, LIMIT: tl.constexpr, PER_ROW: tl.constexpr,
+):  # fmt: skip
+    """One token's rows; for int4 as two tiles, the halves of a row (see ``quant.py``)."""
+    PACKED: tl.constexpr = tl.uint8 == STORED
+    WHOLE: tl.constexpr = PACKED or tl.int8 == STORED
+    HALF: tl.constexpr = D // 2 if PACKED else D
+    head, d = tl.program_id(1) * HEADS + tl.arange(0, HEADS), tl.arange(0, DP)
+    mask = (head < heads)[:, None] & (d < HALF)[None, :]
+    frm = token * stride_t + (head * stride_n)[:, None] + d[None, :]
+    x = tl.load(ROWS + frm, mask=mask, other=0.0).to(tl.float32)
+    block, offset = slot // BLOCK_SIZE, slot % BLOCK_SIZE
+    S_BASE = SCALE.to(tl.pointer_type(tl.float32)) + block * scale_b + offset * scale_s
+    if PACKED:
+        y = tl.load(ROWS + frm + HALF, mask=mask, other=0.0).to(tl.float32)
+    if PER_ROW:
+        largest = tl.max(tl.abs(x), 1)
+        if PACKED:
+            largest = tl.maximum(largest, tl.max(tl.abs(y), 1))
+        scale = _row_scale(largest, LIMIT)
+        tl.store(S_BASE + head * scale_h, scale, mask=head < heads)
+    else:
+        scale = tl.load(S_BASE + head * scale_h, mask=head < heads, other=1.0)
+    stored = _scaled(x, scale, LIMIT, WHOLE)
+    if PACKED:
+        low = stored.to(tl.int32) + 8
+        high = _scaled(y, scale, LIMIT, WHOLE).to(tl.int32) + 8
+        stored = low | (high << 4)
+    to = block * stride_b + offset * stride_s + (head * stride_h)[:, None] + d[None, :]
+    tl.store(CACHE.to(tl.pointer_type(STORED)) + to, stored.to(STORED), mask=mask)
+
+
+@triton.jit
+def append_quant_kernel(
+    KEY, VALUE, K: tl.int64, V: tl.int64, K_SCALE: tl.int64, V_SCALE: tl.int64, SLOTS,
+    stride_kt, stride_kn, stride_vt, stride_vn,
+    stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
+    k_scale_b, k_scale_s, k_scale_h, v_scale_b, v_scale_s, v_scale_h, heads,
+    D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, HEADS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, STORED: tl.constexpr, LIMIT: tl.constexpr, PER_ROW: tl.constexpr,
+):  # fmt: skip
+    """Quantise one token's keys and values of some heads; ``PER_ROW`` makes and writes scales."""
+    token = tl.program_id(0).to(tl.int64)
+    slot = tl.load(SLOTS + token).to(tl.int64)
+    if slot < 0:
+        return
+    _quantise_side(KEY, K, K_SCALE, token, slot, stride_kt, stride_kn, stride_kb, stride_ks,
+                   stride_kh, k_scale_b, k_scale_s, k_scale_h, heads, D, DP, HEADS, BLOCK_SIZE,
+                   STORED, LIMIT, PER_ROW)  # fmt: skip
+    _quantise_side(VALUE, V, V_SCALE, token, slot, stride_vt, stride_vn, stride_vb, stride_vs,
+                   stride_vh, v_scale_b, v_scale_s, v_scale_h, heads, DV, DVP, HEADS, BLOCK_SIZE,
+                   STORED, LIMIT, PER_ROW)  # fmt: skip
+
+
+def append_config(tokens: int, heads: int, dim: int, dim_v: int) -> dict[str, int]:
+    """Compile-time sizes of ``append_kernel``: few tokens get a program each, for latency."""
+    width = min(WIDTH, triton.next_power_of_2(heads * max(dim, dim_v)))
+    return {"D": dim, "DV": dim_v, "WIDTH": width, "TOKENS": 1 if tokens <= 1024 else 2}
+
+
+def append_triton(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slots: torch.Tensor,
+) -> None:
+    """Write checked rows of the caches' dtype to their slots."""
+    tokens = len(slots)
+    if not tokens:
+        return
+    block_size, heads, dim = k_cache.shape[1:]
+    dim_v = v_cache.shape[3]
+    strides = [key.stride(1), value.stride(1), k_cache.stride(2), v_cache.stride(2)]
+    if strides == [dim, dim_v, dim, dim_v]:  # the heads lie side by side everywhere: one row
+        heads, dim, dim_v = 1, heads * dim, heads * dim_v
+    config = append_config(tokens, heads, dim, dim_v)
+    bases = k_cache.data_ptr(), v_cache.data_ptr()
+    pieces = triton.cdiv(heads * max(dim, dim_v), config["WIDTH"])
+    append_kernel[triton.cdiv(tokens, config["TOKENS"]), pieces](
+        key, value, *bases, slots, tokens, *key.stride()[:2], *value.stride()[:2],
+        *k_cache.stride()[:3], *v_cache.stride()[:3], heads, **config, BLOCK_SIZE=block_size,
+        ALIGN=16 if (bases[0] | bases[1]) % 16 == 0 else key.element_size(),
+    )  # fmt: skip
+
+
+def quant_config(heads: int, dim: int, dim_v: int, dtype: torch.dtype) -> dict[str, object]:
+    """Compile-time sizes of ``append_quant_kernel``; ``dim`` counts elements, not bytes."""
+    pack = 2 if dtype == torch.uint8 else 1
+    padded, padded_v = (triton.next_power_of_2(n // pack) for n in (dim, dim_v))
+    most = max(1, 2 * WIDTH // max(padded, padded_v))
+    return {"D": dim, "DV": dim_v, "DP": padded, "DVP": padded_v,
+            "HEADS": min(most, triton.next_power_of_2(heads)), "STORED": _STORED[dtype],
+            "LIMIT": LARGEST[dtype]}  # fmt: skip
+
+
+def append_quant_triton(
+    key: torch.Tensor, value: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
+    slots: torch.Tensor, k_scale: torch.Tensor, v_scale: torch.Tensor,
+) -> None:  # fmt: skip
+    """Quantise checked rows to their slots; scales of three dimensions are made here."""
+    if not len(slots):
+        return
+    heads, per_row = k_cache.shape[2], k_scale.dim() == 3
+    config = quant_config(heads, key.shape[2], value.shape[2], k_cache.dtype)
+    steps = [step for scale in (k_scale, v_scale)
+             for step in [0, 0, 0, *scale.stride()][-3:]]  # fmt: skip
+    append_quant_kernel[len(slots), triton.cdiv(heads, config["HEADS"])](
+        key, value, k_cache.data_ptr(), v_cache.data_ptr(), k_scale.data_ptr(),
+        v_scale.data_ptr(), slots, *key.stride()[:2], *value.stride()[:2],
+        *k_cache.stride()[:3], *v_cache.stride()[:3], *steps, heads,
+        **config, BLOCK_SIZE=k_cache.shape[1], PER_ROW=per_row,
+    )  # fmt: skip
