@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kvcached.kernels import reference
+    from kvcached.kernels import ops, reference
     from kvcached.kernels.append import concat_and_cache_mla, reshape_and_cache
     from kvcached.kernels.attention import attn_with_kvcache
     from kvcached.kernels.cascade import Level, cascade_attention
@@ -56,6 +56,7 @@ __all__ = [
     "gather_pages",
     "merge_state",
     "merge_states",
+    "ops",
     "plan_attention",
     "reference",
     "reshape_and_cache",
@@ -65,8 +66,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "reference":
-        return importlib.import_module(f"{__name__}.reference")
+    if name in {"ops", "reference"}:
+        return importlib.import_module(f"{__name__}.{name}")
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
