@@ -58,6 +58,49 @@ def gpu_table(result: dict[str, Any]) -> str:
     return f"{table(headers, rows)}\n\n{source}"
 
 
+def kernels_table(result: dict[str, Any]) -> str:
+    """Each kernel with its share of the limit, its target, its error and the peers' times."""
+    units = {"ratio": "of the limit", "us": "us", "tflops": "TFLOP/s", "gb_per_s": "GB/s",
+             "speedup": "x flat"}  # fmt: skip
+    rows, absent = [], []
+    for row in result["rows"]:
+        if "us" not in row:
+            why = row.get("missing") or row["failed"]
+            absent.append(f"`{row['id']}`: {why}")
+            continue
+        what = row["target_of"]
+        value = row[{"ratio": "ratio_to_limit"}.get(what, what or "us")]
+        bound = "<=" if what == "us" else ">="
+        target = "" if what is None else f"{bound} {number(row['target'])} {units[what]}"
+        error = "" if row.get("error") is None else f"{row['error']:.1e}"
+        if row.get("peer_error") is not None:
+            error += f" ({row['peer_error']:.1e})"
+        beside = "; ".join(f"{who}: {number(us)}" for who, us in row.get("peers", {}).items())
+        rows.append([f"`{row['id']}`", number(row["us"]), number(row["p99"]),
+                     f"{row['ratio_to_limit']:.3f}", f"{number(value)} {units[what or 'us']}",
+                     target, number(row["host_us"]), error, beside])  # fmt: skip
+    headers = ["row", "us", "p99", "of the limit", "value", "target", "host us",
+               "error (best peer's)", "peers, us"]  # fmt: skip
+    limits = ", ".join(f"{name} {number(value)}" for name, value in result["limits"].items())
+    source = f"{result['device']}, {result['date']}, commit {result['commit']}; limits: {limits}."
+    notes = f"\n\nNot measured: {'; '.join(absent)}." if absent else ""
+    return f"{table(headers, rows)}\n\n{source}{notes}"
+
+
+def compiled_table(result: dict[str, Any]) -> str:
+    """What the compiler made of each configuration, for each architecture."""
+    rows = []
+    for row in result["rows"]:
+        sizes = [str(row[key]) for key in ("registers", "stack", "shared")]
+        ahead = f"{row['tiles_ahead']}" if row.get("tiles_ahead") else ""
+        rows.append([row["kernel"], row["arch"], *sizes, ahead])
+    headers = ["kernel", "for", "registers", "stack", "shared bytes", "bytes in flight"]
+    refused = "".join(f"\n\nNot for {r['arch']}: {r['kernel']}: {r['why']}."
+                      for r in result["refused"])  # fmt: skip
+    source = f"Triton {result['triton']}, {result['date']}, commit {result['commit']}."
+    return f"{table(headers, rows)}\n\n{source}{refused}"
+
+
 def demo_table(result: dict[str, Any]) -> str:
     """Static split against elastic, from the JSON of ``kvcached demo``."""
     static, elastic = result["static"], result["elastic"]
@@ -118,6 +161,9 @@ def results_of(name: str) -> str:
     result = json.loads(path.read_text("utf-8"))
     if "elastic" in result:
         return f"{demo_table(result)}\n"
+    known = {"kernels": kernels_table, "kernels_compiled": compiled_table}
+    if result.get("bench") in known:
+        return f"{known[result['bench']](result)}\n"
     return f"{gpu_table(result) if 'device' in result else bench_table(result)}\n"
 
 

@@ -306,7 +306,7 @@ def check_distinct(name: str, ids: Any) -> None:
 def _check_apart(sources: Any, targets: Any) -> None:
     if isinstance(sources, torch.Tensor) or isinstance(targets, torch.Tensor):
         return
-    both = np.intersect1d(sources, targets)
+    both = sources[np.isin(sources, targets)]
     if len(both):
         raise InvalidInput(f"block {both[0]} is both a source and a destination")
 
