@@ -15,6 +15,8 @@ import triton.language as tl
 
 WIDTH = 2048
 """Units that a program moves: 8 KiB where addresses are aligned to 4 bytes or more."""
+ENTRIES = 256
+"""Entries of a block table that a program rewrites: few, or they would need more registers."""
 _UNITS = {16: (tl.int32, 4), 4: (tl.int32, 4), 2: (tl.int16, 2), 1: (tl.int8, 1)}
 
 
@@ -24,10 +26,13 @@ def _copy_piece(
     UNIT: tl.constexpr, GROUP: tl.constexpr, ALIGN: tl.constexpr,
     RUN: tl.constexpr, INNER: tl.constexpr, NESTED: tl.constexpr,
 ):  # fmt: skip
-    """Copy units ``at`` of an entry of ``total``: runs of ``RUN`` units, ``INNER`` to a group."""
+    """Copy units ``at`` of an entry of ``total`` groups: runs of ``RUN`` units, ``INNER`` in a row.
+
+    Sizes and strides count groups of ``GROUP`` units, so that the compiler sees their alignment.
+    """
     D_BASE = tl.multiple_of(DST.to(tl.pointer_type(UNIT)), ALIGN)
     S_BASE = tl.multiple_of(SRC.to(tl.pointer_type(UNIT)), ALIGN)
-    inside = at < total
+    inside = at < total * GROUP
     if NESTED:
         run, unit = at // RUN, at % RUN
         outer, inner = run // INNER, run % INNER
@@ -38,7 +43,7 @@ def _copy_piece(
     tl.store(D_BASE + to, tl.load(S_BASE + frm, mask=inside), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pieces"])
 def copy_kernel(
     DST: tl.int64, SRC: tl.int64, TO, FROM, pieces, total,
     to_stride, from_stride, to_outer, to_inner, from_outer, from_inner,
@@ -46,10 +51,7 @@ def copy_kernel(
     INNER: tl.constexpr, NESTED: tl.constexpr, BY_TO: tl.constexpr, BY_FROM: tl.constexpr,
     WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """One piece of entry i: DST[TO[i]] = SRC[FROM[i]], or i itself where there are no ids.
-
-    Strides count groups of ``GROUP`` units, so that the compiler sees their alignment.
-    """
+    """One piece of entry i: DST[TO[i]] = SRC[FROM[i]], or i itself where there are no ids."""
     entry = tl.program_id(0) // pieces
     at = tl.program_id(0) % pieces * WIDTH + tl.arange(0, WIDTH)
     to = tl.load(TO + entry) if BY_TO else entry
@@ -74,7 +76,7 @@ def _renamed(ids, valid, SOURCES, TARGETS, moves, steps):
     return found, tl.load(TARGETS + low, mask=found, other=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["moves", "steps", "pieces", "table_rows", "table_columns"])
 def compact_kernel(
     A: tl.int64, B: tl.int64, SOURCES, TARGETS, TABLE, moves, steps, pieces,
     a_total, a_stride, a_outer, a_inner, b_total, b_stride, b_outer, b_inner,
@@ -82,7 +84,7 @@ def compact_kernel(
     UNIT: tl.constexpr, GROUP: tl.constexpr, ALIGN: tl.constexpr,
     A_RUN: tl.constexpr, A_INNER: tl.constexpr, A_NESTED: tl.constexpr,
     B_RUN: tl.constexpr, B_INNER: tl.constexpr, B_NESTED: tl.constexpr,
-    TWO: tl.constexpr, WIDTH: tl.constexpr,
+    TWO: tl.constexpr, WIDTH: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
     """Copy the moved blocks of one or two pools; the programs behind those rewrite the table."""
     program = tl.program_id(0)
@@ -99,13 +101,13 @@ def compact_kernel(
                         b_outer, b_inner, UNIT, GROUP, ALIGN, B_RUN, B_INNER,
                         B_NESTED)  # fmt: skip
     else:
-        place = (program - copies) * WIDTH + tl.arange(0, WIDTH)
+        place = (program - copies) * ENTRIES + tl.arange(0, ENTRIES)
         valid = place < table_rows * table_columns
         row, column = (place // table_columns).to(tl.int64), place % table_columns
-        at = TABLE + row * table_stride + column
-        ids = tl.load(at, mask=valid, other=0)
+        named = TABLE + row * table_stride + column
+        ids = tl.load(named, mask=valid, other=0)
         found, target = _renamed(ids, valid, SOURCES, TARGETS, moves, steps)
-        tl.store(at, target, mask=found)
+        tl.store(named, target, mask=found)
 
 
 @triton.jit
@@ -120,11 +122,11 @@ def _sequence_of(row, STARTS, batch, steps):
     return low
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "batch", "steps", "table_stride"])
 def gather_kernel(
     K: tl.int64, V: tl.int64, TABLE, STARTS, OUT_K, OUT_V, rows, batch, steps, heads,
     table_stride, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
-    k_out_row, k_out_head, v_out_row, v_out_head,
+    stride_okt, stride_okh, stride_ovt, stride_ovh,
     D: tl.constexpr, DV: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
@@ -143,12 +145,12 @@ def gather_kernel(
     head, d = element // D, element % D
     inside = valid[:, None] & (head < heads)[None, :]
     frm = (block * stride_kb + slot * stride_ks)[:, None] + (head * stride_kh + d)[None, :]
-    to = (row * k_out_row)[:, None] + (head * k_out_head + d)[None, :]
+    to = (row * stride_okt)[:, None] + (head * stride_okh + d)[None, :]
     tl.store(OUT_K + to, tl.load(K_BASE + frm, mask=inside), mask=inside)
     head, d = element // DV, element % DV
     inside = valid[:, None] & (head < heads)[None, :]
     frm = (block * stride_vb + slot * stride_vs)[:, None] + (head * stride_vh + d)[None, :]
-    to = (row * v_out_row)[:, None] + (head * v_out_head + d)[None, :]
+    to = (row * stride_ovt)[:, None] + (head * stride_ovh + d)[None, :]
     tl.store(OUT_V + to, tl.load(V_BASE + frm, mask=inside), mask=inside)
 
 
@@ -232,7 +234,7 @@ def copy_entries(
         pieces = triton.cdiv(form.nbytes // unit, WIDTH)
         copy_kernel[(count * pieces,)](
             *bases, absent if to is None else to, absent if frm is None else frm, pieces,
-            form.nbytes // unit, *(stride // align for stride in strides),
+            form.nbytes // align, *(stride // align for stride in strides),
             RUN=form.run // unit, INNER=form.inner, NESTED=form.inner * form.outer > 1,
             BY_TO=to is not None, BY_FROM=frm is not None, **_settings(align),
         )  # fmt: skip
@@ -262,11 +264,11 @@ def compact(
     align = _alignment(*bases, *strides, *(n for form in forms for n in (form.run, *form.to)))
     unit, moves = _UNITS[align][1], len(sources)
     pieces = max((triton.cdiv(form.nbytes // unit, WIDTH) for form in forms), default=0)
-    bounds = [(form.nbytes // unit, stride // align, *(step // align for step in form.to))
+    bounds = [(form.nbytes // align, stride // align, *(step // align for step in form.to))
               for form, stride in zip(forms, strides[: len(forms)], strict=True)]  # fmt: skip
     a, b = (forms[0], forms[-1]) if forms else (_NOTHING, _NOTHING)
     rows, columns, stride = (0, 1, 0) if table is None else (*table.shape, table.stride(0))
-    programs = moves * pieces + triton.cdiv(rows * columns, WIDTH)
+    programs = moves * pieces + triton.cdiv(rows * columns, ENTRIES)
     if not programs or not moves:
         return
     compact_kernel[(programs,)](
@@ -276,7 +278,7 @@ def compact(
         rows, columns, stride,
         A_RUN=a.run // unit, A_INNER=a.inner, A_NESTED=a.inner * a.outer > 1,
         B_RUN=b.run // unit, B_INNER=b.inner, B_NESTED=b.inner * b.outer > 1,
-        TWO=len(pools) > 1, **_settings(align),
+        TWO=len(pools) > 1, ENTRIES=ENTRIES, **_settings(align),
     )  # fmt: skip
 
 

@@ -5,14 +5,23 @@ Caches and scales go by integer addresses: their first block may be unmapped.
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
+from kvcached.kernels._launch import handle_of, interpreted
 from kvcached.kernels.quant import LARGEST
 
 WIDTH = 1024
 """Elements of a token that a program writes."""
+FEW_TOKENS = 1024
+"""Up to so many tokens each has a program of its own."""
+APPEND_TYPES = dict.fromkeys(("KEY", "VALUE", "K", "V"), "i64") | {"SLOTS": "*i32"}
+"""Of the arguments of ``append_kernel`` that are no constants."""
+_BITS = {1: tl.int8, 2: tl.int16, 4: tl.int32, 8: tl.int64}
 _STORED = {
     torch.float8_e4m3fn: tl.float8e4nv,
     torch.float8_e5m2: tl.float8e5,
@@ -25,36 +34,40 @@ _STORED = {
 def _write_side(
     ROWS, CACHE, token, slot, valid, stride_t, stride_n, stride_b, stride_s, stride_h, heads,
     D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_SIZE: tl.constexpr, ALIGN: tl.constexpr,
+    ELEMENT: tl.constexpr,
 ):  # fmt: skip
-    BASE = tl.multiple_of(CACHE.to(tl.pointer_type(ROWS.dtype.element_ty)), ALIGN)
+    BASE = tl.multiple_of(CACHE.to(tl.pointer_type(ELEMENT)), ALIGN)
+    SOURCE = tl.multiple_of(ROWS.to(tl.pointer_type(ELEMENT)), ALIGN)
     element = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     head, d = element // D, element % D
     inside = (head < heads)[None, :]
     frm = (token * stride_t)[:, None] + (head * stride_n + d)[None, :]
-    rows = tl.load(ROWS + frm, mask=inside & valid[:, None])
+    rows = tl.load(SOURCE + frm, mask=inside & valid[:, None])
     to = (slot // BLOCK_SIZE * stride_b + slot % BLOCK_SIZE * stride_s)[:, None]
     tl.store(BASE + to + (head * stride_h + d)[None, :], rows, mask=inside & (slot >= 0)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def append_kernel(
-    KEY, VALUE, K: tl.int64, V: tl.int64, SLOTS, tokens,
-    stride_kt, stride_kn, stride_vt, stride_vn,
-    stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh, heads,
+    KEY: tl.int64, VALUE: tl.int64, K: tl.int64, V: tl.int64, SLOTS, tokens,
+    KT: tl.constexpr, KN: tl.constexpr, VT: tl.constexpr, VN: tl.constexpr,
+    KB: tl.constexpr, KS: tl.constexpr, KH: tl.constexpr,
+    VB: tl.constexpr, VS: tl.constexpr, VH: tl.constexpr, HEADS: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, ALIGN: tl.constexpr, ELEMENT: tl.constexpr,
 ):  # fmt: skip
     """Write a piece of some tokens' keys and values to their slots; negative ones are skipped.
 
-    The rows are read whether or not they are skipped: that load waits for nothing.
+    Strides are constants: token and head of the rows; block, slot and head of the caches. The rows
+    are read whether or not they are skipped: that load waits for nothing.
     """
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     valid = token < tokens
     slot = tl.load(SLOTS + token, mask=valid, other=-1).to(tl.int64)
-    _write_side(KEY, K, token, slot, valid, stride_kt, stride_kn, stride_kb, stride_ks, stride_kh,
-                heads, D, WIDTH, BLOCK_SIZE, ALIGN)  # fmt: skip
-    _write_side(VALUE, V, token, slot, valid, stride_vt, stride_vn, stride_vb, stride_vs,
-                stride_vh, heads, DV, WIDTH, BLOCK_SIZE, ALIGN)  # fmt: skip
+    _write_side(KEY, K, token, slot, valid, KT, KN, KB, KS, KH, HEADS, D, WIDTH, BLOCK_SIZE,
+                ALIGN, ELEMENT)  # fmt: skip
+    _write_side(VALUE, V, token, slot, valid, VT, VN, VB, VS, VH, HEADS, DV, WIDTH, BLOCK_SIZE,
+                ALIGN, ELEMENT)  # fmt: skip
 
 
 @triton.jit
@@ -131,10 +144,37 @@ def append_quant_kernel(
                    STORED, LIMIT, PER_ROW)  # fmt: skip
 
 
-def append_config(tokens: int, heads: int, dim: int, dim_v: int) -> dict[str, int]:
-    """Compile-time sizes of ``append_kernel``: few tokens get a program each, for latency."""
+def append_config(
+    itemsize: int, few: bool, dims: tuple[int, ...], rows: tuple[int, ...],
+    caches: tuple[int, ...], align: int,
+) -> dict[str, Any]:  # fmt: skip
+    """Constants of ``append_kernel``; ``few`` tokens get a program each, for latency.
+
+    ``dims`` are block size, heads, D and Dv, ``rows`` the strides of key and value by token and
+    head, ``caches`` those of both caches by block, slot and head.
+    """
+    block_size, heads, dim, dim_v = dims
+    apart = [rows[1], caches[2], rows[3], caches[5]]
+    if apart == [dim, dim, dim_v, dim_v]:  # the heads lie side by side everywhere: one row
+        heads, dim, dim_v = 1, heads * dim, heads * dim_v
     width = min(WIDTH, triton.next_power_of_2(heads * max(dim, dim_v)))
-    return {"D": dim, "DV": dim_v, "WIDTH": width, "TOKENS": 1 if tokens <= 1024 else 2}
+    names = ("KT", "KN", "VT", "VN", "KB", "KS", "KH", "VB", "VS", "VH")
+    return dict(zip(names, rows + caches, strict=True)) | {
+        "HEADS": heads, "D": dim, "DV": dim_v, "TOKENS": 1 if few else 2, "WIDTH": width,
+        "BLOCK_SIZE": block_size, "ALIGN": align, "ELEMENT": _BITS[itemsize],
+    }  # fmt: skip
+
+
+@functools.lru_cache(maxsize=1024)
+def _prepared(device: int | None, *shape: Any) -> tuple[Any, ...]:
+    """(pieces, tokens of a program, constants, compiled handle, its tail) of a shape."""
+    config = append_config(*shape)
+    pieces = triton.cdiv(config["HEADS"] * max(config["D"], config["DV"]), config["WIDTH"])
+    handle = None
+    if not interpreted():
+        assert device is not None  # CPU tensors come here in the interpreter only
+        handle = handle_of(append_kernel, APPEND_TYPES, config, num_warps=4, device=device)
+    return pieces, config["TOKENS"], config, handle, (None,) * len(config)
 
 
 def append_triton(
@@ -148,22 +188,22 @@ def append_triton(
     tokens = len(slots)
     if not tokens:
         return
-    block_size, heads, dim = k_cache.shape[1:]
-    dim_v = v_cache.shape[3]
-    strides = [key.stride(1), value.stride(1), k_cache.stride(2), v_cache.stride(2)]
-    if strides == [dim, dim_v, dim, dim_v]:  # the heads lie side by side everywhere: one row
-        heads, dim, dim_v = 1, heads * dim, heads * dim_v
-    config = append_config(tokens, heads, dim, dim_v)
-    bases = k_cache.data_ptr(), v_cache.data_ptr()
-    pieces = triton.cdiv(heads * max(dim, dim_v), config["WIDTH"])
-    append_kernel[triton.cdiv(tokens, config["TOKENS"]), pieces](
-        key, value, *bases, slots, tokens, *key.stride()[:2], *value.stride()[:2],
-        *k_cache.stride()[:3], *v_cache.stride()[:3], heads, **config, BLOCK_SIZE=block_size,
-        ALIGN=16 if (bases[0] | bases[1]) % 16 == 0 else key.element_size(),
+    places = key.data_ptr(), value.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr()
+    aligned = (places[0] | places[1] | places[2] | places[3]) % 16 == 0
+    pieces, together, config, handle, tail = _prepared(
+        key.device.index, key.element_size(), tokens <= FEW_TOKENS,
+        (*k_cache.shape[1:], v_cache.shape[3]), key.stride()[:2] + value.stride()[:2],
+        k_cache.stride()[:3] + v_cache.stride()[:3], 16 if aligned else key.element_size(),
     )  # fmt: skip
+    programs = -(-tokens // together)
+    if handle is None:
+        append_kernel[programs, pieces](*places, slots, tokens, **config)
+        return
+    stream = triton.runtime.driver.active.get_current_stream(key.device.index)
+    handle(programs, pieces, stream, *places, slots.data_ptr(), tokens, *tail)
 
 
-def quant_config(heads: int, dim: int, dim_v: int, dtype: torch.dtype) -> dict[str, object]:
+def quant_config(heads: int, dim: int, dim_v: int, dtype: torch.dtype) -> dict[str, Any]:
     """Compile-time sizes of ``append_quant_kernel``; ``dim`` counts elements, not bytes."""
     pack = 2 if dtype == torch.uint8 else 1
     padded, padded_v = (triton.next_power_of_2(n // pack) for n in (dim, dim_v))
