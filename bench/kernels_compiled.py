@@ -11,7 +11,6 @@ import argparse
 import importlib.util
 import json
 import os
-import re
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -41,10 +40,12 @@ def programs(arch: int) -> dict[str, Any]:
     return found
 
 
-def reason(error: Exception) -> str:
+def reason(error: BaseException) -> str:
     """The last line that says something, without the program around it."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return re.sub(r"\s+", " ", lines[-1] if lines else type(error).__name__)[:160]
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip(" ^")]
+    return f"{type(error).__name__}: {' '.join(lines[-1:])[:160]}"
 
 
 def compiled(arch: int, only: list[str]) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
@@ -58,7 +59,7 @@ def compiled(arch: int, only: list[str]) -> tuple[list[dict[str, Any]], list[dic
             try:
                 rows.append(head | module.report(*one))
             except Exception as error:  # noqa: BLE001 - a refusal is a result
-                refused.append(head | {"why": f"{type(error).__name__}: {reason(error)}"})
+                refused.append(head | {"why": reason(error)})
             print({**head, **(rows[-1] if rows else {})}, file=sys.stderr, flush=True)
     return rows, refused
 

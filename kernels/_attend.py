@@ -37,12 +37,14 @@ LN_2 = math.log(2)
 
 _ADDRESSES = (
     "counter", "q", "k", "v", "out", "lse", "table", "starts", "lens", "q_starts",
-    "item_seq", "item_token", "sinks", "slopes",
+    "item_seq", "item_token", "sinks", "slopes", "k_scale", "v_scale", "numbers",
 )  # fmt: skip
 _INTEGERS = (
     "items", "kv_heads", "group", "dim", "dim_v", "block_size", "item_tokens", "left", "right",
     "q_token", "q_head", "out_token", "out_head", "table_row",
     "k_block", "k_slot", "k_head", "v_block", "v_slot", "v_head",
+    "k_scale_block", "k_scale_slot", "k_scale_head",
+    "v_scale_block", "v_scale_slot", "v_scale_head", "packed",
 )  # fmt: skip
 TASK = np.dtype(
     [(name, np.int64) for name in _ADDRESSES + _INTEGERS]
@@ -84,7 +86,24 @@ def _load_row(row, address, dim, like):
 
 
 @njit
-def _load_tile(tile, task, seq, first, count, base, strides, dim, like, itemsize):
+def _load_stored(row, address, dim, task, scale):
+    """Widen a quantised row: a table has the number of each byte; int4 is two to a byte."""
+    half = dim // 2
+    source = carray(pointer(address, np.uint8(0)), half if task.packed else dim)
+    if task.packed:
+        for d in range(half):
+            row[d] = (np.int32(source[d] & 15) - 8) * scale
+            row[half + d] = (np.int32(source[d] >> 4) - 8) * scale
+        return
+    numbers = carray(pointer(task.numbers, np.float32(0)), 256)
+    for d in range(dim):
+        row[d] = numbers[source[d]] * scale
+
+
+@njit
+def _load_tile(
+    tile, task, seq, first, count, base, strides, dim, like, itemsize, scales, stored
+):  # fmt: skip
     """Widen rows ``first .. first + count`` to ``tile``; zero the rows up to whole vectors."""
     block_stride, slot_stride, column = strides
     done = 0
@@ -92,8 +111,13 @@ def _load_tile(tile, task, seq, first, count, base, strides, dim, like, itemsize
         block, offset = _block_of(task, seq, first + done)
         run = min(task.block_size - offset, count - done)
         at = base + (block * block_stride + offset * slot_stride + column) * itemsize
-        for _ in range(run):
-            _load_row(tile[done], at, dim, like)
+        scale_base, scale_block, scale_slot, scale_column = scales
+        for slot in range(offset, offset + run):
+            if stored is None:  # known to the compiler
+                _load_row(tile[done], at, dim, like)
+            else:
+                place = block * scale_block + slot * scale_slot + scale_column
+                _load_stored(tile[done], at, dim, task, _float32(scale_base + 4 * place, 0))
             at += slot_stride * itemsize
             done += 1
     tile[count : _padded(count, LANES)] = 0  # 0 x a stale NaN would be NaN
@@ -214,7 +238,7 @@ def _write(acc, top, total, task, first_row, head, tokens, like, itemsize, zero)
 
 
 @njit
-def _attend(task, item, head, scratch, like, itemsize, zero):
+def _attend(task, item, head, scratch, like, itemsize, zero, stored, kv_itemsize):
     q, k, v, scores, acc, top, total = scratch
     seq = _int32(task.item_seq, item)
     token = _int32(task.item_token, item)
@@ -231,12 +255,16 @@ def _attend(task, item, head, scratch, like, itemsize, zero):
     end = min(length, pos + tokens + task.right)
     k_strides = (task.k_block, task.k_slot, head * task.k_head)
     v_strides = (task.v_block, task.v_slot, head * task.v_head)
+    k_scales = (task.k_scale, task.k_scale_block, task.k_scale_slot, head * task.k_scale_head)
+    v_scales = (task.v_scale, task.v_scale_block, task.v_scale_slot, head * task.v_scale_head)
     while first < end:
         count = min(KV_TILE, end - first)
-        _load_tile(k, task, seq, first, count, task.k, k_strides, task.dim, like, itemsize)
+        _load_tile(k, task, seq, first, count, task.k, k_strides, task.dim, like, kv_itemsize,
+                   k_scales, stored)  # fmt: skip
         _dot(q, k, scores, rows, _padded(count, LANES), zero)
         _softmax(scores, acc, top, total, task, head, first, count, pos, tokens, length, zero)
-        _load_tile(v, task, seq, first, count, task.v, v_strides, task.dim_v, like, itemsize)
+        _load_tile(v, task, seq, first, count, task.v, v_strides, task.dim_v, like, kv_itemsize,
+                   v_scales, stored)  # fmt: skip
         _add(scores, v, acc, rows, count, zero)
         first += count
     _write(acc, top, total, task, start + token, head, tokens, like, itemsize, zero)
@@ -257,8 +285,10 @@ def _scratch(task, kind):
     )
 
 
-def attention_worker(storage):
-    """The C function (TASK*) -> void for a storage type; compiled once, cached on disk.
+def attention_worker(storage, quantised):
+    """The C function (TASK*) -> void for queries of a storage type; compiled once, cached on disk.
+
+    Keys and values are of the same type, or quantised: bytes with scales.
 
     It takes items until none is left; threads that share the task share its counter.
     """
@@ -266,6 +296,7 @@ def attention_worker(storage):
     kind = np.float64 if storage is np.float64 else np.float32
     zero = kind(0)
     itemsize = np.dtype(storage).itemsize
+    stored, kv_itemsize = (np.uint8(0), 1) if quantised else (None, itemsize)
 
     @cfunc(types.void(types.CPointer(from_dtype(TASK))), cache=True)
     def work(tasks):
@@ -276,6 +307,6 @@ def attention_worker(storage):
             if index >= task.items:
                 break
             item, head = index // task.kv_heads, index % task.kv_heads
-            _attend(task, item, head, scratch, like, itemsize, zero)
+            _attend(task, item, head, scratch, like, itemsize, zero, stored, kv_itemsize)
 
     return work

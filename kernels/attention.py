@@ -108,7 +108,5 @@ def _run(call: AttentionCall, num_splits: int, plan: Plan | None, given: tuple[A
 
 
 def _refuse_on_cpu(call: AttentionCall) -> None:
-    if call.kv.quantized:
-        raise InvalidInput(f"attention over a {call.kv.dtype} cache runs on GPUs only")
     if call.masks is not None:
         raise InvalidInput("custom_mask works on GPUs only")

@@ -14,6 +14,7 @@ from kvcached.errors import InvalidInput
 from kvcached.kernels import _team
 from kvcached.kernels._attend import Q_TILE_ROWS, TASK, attention_worker
 from kvcached.kernels.checks import AttentionCall, check_places
+from kvcached.kernels.quant import INT4
 
 _STORAGE: dict[torch.dtype, Any] = {
     torch.float32: np.float32,
@@ -53,7 +54,7 @@ def attend(call: AttentionCall) -> None:
     fields = _fields(call, group) | {name: array.ctypes.data for name, array in arrays.items()}
     fields |= {"items": items, "item_tokens": min(tokens, call.max_q)}
     task = np.frombuffer(_PACK.pack(*[fields[name] for name in _NAMES]), np.uint8)
-    worker = _worker(_STORAGE[call.kv.dtype])
+    worker = _worker(_STORAGE[call.q.dtype], call.kv.quantized)
     _team.run(worker, task.ctypes.data, min(torch.get_num_threads(), items))
 
 
@@ -75,9 +76,10 @@ def _fields(call: AttentionCall, group: int) -> dict[str, int | float]:
     """The fields of ``TASK`` that the call alone decides."""
     kv, q, out, table = call.kv, call.q, call.out, call.table
     tensors = {"q": q, "out": out, "lse": call.lse, "table": table, "starts": call.starts,
-               "sinks": call.sinks, "slopes": call.slopes}  # fmt: skip
+               "sinks": call.sinks, "slopes": call.slopes, "k_scale": call.k_scale,
+               "v_scale": call.v_scale}  # fmt: skip
     addresses = {name: 0 if x is None else x.data_ptr() for name, x in tensors.items()}
-    return addresses | {
+    return addresses | _scale_fields(call) | {
         "k": kv.k_ptr, "v": kv.v_ptr, "kv_heads": kv.num_kv_heads, "group": group,
         "dim": kv.head_dim, "dim_v": kv.head_dim_v, "block_size": kv.block_size,
         "left": call.left, "right": call.right, "q_token": q.stride(0), "q_head": q.stride(1),
@@ -87,6 +89,23 @@ def _fields(call: AttentionCall, group: int) -> dict[str, int | float]:
         "v_block": kv.v_block_stride, "v_slot": kv.v_slot_stride, "v_head": kv.v_head_stride,
         "scale": call.scale, "softcap": call.softcap,
     }  # fmt: skip
+
+
+@functools.cache
+def _numbers(dtype: torch.dtype) -> Any:
+    """What each byte stands for, float32 ``[256]``."""
+    return torch.arange(256, dtype=torch.uint8).view(dtype).float().numpy()
+
+
+def _scale_fields(call: AttentionCall) -> dict[str, int]:
+    """How bytes are read, and the strides of both scales: by block, slot and head."""
+    numbers = _numbers(call.kv.dtype).ctypes.data if call.kv.quantized else 0
+    strides = {"packed": int(call.kv.dtype == INT4), "numbers": numbers}
+    for name, scale in (("k_scale", call.k_scale), ("v_scale", call.v_scale)):
+        steps = (0, 0, 0) if scale is None else (0, 0, 0, *scale.stride())[-3:]
+        names = [f"{name}_{part}" for part in ("block", "slot", "head")]
+        strides |= dict(zip(names, steps, strict=True))
+    return strides
 
 
 def _check_ids(table: Any, lens: Any, kv: Any) -> None:
