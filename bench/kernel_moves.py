@@ -24,7 +24,7 @@ def cache_of(tokens: int) -> Problem:
 def append(limits: Limits, tokens: int, target: tuple[str, float], *, dry: bool) -> Moved:
     """Write so many tokens to random slots; as many copies as pass the L2 cache twice."""
     tokens = 4 if dry else tokens
-    copies = 1 if dry else max(2, min(32, (200 << 20) // (tokens * 4096)))
+    copies = 1 if dry else max(2, min(128, (200 << 20) // (tokens * 4096)))
     problem = cache_of(tokens * copies)
     try:
         slots = torch.randperm(tokens * copies).reshape(copies, tokens)

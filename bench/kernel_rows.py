@@ -191,7 +191,7 @@ def cascade_row(limits: Limits, *, dry: bool) -> Row:
     try:
         shared = prefix // 16
         table = problem.tables[0]
-        table[:, :shared] = table[0, :shared]
+        table[:, :shared] = table[0, :shared].clone()
         alone = table[:, shared:].contiguous()
         own_lens, q, out = int32([own] * requests), problem.q[0], problem.out[0]
         levels = [level(table[:1, :shared].contiguous(), int32([prefix]), None, requests),

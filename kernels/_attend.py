@@ -32,19 +32,21 @@ KV_TILE = 64
 """Cache rows that are widened at a time."""
 Q_TILE_ROWS = 64
 """Query rows (tokens x heads of one KV head) of an item; more if one token has more heads."""
+E4M3, E5M2, INT8, INT4 = range(4)
+"""What a quantised cache stores, in ``TASK.stored``."""
 LOG2_E = math.log2(math.e)
 LN_2 = math.log(2)
 
 _ADDRESSES = (
     "counter", "q", "k", "v", "out", "lse", "table", "starts", "lens", "q_starts",
-    "item_seq", "item_token", "sinks", "slopes", "k_scale", "v_scale", "numbers",
+    "item_seq", "item_token", "sinks", "slopes", "k_scale", "v_scale",
 )  # fmt: skip
 _INTEGERS = (
     "items", "kv_heads", "group", "dim", "dim_v", "block_size", "item_tokens", "left", "right",
     "q_token", "q_head", "out_token", "out_head", "table_row",
     "k_block", "k_slot", "k_head", "v_block", "v_slot", "v_head",
     "k_scale_block", "k_scale_slot", "k_scale_head",
-    "v_scale_block", "v_scale_slot", "v_scale_head", "packed",
+    "v_scale_block", "v_scale_slot", "v_scale_head", "stored",
 )  # fmt: skip
 TASK = np.dtype(
     [(name, np.int64) for name in _ADDRESSES + _INTEGERS]
@@ -86,18 +88,29 @@ def _load_row(row, address, dim, like):
 
 
 @njit
-def _load_stored(row, address, dim, task, scale):
-    """Widen a quantised row: a table has the number of each byte; int4 is two to a byte."""
+def _load_stored(row, address, dim, kind, scale):
+    """Widen a quantised row; ``kind`` is ``task.stored``. Loops of one kind become vectors.
+
+    float8_e5m2 is the upper half of a float16. float8_e4m3fn has a bit of exponent less, and no
+    infinities: moved into a float16 it lacks a factor of 2**8, and its NaN is a number.
+    """
     half = dim // 2
-    source = carray(pointer(address, np.uint8(0)), half if task.packed else dim)
-    if task.packed:
+    source = carray(pointer(address, np.uint8(0)), half if kind == INT4 else dim)
+    if kind == INT4:
         for d in range(half):
             row[d] = (np.int32(source[d] & 15) - 8) * scale
             row[half + d] = (np.int32(source[d] >> 4) - 8) * scale
-        return
-    numbers = carray(pointer(task.numbers, np.float32(0)), 256)
-    for d in range(dim):
-        row[d] = numbers[source[d]] * scale
+    elif kind == INT8:
+        for d in range(dim):
+            row[d] = np.int8(source[d]) * scale
+    elif kind == E5M2:
+        for d in range(dim):
+            row[d] = widen(np.int16(np.int32(source[d]) << 8)) * scale
+    else:
+        for d in range(dim):
+            byte = np.int32(source[d])
+            number = widen(np.int16((byte & 128) << 8 | (byte & 127) << 7)) * np.float32(256)
+            row[d] = np.float32(np.nan) if byte & 127 == 127 else number * scale
 
 
 @njit
@@ -117,7 +130,7 @@ def _load_tile(
                 _load_row(tile[done], at, dim, like)
             else:
                 place = block * scale_block + slot * scale_slot + scale_column
-                _load_stored(tile[done], at, dim, task, _float32(scale_base + 4 * place, 0))
+                _load_stored(tile[done], at, dim, task.stored, _float32(scale_base + 4 * place, 0))
             at += slot_stride * itemsize
             done += 1
     tile[count : _padded(count, LANES)] = 0  # 0 x a stale NaN would be NaN

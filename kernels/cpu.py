@@ -11,16 +11,21 @@ import torch
 from numba import njit
 
 from kvcached.errors import InvalidInput
-from kvcached.kernels import _team
-from kvcached.kernels._attend import Q_TILE_ROWS, TASK, attention_worker
+from kvcached.kernels import _team, quant
+from kvcached.kernels._attend import E4M3, E5M2, INT4, INT8, Q_TILE_ROWS, TASK, attention_worker
 from kvcached.kernels.checks import AttentionCall, check_places
-from kvcached.kernels.quant import INT4
 
 _STORAGE: dict[torch.dtype, Any] = {
     torch.float32: np.float32,
     torch.float64: np.float64,
     torch.bfloat16: np.uint16,
     torch.float16: np.int16,
+}
+_KINDS = {
+    torch.float8_e4m3fn: E4M3,
+    torch.float8_e5m2: E5M2,
+    torch.int8: INT8,
+    quant.INT4: INT4,
 }
 _NAMES = TASK.names or ()
 _PACK = struct.Struct("".join("d" if TASK[name].kind == "f" else "q" for name in _NAMES))
@@ -91,16 +96,9 @@ def _fields(call: AttentionCall, group: int) -> dict[str, int | float]:
     }  # fmt: skip
 
 
-@functools.cache
-def _numbers(dtype: torch.dtype) -> Any:
-    """What each byte stands for, float32 ``[256]``."""
-    return torch.arange(256, dtype=torch.uint8).view(dtype).float().numpy()
-
-
 def _scale_fields(call: AttentionCall) -> dict[str, int]:
     """How bytes are read, and the strides of both scales: by block, slot and head."""
-    numbers = _numbers(call.kv.dtype).ctypes.data if call.kv.quantized else 0
-    strides = {"packed": int(call.kv.dtype == INT4), "numbers": numbers}
+    strides = {"stored": _KINDS.get(call.kv.dtype, 0)}
     for name, scale in (("k_scale", call.k_scale), ("v_scale", call.v_scale)):
         steps = (0, 0, 0) if scale is None else (0, 0, 0, *scale.stride())[-3:]
         names = [f"{name}_{part}" for part in ("block", "slot", "head")]
