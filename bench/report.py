@@ -89,12 +89,17 @@ def kernels_table(result: dict[str, Any]) -> str:
 
 def compiled_table(result: dict[str, Any]) -> str:
     """What the compiler made of each configuration, for each architecture."""
-    rows = []
+    archs = sorted({row["arch"] for row in result["rows"]}, key=lambda arch: int(arch[3:]))
+    found: dict[str, dict[str, Any]] = {}
     for row in result["rows"]:
-        sizes = [str(row[key]) for key in ("registers", "stack", "shared")]
-        ahead = f"{row['tiles_ahead']}" if row.get("tiles_ahead") else ""
-        rows.append([row["kernel"], row["arch"], *sizes, ahead])
-    headers = ["kernel", "for", "registers", "stack", "shared bytes", "bytes in flight"]
+        found.setdefault(row["kernel"], {})[row["arch"]] = row
+    rows = []
+    for name, made in found.items():
+        cells = [f"{made[arch]['registers']} / {made[arch]['stack']} / {made[arch]['shared']:,}"
+                 if arch in made else "" for arch in archs]  # fmt: skip
+        ahead = next(iter(made.values())).get("tiles_ahead")
+        rows.append([name, *cells, f"{ahead:,}" if ahead else ""])
+    headers = ["registers / stack / shared bytes", *archs, "bytes in flight"]
     refused = "".join(f"\n\nNot for {r['arch']}: {r['kernel']}: {r['why']}."
                       for r in result["refused"])  # fmt: skip
     source = f"Triton {result['triton']}, {result['date']}, commit {result['commit']}."

@@ -112,6 +112,5 @@ def merge_triton(
         device = out.device.index
         handle = handle_of(merge_kernel, MERGE_TYPES, config, num_warps=4, device=device)
         stream = triton.runtime.driver.active.get_current_stream(device)
-        handle(programs, 1, stream, *(x.data_ptr() for x in tensors), *numbers,
-               *[None] * len(config))  # fmt: skip
+        handle(programs, 1, stream, *(x.data_ptr() for x in tensors), *numbers)
     return lse

@@ -167,14 +167,14 @@ def append_config(
 
 @functools.lru_cache(maxsize=1024)
 def _prepared(device: int | None, *shape: Any) -> tuple[Any, ...]:
-    """(pieces, tokens of a program, constants, compiled handle, its tail) of a shape."""
+    """(pieces, tokens of a program, constants, compiled handle) of a shape."""
     config = append_config(*shape)
     pieces = triton.cdiv(config["HEADS"] * max(config["D"], config["DV"]), config["WIDTH"])
     handle = None
     if not interpreted():
         assert device is not None  # CPU tensors come here in the interpreter only
         handle = handle_of(append_kernel, APPEND_TYPES, config, num_warps=4, device=device)
-    return pieces, config["TOKENS"], config, handle, (None,) * len(config)
+    return pieces, config["TOKENS"], config, handle
 
 
 def append_triton(
@@ -190,7 +190,7 @@ def append_triton(
         return
     places = key.data_ptr(), value.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr()
     aligned = (places[0] | places[1] | places[2] | places[3]) % 16 == 0
-    pieces, together, config, handle, tail = _prepared(
+    pieces, together, config, handle = _prepared(
         key.device.index, key.element_size(), tokens <= FEW_TOKENS,
         (*k_cache.shape[1:], v_cache.shape[3]), key.stride()[:2] + value.stride()[:2],
         k_cache.stride()[:3] + v_cache.stride()[:3], 16 if aligned else key.element_size(),
@@ -200,7 +200,7 @@ def append_triton(
         append_kernel[programs, pieces](*places, slots, tokens, **config)
         return
     stream = triton.runtime.driver.active.get_current_stream(key.device.index)
-    handle(programs, pieces, stream, *places, slots.data_ptr(), tokens, *tail)
+    handle(programs, pieces, stream, *places, slots.data_ptr(), tokens)
 
 
 def quant_config(heads: int, dim: int, dim_v: int, dtype: torch.dtype) -> dict[str, Any]:
