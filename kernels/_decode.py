@@ -5,6 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kvcached.kernels._parts import finish, write
+from kvcached.kernels._widen import from_bytes, from_nibbles, from_pairs
+
 
 @triton.jit
 def _block_ids(
@@ -52,23 +55,20 @@ def _tile(BASE, rows, offs, valid, D: tl.constexpr, DP: tl.constexpr):
 
 
 @triton.jit
-def _widen(raw, KIND: tl.constexpr, COMPUTE: tl.constexpr):
-    """Stored elements as numbers of the type that products are made in, without their scale."""
-    if KIND == "float8_e4m3fn":
-        wide = raw.to(tl.float8e4nv, bitcast=True).to(COMPUTE)
-    elif KIND == "float8_e5m2":
-        wide = raw.to(tl.float8e5, bitcast=True).to(COMPUTE)
-    else:
-        wide = raw.to(COMPUTE)
-    return wide
-
-
-@triton.jit
-def _sees(
-    seen, pos, place, length, queries, masks, left, right,
-    LEFT: tl.constexpr, RIGHT: tl.constexpr, TREE: tl.constexpr,
+def _scored(
+    scores, factor, softcap, slope, pos, place, valid_n, length, queries, masks, left, right,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, TREE: tl.constexpr, HAS_SLOPES: tl.constexpr,
+    HAS_CAP: tl.constexpr,
 ):  # fmt: skip
-    """``seen`` less what lies out of the window of a query or is no ancestor of it in the tree."""
+    """Products as scores in base 2; -inf for keys that a query does not see."""
+    LOG2_E: tl.constexpr = 1.4426950408889634
+    if HAS_CAP:  # tanh(x) = 2 sigmoid(2x) - 1
+        scores = softcap * LOG2_E * (2 * tl.sigmoid(scores * (2 * factor / softcap)) - 1)
+    else:
+        scores *= factor * LOG2_E
+    if HAS_SLOPES:
+        scores -= slope[:, None] * tl.abs(pos[None, :] - place[:, None]).to(tl.float32)
+    seen = valid_n[None, :]
     if LEFT:
         seen = seen & (pos[None, :] - place[:, None] >= -left)
     if RIGHT:
@@ -77,85 +77,20 @@ def _sees(
         nth = pos - (length - queries)  # which query token the key is of; negative: before them
         bit = (masks[:, None] >> tl.maximum(nth, 0).to(tl.int64)[None, :]) & 1
         seen = seen & ((nth < 0)[None, :] | (bit != 0))
-    return seen
+    return tl.where(seen, scores, float("-inf"))
 
 
 @triton.jit
-def _merged(
-    PARTIAL, STATE, first, parts, ROWS: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr
-):
-    """(acc, top, total) over parts ``first .. first + parts``, GROUP of them read at a time."""
-    offs_r, offs_v, offs_p = tl.arange(0, ROWS), tl.arange(0, WIDTH), tl.arange(0, GROUP)
-    top = tl.full([ROWS], -1.0e30, tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, WIDTH], tl.float32)
-    for at in tl.range(0, parts, GROUP):
-        there = at + offs_p < parts
-        row = (first + at + offs_p)[:, None] * ROWS + offs_r[None, :]
-        tops = tl.load(STATE + row * 2, mask=there[:, None], other=-1.0e30, cache_modifier=".cg")
-        totals = tl.load(STATE + row * 2 + 1, mask=there[:, None], other=0.0, cache_modifier=".cg")
-        acc_at = PARTIAL + row[:, :, None] * WIDTH + offs_v[None, None, :]
-        accs = tl.load(acc_at, mask=there[:, None, None], other=0.0, cache_modifier=".cg")
-        new_top = tl.maximum(top, tl.max(tops, 0))
-        fade, gain = tl.exp2(top - new_top), tl.exp2(tops - new_top[None, :])
-        total = total * fade + tl.sum(totals * gain, 0)
-        acc = acc * fade[:, None] + tl.sum(accs * gain[:, :, None], 0)
-        top = new_top
-    return acc, top, total
-
-
-@triton.jit
-def _write(
-    acc, top, total, offs_m, head, first_token, queries, q_start, OUT, LSE, SINKS,
-    TOKENS: tl.constexpr, G: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr,
-    stride_ot: tl.constexpr, stride_oh: tl.constexpr, KV_HEADS: tl.constexpr,
-    HAS_SINKS: tl.constexpr, HALVES: tl.constexpr,
+def _first_scale(
+    V_SCALE, ids, lo, hi, floor, base, offs_n, stride_vcb: tl.constexpr, stride_vcs: tl.constexpr,
+    BN: tl.constexpr, BLOCK_SIZE: tl.constexpr, PAGED: tl.constexpr,
 ):  # fmt: skip
-    """Normalise rows and write them; ``acc`` has the dims of both halves side by side."""
-    LOG2_E: tl.constexpr = 1.4426950408889634
-    token, query = first_token + offs_m // G, head * G + offs_m % G
-    valid = (offs_m < TOKENS * G) & (token < queries)
-    row = (q_start + token).to(tl.int64)
-    denominator = total
-    if HAS_SINKS:  # in the denominator only, not in the LSE
-        sink = tl.load(SINKS + query, mask=valid, other=0.0) * LOG2_E
-        denominator = total + tl.exp2(tl.where(total > 0, sink - top, 0.0))
-    out = acc / tl.where(total > 0, denominator, 1.0)[:, None]
-    offs_v = tl.arange(0, WIDTH)
-    half = offs_v % (WIDTH // HALVES)
-    dim = offs_v // (WIDTH // HALVES) * (DV // HALVES) + half
-    at = OUT + row[:, None] * stride_ot + query[:, None] * stride_oh + dim[None, :]
-    mask = valid[:, None] & (half < DV // HALVES)[None, :]
-    tl.store(at, out.to(OUT.dtype.element_ty), mask=mask)
-    log = tl.log2(tl.where(total > 0, total, 1.0))
-    lse = tl.where(total > 0, (top + log) / LOG2_E, float("-inf"))
-    tl.store(LSE + row * (KV_HEADS * G) + query, lse, mask=valid)
-
-
-@triton.jit
-def _finish(
-    acc, top, total, part, parts, first_part, counter, head, first_token, queries, q_start,
-    PARTIAL, STATE, FINISHED, OUT, LSE, SINKS,
-    BM: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr, TOKENS: tl.constexpr,
-    G: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, stride_ot: tl.constexpr,
-    stride_oh: tl.constexpr, KV_HEADS: tl.constexpr, HAS_SINKS: tl.constexpr,
-    HALVES: tl.constexpr,
-):  # fmt: skip
-    """Store a part; the last one of its tile to get here merges them all."""
-    offs_m, offs_v, first = tl.arange(0, BM), tl.arange(0, WIDTH), first_part.to(tl.int64)
-    own, real = (first + part) * ROWS + offs_m, offs_m < ROWS
-    tl.store(PARTIAL + own[:, None] * WIDTH + offs_v[None, :], acc, mask=real[:, None])
-    tl.store(STATE + own * 2, top, mask=real)
-    tl.store(STATE + own * 2 + 1, total, mask=real)
-    tl.debug_barrier()  # all of this program's stores come before its count
-    finished = tl.atomic_add(FINISHED + counter, 1, sem="acq_rel", scope="gpu")
-    if finished == parts - 1:
-        tl.store(FINISHED + counter, 0)  # ready for the next launch
-        whole, its_top, its_total = _merged(PARTIAL, STATE, first, parts, ROWS, WIDTH, GROUP)
-        _write(
-            whole, its_top, its_total, tl.arange(0, ROWS), head, first_token, queries, q_start,
-            OUT, LSE, SINKS, TOKENS, G, DV, WIDTH, stride_ot, stride_oh, KV_HEADS, HAS_SINKS, HALVES
-        )  # fmt: skip
+    """The largest scale of the tile at ``lo``, or 1."""
+    block, slot = _places(ids, lo, base, offs_n, BN, BLOCK_SIZE, PAGED)
+    here = lo + offs_n
+    at = V_SCALE + block * stride_vcb + slot * stride_vcs
+    largest = tl.max(tl.load(at, mask=(here < hi) & (here >= floor), other=0.0), 0)
+    return tl.where(largest > 0, largest, 1.0)
 
 
 @triton.jit
@@ -205,11 +140,12 @@ def attend_kernel(
     HAS_SINKS: tl.constexpr, HAS_SLOPES: tl.constexpr, HAS_CAP: tl.constexpr,
     KIND: tl.constexpr, STORED: tl.constexpr, COMPUTE: tl.constexpr,
     K_SCALES: tl.constexpr, V_SCALES: tl.constexpr, ALIGN: tl.constexpr, ALIGN_Q: tl.constexpr,
+    EXACT: tl.constexpr,
 ):  # fmt: skip
     """Attention of one tile over one part of its keys. Strides are in elements."""
     INT4: tl.constexpr = KIND == "int4"
     HALVES: tl.constexpr = 2 if KIND == "int4" else 1
-    WIDTH: tl.constexpr = DVP * HALVES
+    WIDTH: tl.constexpr = DVP * 2 if STORED.primitive_bitwidth == 8 else DVP
     tl.static_assert(BM >= TOKENS * G)
     item = tl.program_id(0)
     head, tile = item % KV_HEADS, item // KV_HEADS
@@ -246,29 +182,34 @@ def attend_kernel(
         stride_qt, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
         stride_kcb, stride_kcs, stride_kch, stride_vcb, stride_vcs, stride_vch,
         G, D, DV, DP, DVP, BM, BN, TOKENS, STAGES, BLOCK_SIZE, PAGED, LEFT, RIGHT, TREE,
-        HAS_SLOPES, HAS_CAP, KIND, STORED, COMPUTE, K_SCALES, V_SCALES, ALIGN, ALIGN_Q, INT4,
+        HAS_SLOPES, HAS_CAP, KIND, STORED, COMPUTE, K_SCALES, V_SCALES, ALIGN, ALIGN_Q, INT4, EXACT,
     )  # fmt: skip
     if SPLIT and parts > 1:
-        _finish(acc, top, total, part, parts, first_part, counter, head, first_token, queries,
+        finish(acc, top, total, part, parts, first_part, counter, head, first_token, queries,
                 q_start, PARTIAL, STATE, FINISHED, OUT, LSE, SINKS, BM, ROWS, GROUP, TOKENS, G, DV,
                 WIDTH, stride_ot, stride_oh, KV_HEADS, HAS_SINKS, HALVES)  # fmt: skip
     else:
-        _write(
+        write(
             acc, top, total, tl.arange(0, BM), head, first_token, queries, q_start,
             OUT, LSE, SINKS, TOKENS, G, DV, WIDTH, stride_ot, stride_oh, KV_HEADS, HAS_SINKS, HALVES
         )  # fmt: skip
 
 
 @triton.jit
-def _load_q(
-    Q, rows, query, offs_d, first: tl.constexpr, valid, D: tl.constexpr, DP: tl.constexpr,
-    stride_qh: tl.constexpr, COMPUTE: tl.constexpr,
-):  # fmt: skip
+def _load_q(at, offs_d, valid, D: tl.constexpr, DP: tl.constexpr, COMPUTE: tl.constexpr):
     mask = valid[:, None]
     if D != DP:
         mask = mask & (offs_d < D)[None, :]
-    at = Q + rows[:, None] + query[:, None] * stride_qh + (first + offs_d)[None, :]
-    return tl.load(at, mask=mask, other=0.0).to(COMPUTE)
+    return tl.load(at + offs_d[None, :], mask=mask, other=0.0).to(COMPUTE)
+
+
+@triton.jit
+def _joined(acc, acc_high, INT4: tl.constexpr):
+    """The halves of rows one behind the other, or even and odd dims by turns."""
+    both = tl.join(acc, acc_high)
+    if INT4:
+        both = both.permute(0, 2, 1)
+    return tl.reshape(both, [acc.shape[0], 2 * acc.shape[1]])
 
 
 @triton.jit
@@ -285,15 +226,23 @@ def _attend_part(
     BLOCK_SIZE: tl.constexpr, PAGED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     TREE: tl.constexpr, HAS_SLOPES: tl.constexpr, HAS_CAP: tl.constexpr, KIND: tl.constexpr,
     STORED: tl.constexpr, COMPUTE: tl.constexpr, K_SCALES: tl.constexpr, V_SCALES: tl.constexpr,
-    ALIGN: tl.constexpr, ALIGN_Q: tl.constexpr, INT4: tl.constexpr,
+    ALIGN: tl.constexpr, ALIGN_Q: tl.constexpr, INT4: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """(acc, top, total) of the tile over keys [lo, hi): FlashAttention's online softmax, base 2.
 
     K_SCALES, V_SCALES: 0 none, 1 one for the head, 2 one for each row.
     """
     LOG2_E: tl.constexpr = 1.4426950408889634
+    # The interpreter has no assembler, and computes in float32.
+    ASM: tl.constexpr = tl.float16 == COMPUTE and not EXACT
     DS: tl.constexpr = D // 2 if INT4 else D  # stored elements of a row
-    DVS: tl.constexpr = DV // 2 if INT4 else DV
+    # Bytes of V cannot be transposed on their way to the tensor cores, pairs of them can: so V is
+    # read as 16 bits, and the even and the odd dims are two products.
+    PAIRS: tl.constexpr = STORED.primitive_bitwidth == 8 and not INT4
+    TWO: tl.constexpr = STORED.primitive_bitwidth == 8
+    V_TYPE: tl.constexpr = tl.int16 if PAIRS else STORED
+    PER: tl.constexpr = 2 if PAIRS else 1
+    DVS: tl.constexpr = DV // 2 if TWO else DV
     offs_m, offs_n = tl.arange(0, BM), tl.arange(0, BN)
     offs_d, offs_v = tl.arange(0, DP), tl.arange(0, DVP)
     token, query = first_token + offs_m // G, head * G + offs_m % G
@@ -301,13 +250,12 @@ def _attend_part(
     place = length - queries + token  # causal is aligned bottom-right
     row = (q_start + token).to(tl.int64)
     Q_BASE = tl.multiple_of(Q, ALIGN_Q)
-    q = _load_q(Q_BASE, row * stride_qt, query, offs_d, 0, valid_m, DS, DP, stride_qh, COMPUTE)
+    q_at = Q_BASE + row[:, None] * stride_qt + query[:, None] * stride_qh
+    q = _load_q(q_at, offs_d, valid_m, DS, DP, COMPUTE)
     if INT4:
-        q_high = _load_q(
-            Q_BASE, row * stride_qt, query, offs_d, DS, valid_m, DS, DP, stride_qh, COMPUTE
-        )
+        q_high = _load_q(q_at + DS, offs_d, valid_m, DS, DP, COMPUTE)
     K_BASE = tl.multiple_of(K.to(tl.pointer_type(STORED)), ALIGN) + head * stride_kh
-    V_BASE = tl.multiple_of(V.to(tl.pointer_type(STORED)), ALIGN) + head * stride_vh
+    V_BASE = tl.multiple_of(V.to(tl.pointer_type(V_TYPE)), ALIGN) + head * (stride_vh // PER)
     factor = scale
     if K_SCALES == 1:
         factor *= tl.load(K_SCALE + head * stride_kch)
@@ -325,15 +273,14 @@ def _attend_part(
     ids = _block_ids(TABLE, lo, hi, floor, offs_n, BN, BLOCK_SIZE, PAGED, LEFT)
     unit = 1.0
     if V_SCALES == 2:  # weights are multiplied by scales over this one, so 16 bits hold them
-        block, slot = _places(ids, lo, base, offs_n, BN, BLOCK_SIZE, PAGED)
-        here = lo + offs_n
-        at = V_SCALE + head * stride_vch + block * stride_vcb + slot * stride_vcs
-        largest = tl.max(tl.load(at, mask=(here < hi) & (here >= floor), other=0.0), 0)
-        unit = tl.where(largest > 0, largest, 1.0)
+        unit = _first_scale(
+            V_SCALE + head * stride_vch, ids, lo, hi, floor, base, offs_n, stride_vcb, stride_vcs,
+            BN, BLOCK_SIZE, PAGED,
+        )  # fmt: skip
     top = tl.full([BM], -1.0e30, tl.float32)  # not -inf: an empty part must not make NaN
     total = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, DVP], tl.float32)
-    if INT4:
+    if TWO:
         acc_high = tl.zeros([BM, DVP], tl.float32)
     for start in tl.range(lo, hi, BN, num_stages=STAGES):
         pos = start + offs_n
@@ -345,48 +292,43 @@ def _attend_part(
         ids = _block_ids(TABLE, start + BN, hi, floor, offs_n, BN, BLOCK_SIZE, PAGED, LEFT)
         k = _tile(K_BASE, block * stride_kb + slot * stride_ks, offs_d, valid_n, DS, DP)
         if INT4:
-            scores = tl.dot(q, ((k & 15).to(tl.int8) - 8).to(COMPUTE).T, input_precision="ieee")
-            high = ((k >> 4).to(tl.int8) - 8).to(COMPUTE).T
-            scores = tl.dot(q_high, high, scores, input_precision="ieee")
+            low, high = from_nibbles(k, COMPUTE, ASM)
+            scores = tl.dot(q, low.T, input_precision="ieee")
+            scores = tl.dot(q_high, high.T, scores, input_precision="ieee")
         else:
-            scores = tl.dot(q, _widen(k, KIND, COMPUTE).T, input_precision="ieee")
+            scores = tl.dot(q, from_bytes(k, KIND, COMPUTE, ASM).T, input_precision="ieee")
         if K_SCALES == 2:
             at = K_SCALE + head * stride_kch + block * stride_kcb + slot * stride_kcs
             scores *= tl.load(at, mask=valid_n, other=0.0)[None, :]
-        if HAS_CAP:  # tanh(x) = 2 sigmoid(2x) - 1
-            scores = softcap * LOG2_E * (2 * tl.sigmoid(scores * (2 * factor / softcap)) - 1)
-        else:
-            scores *= factor * LOG2_E
-        if HAS_SLOPES:
-            scores -= slope[:, None] * tl.abs(pos[None, :] - place[:, None]).to(tl.float32)
-        seen = _sees(
-            valid_n[None, :], pos, place, length, queries, masks, left, right, LEFT, RIGHT, TREE
-        )
-        scores = tl.where(seen, scores, float("-inf"))
+        scores = _scored(
+            scores, factor, softcap, slope, pos, place, valid_n, length, queries, masks, left,
+            right, LEFT, RIGHT, TREE, HAS_SLOPES, HAS_CAP,
+        )  # fmt: skip
         new_top = tl.maximum(top, tl.max(scores, 1))
         weights = tl.exp2(scores - new_top[:, None])
         fade = tl.exp2(top - new_top)
         total = total * fade + tl.sum(weights, 1)
         acc = acc * fade[:, None]
         top = new_top
-        v = _tile(V_BASE, block * stride_vb + slot * stride_vs, offs_v, valid_n, DVS, DVP)
+        v_row = block * (stride_vb // PER) + slot * (stride_vs // PER)
+        v = _tile(V_BASE, v_row, offs_v, valid_n, DVS, DVP)
         if V_SCALES == 2:
             at = V_SCALE + head * stride_vch + block * stride_vcb + slot * stride_vcs
             weights *= (tl.load(at, mask=valid_n, other=0.0) / unit)[None, :]
-        if INT4:
+        if TWO:
             acc_high = acc_high * fade[:, None]
-            low = ((v & 15).to(tl.int8) - 8).to(COMPUTE)
+            if INT4:
+                low, high = from_nibbles(v, COMPUTE, ASM)
+            else:
+                low, high = from_pairs(v, KIND, COMPUTE, ASM)
             acc = tl.dot(weights.to(COMPUTE), low, acc, input_precision="ieee")
-            high = ((v >> 4).to(tl.int8) - 8).to(COMPUTE)
             acc_high = tl.dot(weights.to(COMPUTE), high, acc_high, input_precision="ieee")
         else:
-            v = _widen(v, KIND, COMPUTE)
+            if tl.float32 == COMPUTE:
+                v = v.to(tl.float32)
             acc = tl.dot(weights.to(COMPUTE), v, acc, input_precision="ieee")
     if V_SCALES == 1:
         unit = tl.load(V_SCALE + head * stride_vch)
-    if V_SCALES > 0:
-        acc *= unit
-    whole = acc
-    if INT4:
-        whole = tl.reshape(tl.join(acc, acc_high * unit).permute(0, 2, 1), [BM, 2 * DVP])
-    return whole, top, total
+    if TWO:
+        acc = _joined(acc * unit, acc_high * unit, INT4)
+    return acc, top, total

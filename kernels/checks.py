@@ -236,6 +236,9 @@ def _scale(name: str, scale: torch.Tensor | None, kv: KVView) -> torch.Tensor | 
         raise InvalidInput(f"a cache of {kv.dtype} {what} {name}")
     if scale is None:
         return None
+    if any(n % 2 for n in (kv.head_dim, kv.head_dim_v, kv.k_ptr, kv.v_ptr, kv.v_block_stride,
+                           kv.v_slot_stride, kv.v_head_stride)):  # fmt: skip
+        raise InvalidInput(f"a cache of {kv.dtype} needs even head dims, strides and addresses")
     rows = (kv.num_blocks, kv.block_size, kv.num_kv_heads)
     shapes = (rows,) if kv.dtype == INT4 else ((), rows[2:], rows)
     if tuple(scale.shape) not in shapes or (scale.dtype, scale.device) != (F32, kv.device):

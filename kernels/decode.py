@@ -70,23 +70,30 @@ def tile_config(
 
     With ids of blocks fetched a tile ahead, STAGES - 1 pairs of K and V tiles are in flight.
     """
-    itemsize, halves = stored.itemsize, 2 if stored == INT4 else 1
-    dp, dvp = (max(16, triton.next_power_of_2(d // halves)) for d in (dim, dim_v))
-    most = MAX_ROWS if dtype.itemsize < 4 and max(dp, dvp) * halves <= 128 else MAX_ROWS // 2
+    dp = max(16, triton.next_power_of_2(dim // (2 if stored == INT4 else 1)))
+    dvp = max(16, triton.next_power_of_2(dim_v // (2 if stored.itemsize == 1 else 1)))
+    most = MAX_ROWS if dtype.itemsize < 4 and max(dim, dim_v) <= 128 else MAX_ROWS // 2
     tokens = max(1, min(max_q, most // group))
     rows = max(16, triton.next_power_of_2(tokens * group))
     tokens = 1 if max_q == 1 else rows // group  # full tiles: one kernel for many ``max_q``
-    fits = TILE_BYTES // ((dp + dvp) * itemsize)
-    bn = triton.next_power_of_2(fits + 1) // 2
-    bn = max(32 if itemsize == 1 else 16, min(128 if rows < MAX_ROWS else 64, bn))
+    row = row_bytes(dp, dvp, stored)
+    bn = triton.next_power_of_2(TILE_BYTES // row + 1) // 2
+    bn = max(32 if stored.itemsize == 1 else 16, min(128 if rows < MAX_ROWS else 64, bn))
     real = triton.next_power_of_2(tokens * group)
-    merged = MERGED_ELEMENTS // (2 if real >= MAX_ROWS or dvp * halves > 128 else 1)
+    width = dvp * (2 if stored.itemsize == 1 else 1)
+    merged = MERGED_ELEMENTS // (2 if real >= MAX_ROWS or width > 128 else 1)
     return {
         "G": group, "D": dim, "DV": dim_v, "DP": dp, "DVP": dvp, "BM": rows, "BN": bn,
         "ROWS": real, "TOKENS": tokens,
-        "GROUP": max(1, min(16, merged // (real * dvp * halves))),
-        "STAGES": 1 + max(1, AHEAD_BYTES // (bn * (dp + dvp) * itemsize)),
+        "GROUP": max(1, min(16, merged // (real * width))),
+        "STAGES": 1 + max(1, AHEAD_BYTES // (bn * row)),
     }  # fmt: skip
+
+
+def row_bytes(dp: int, dvp: int, stored: torch.dtype) -> int:
+    """Bytes in a tile of a row of K and one of V; V of one byte an element is read by pairs."""
+    pairs = stored.itemsize == 1 and stored != INT4
+    return int(dp * stored.itemsize + dvp * (2 if pairs else stored.itemsize))
 
 
 def num_warps(config: dict[str, int], itemsize: int) -> int:
@@ -103,7 +110,7 @@ def compute_type(dtype: torch.dtype, stored: torch.dtype) -> Any:
     """What products are made in: 16 bits hold every stored value, but fp8 exactly in fp16 only."""
     if dtype == torch.float32 or (interpreted() and dtype == torch.bfloat16):
         return tl.float32  # the interpreter's bf16 arithmetic is wrong
-    if dtype == torch.float16 or (stored.is_floating_point and stored.itemsize == 1):
+    if dtype == torch.float16 or stored.itemsize == 1:
         return tl.float16
     return tl.bfloat16
 
@@ -141,6 +148,7 @@ def constants_of(
         "HAS_CAP": call.softcap > 0, "KIND": kind, "STORED": _STORED[kv.dtype],
         "COMPUTE": compute_type(q.dtype, kv.dtype), "K_SCALES": k_scales, "V_SCALES": v_scales,
         "ALIGN": 16 if (kv.k_ptr | kv.v_ptr) % 16 == 0 else kv.dtype.itemsize,
+        "EXACT": interpreted(),
         "ALIGN_Q": 16 if q.data_ptr() % 16 == 0 else q.element_size(),
     }  # fmt: skip
 
@@ -209,7 +217,7 @@ def prepare(call: AttentionCall, num_splits: int = 0, plan: Plan | None = None) 
     tiles = batch * q_tiles
     planned = plan is not None and plan.balanced
     split = _split(call, tiles * kv.num_kv_heads, num_splits, plan)
-    width = config["DVP"] * (2 if kv.dtype == INT4 else 1)
+    width = config["DVP"] * (2 if kv.quantized else 1)
     if plan is None:
         items = tiles * kv.num_kv_heads
         parts = items * split.most if split.most > 1 else 0

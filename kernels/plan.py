@@ -27,7 +27,7 @@ from kvcached.kernels.decode import (
     equal_parts,
     tile_config,
 )
-from kvcached.kernels.quant import INT4
+from kvcached.kernels.quant import LARGEST
 from kvcached.layout import cdiv
 
 LIST_PROGRAMS_PER_SM = 8
@@ -112,7 +112,7 @@ class Plan:
             shape["group"], shape["head_dim"], shape["head_dim_v"], shape["max_q"],
             shape["dtype"], shape["kv_dtype"],
         )  # fmt: skip
-        width = self.config["DVP"] * (2 if shape["kv_dtype"] == INT4 else 1)
+        width = self.config["DVP"] * (2 if shape["kv_dtype"] in LARGEST else 1)
         rows = slots * shape["num_kv_heads"] * self.config["ROWS"]
         items = shape["max_batch"] * shape["num_kv_heads"]
         self.workspace = make_workspace(items, rows * width, rows, shape["device"], slots)

@@ -56,7 +56,7 @@ def attend(call, *, split=True, planned=False):
     config = decode.tile_config(call.q.shape[1] // kv.num_kv_heads, kv.head_dim, kv.head_dim_v,
                                 call.max_q, call.q.dtype, kv.dtype)  # fmt: skip
     constants = decode.constants_of(call, config, split=split, planned=planned)
-    pair = kv.dtype.itemsize * config["BN"] * (config["DP"] + config["DVP"])
+    pair = config["BN"] * decode.row_bytes(config["DP"], config["DVP"], kv.dtype)
     warps = decode.num_warps(config, call.q.element_size())
     ahead = (config["STAGES"] - 1) * pair
     return attend_kernel, decode.types_of(call.q.dtype), constants, warps, ahead

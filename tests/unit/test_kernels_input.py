@@ -42,6 +42,9 @@ BAD_CALLS = {
     "int8 needs k_descale": dict.fromkeys(("k_cache", "v_cache"), torch.zeros(4, 16, 2, 8).char()),
     "float32 takes no v_descale": {"v_descale": torch.ones(())},
     r"v_descale must be float32 of shape \(\) or": QUANTIZED | {"v_descale": torch.ones(3)},
+    "needs even head dims": QUANTIZED
+    | {"q": torch.zeros(2, 4, 7)}
+    | dict.fromkeys(("k_cache", "v_cache"), torch.zeros(4, 16, 2, 7).char()),
     "cannot be written": QUANTIZED | {"k": torch.zeros(2, 2, 8), "v": torch.zeros(2, 2, 8)},
     "k_cache has shape": {"k_cache": torch.zeros(0, 16, 2, 8)},
     "v_cache has shape": {"v_cache": torch.zeros(3, 16, 2, 8)},
