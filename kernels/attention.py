@@ -74,6 +74,10 @@ def _run(call: AttentionCall, num_splits: int) -> None:
         attend(call)
     else:
         from kvcached.kernels.decode import attend_triton
+        from kvcached.kernels.prefill import attend_prefill, suits_prefill
 
         with torch.cuda.device(call.kv.device):  # Triton launches on the current one
-            attend_triton(call, num_splits)
+            if suits_prefill(call):
+                attend_prefill(call, num_splits)
+            else:
+                attend_triton(call, num_splits)
