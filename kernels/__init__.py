@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from kvcached.kernels.append import reshape_and_cache
     from kvcached.kernels.attention import attn_with_kvcache
     from kvcached.kernels.merge import merge_state, merge_states
+    from kvcached.kernels.mla import mla_with_kvcache
     from kvcached.kernels.move import copy_pages, gather_kv, gather_pages, scatter_pages
     from kvcached.kernels.view import KVView
 
@@ -21,6 +22,7 @@ _HOMES = {
     "reshape_and_cache": "append",
     "merge_state": "merge",
     "merge_states": "merge",
+    "mla_with_kvcache": "mla",
     "copy_pages": "move",
     "gather_kv": "move",
     "gather_pages": "move",
@@ -35,6 +37,7 @@ __all__ = [
     "gather_pages",
     "merge_state",
     "merge_states",
+    "mla_with_kvcache",
     "reference",
     "reshape_and_cache",
     "scatter_pages",
