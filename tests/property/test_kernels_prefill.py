@@ -1,6 +1,6 @@
 """Laws of the prefill kernel: many query tokens a sequence, over pages, in the interpreter.
 
-All run on elastically mapped pages full of NaN. A GPU runs the same kernel in ``tests/gpu``.
+All run on elastically mapped pages full of NaN. On a GPU see ``tests/gpu/test_prefill_mla.py``.
 """
 
 from __future__ import annotations
