@@ -11,6 +11,7 @@ from kvcached.kernels._prefill_parts import (
     load_rows,
     lse_of,
     merge_partials,
+    places,
     put_partial,
     store_rows,
 )
@@ -63,7 +64,8 @@ def mla_kernel(
     for start in tl.range(lo, hi, BN, num_stages=STAGES):
         pos = start + offs_n
         valid_n = pos < hi
-        kv_row = ids.to(tl.int64) * stride_block + pos % BLOCK_SIZE * stride_slot
+        block, slot = places(ids, 0, start, valid_n, BN, BLOCK_SIZE, True)
+        kv_row = block * stride_block + slot * stride_slot
         ids = block_ids(table_row, start + BN, hi, BN, BLOCK_SIZE, True)
         kv = load_rows(BASE, kv_row, valid_n, 0, DV, D, UPCAST)
         scores = tl.dot(q, kv.T, input_precision="ieee")

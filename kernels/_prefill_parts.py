@@ -33,23 +33,39 @@ def sequence_of(tile, Q_STARTS, batch, TOKENS: tl.constexpr):
 def block_ids(
     ROW, at, stop, BN: tl.constexpr, BLOCK_SIZE: tl.constexpr, PAGED: tl.constexpr,
 ):  # fmt: skip
-    """Ids of the blocks of positions ``at .. at + BN``; one id if they all lie in one block."""
+    """Ids of the blocks of positions ``at .. at + BN``; one id if they all lie in one block.
+
+    ``at`` is a multiple of BN, which saves most of the divisions.
+    """
     ids = 0
     if PAGED:
-        pos = at if BLOCK_SIZE % BN == 0 else at + tl.arange(0, BN)
-        ids = tl.load(ROW + pos // BLOCK_SIZE, mask=pos < stop, other=0)
+        if BLOCK_SIZE % BN == 0:
+            ids = tl.load(ROW + at // BLOCK_SIZE, mask=at < stop, other=0)
+        elif BN % BLOCK_SIZE == 0:
+            offs = tl.arange(0, BN)
+            ids = tl.load(
+                ROW + at // BLOCK_SIZE + offs // BLOCK_SIZE, mask=at + offs < stop, other=0
+            )
+        else:
+            pos = at + tl.arange(0, BN)
+            ids = tl.load(ROW + pos // BLOCK_SIZE, mask=pos < stop, other=0)
     return ids
 
 
 @triton.jit
 def places(
-    ids, first, pos, valid, BN: tl.constexpr, BLOCK_SIZE: tl.constexpr, PAGED: tl.constexpr,
+    ids, first, at, valid, BN: tl.constexpr, BLOCK_SIZE: tl.constexpr, PAGED: tl.constexpr,
 ):  # fmt: skip
-    """(block, slot in it) of positions ``pos``; ``first`` is the first slot if unpaged."""
-    block, slot = ids, pos % BLOCK_SIZE
+    """(block, slot in it) of positions ``at .. at + BN``; ``first`` is slot 0 if unpaged."""
+    offs = tl.arange(0, BN)
+    block, slot = ids, (at + offs) % BLOCK_SIZE
     if not PAGED:
-        at = tl.where(valid, first + pos, 0)
-        block, slot = at // BLOCK_SIZE, at % BLOCK_SIZE
+        pos = tl.where(valid, first + at + offs, 0)
+        block, slot = pos // BLOCK_SIZE, pos % BLOCK_SIZE
+    elif BN % BLOCK_SIZE == 0:
+        slot = offs % BLOCK_SIZE
+    elif BLOCK_SIZE % BN == 0:
+        slot = at % BLOCK_SIZE + offs
     return block.to(tl.int64), slot
 
 

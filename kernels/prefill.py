@@ -133,7 +133,7 @@ def _attend_rows(
     for start in tl.range(lo, hi, BN, num_stages=STAGES):
         pos = start + offs_n
         valid_n = (pos < hi) & (pos >= floor) if WINDOW else pos < hi
-        block, slot = places(ids, first_slot, pos, valid_n, BN, BLOCK_SIZE, PAGED)
+        block, slot = places(ids, first_slot, start, valid_n, BN, BLOCK_SIZE, PAGED)
         ids = block_ids(table_row, start + BN, hi, BN, BLOCK_SIZE, PAGED)
         k_row = block * stride_kb + slot * stride_ks + head * stride_kh
         k = load_rows(K_BASE, k_row, valid_n, 0, DA, D, UPCAST)
@@ -239,14 +239,14 @@ def prefill_kernel(
 
 
 def tile_config(
-    group: int, dim: int, dim_v: int, itemsize: int, *, varlen: bool, slopes: bool = False
+    group: int, dim: int, dim_v: int, itemsize: int, *, varlen: bool, plain: bool = True
 ) -> dict[str, int]:
     """Compile-time sizes of ``prefill_kernel`` for a shape.
 
     A tile of 128 rows gives each of 2 warpgroups the 64 rows of its matrix instructions. 128 keys
-    fill the registers at 128 columns; slopes would be too much then. With 64 keys of 64 columns two
-    programs share an SM, so that one computes weights while the other multiplies. Float32 products
-    are exact and keep their operands in registers: small tiles.
+    fill the registers at 128 columns; slopes or a window would be too much then. With 64 keys of 64
+    columns two programs share an SM, so that one computes weights while the other multiplies.
+    Float32 products are exact and keep their operands in registers: small tiles.
     """
     (da, db), (va, vb) = chunks(dim), chunks(dim_v)
     if da > 128:  # halves need half as many addresses at a time
@@ -254,8 +254,8 @@ def tile_config(
     if va > 128 and not vb:
         va, vb = va // 2, va // 2
     wide = max(da + db, va + vb)
-    rows, keys = (128, 64) if itemsize < 4 else (32, 32)
-    if itemsize < 4 and wide == 128 and not (db or vb or slopes):
+    rows, keys = (128, 64) if itemsize < 4 else (32, 16)
+    if itemsize < 4 and wide == 128 and plain and not (db or vb):
         keys = 128
     rows = max(rows, triton.next_power_of_2(group))
     return {
@@ -268,6 +268,8 @@ def tile_config(
 def suits_prefill(call: AttentionCall) -> bool:
     """Whether ``attend_prefill`` serves the call best: many rows, whose width it can hold."""
     kv = call.kv
+    if call.q.dtype != kv.dtype or getattr(call, "masks", None) is not None:
+        return False  # quantised caches and trees are the other kernel's
     rows = call.max_q * (call.q.shape[1] // kv.num_kv_heads)
     return rows > MAX_DECODE_ROWS and max(kv.head_dim, kv.head_dim_v) <= MAX_HEAD_DIM
 
@@ -289,8 +291,9 @@ def attend_prefill(
         return
     group, itemsize = call.q.shape[1] // kv.num_kv_heads, call.q.element_size()
     varlen = call.q_starts is not None
+    plain = call.slopes is None and call.left >= UNBOUNDED
     sizes: dict[str, Any] = tile_config(
-        group, kv.head_dim, kv.head_dim_v, itemsize, varlen=varlen, slopes=call.slopes is not None
+        group, kv.head_dim, kv.head_dim_v, itemsize, varlen=varlen, plain=plain
     ) | (config or {})
     sizes["TOKENS"] = sizes["BM"] // group
     tokens = sizes["TOKENS"]

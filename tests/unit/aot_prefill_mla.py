@@ -28,7 +28,7 @@ def prefill(dtype, dim, dim_v=None, *, group=4, splits=1, block_size=16, paged=T
             extras=False):  # fmt: skip
     """(kernel, q's dtype, constants, bytes of its buffers of K and V)."""
     itemsize = BYTES[dtype]
-    constants = tile_config(group, dim, dim_v or dim, itemsize, varlen=varlen, slopes=extras)
+    constants = tile_config(group, dim, dim_v or dim, itemsize, varlen=varlen, plain=not extras)
     width = sum(constants[name] for name in ("DA", "DB", "VA", "VB"))
     # A matrix instruction may still read a buffer when the next is filled: one more than ahead.
     buffers = constants["STAGES"] - (itemsize == 4)
@@ -57,6 +57,7 @@ def configurations():
     for dim in (64, 128, 256):
         rows[f"prefill bf16 {dim} extras"] = prefill("bf16", dim, extras=True)
         rows[f"prefill bf16 {dim} split"] = prefill("bf16", dim, splits=4, extras=True)
+        rows[f"prefill bf16 {dim} plain split"] = prefill("bf16", dim, splits=4)
     plain = {"varlen": False}
     rows |= {
         "prefill fp16 128": prefill("fp16", 128),
