@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from kvcached.kernels.attention import attn_with_kvcache
     from kvcached.kernels.cascade import Level, cascade_attention
     from kvcached.kernels.merge import merge_state, merge_states
+    from kvcached.kernels.mla import mla_with_kvcache
     from kvcached.kernels.move import (
         compact_pages,
         copy_pages,
@@ -34,6 +35,7 @@ _HOMES = {
     "merge_state": "merge",
     "merge_states": "merge",
     "compact_pages": "move",
+    "mla_with_kvcache": "mla",
     "copy_pages": "move",
     "gather_kv": "move",
     "gather_pages": "move",
@@ -58,6 +60,7 @@ __all__ = [
     "merge_states",
     "ops",
     "plan_attention",
+    "mla_with_kvcache",
     "reference",
     "reshape_and_cache",
     "scatter_pages",

@@ -100,8 +100,12 @@ def _run(call: AttentionCall, num_splits: int, plan: Plan | None, given: tuple[A
         attend(call)
         return
     from kvcached.kernels.decode import attend_triton
+    from kvcached.kernels.prefill import attend_prefill, suits_prefill
 
     with torch.cuda.device(call.kv.device):  # Triton launches on the current one
+        if plan is None and suits_prefill(call):
+            attend_prefill(call, num_splits)
+            return
         made = attend_triton(call, num_splits, plan)
     if plan is not None and made is not None:
         plan.known.learn(*given, call, made)

@@ -32,7 +32,8 @@ def _python(*args, timeout, **env):
 
 @pytest.mark.timeout(400)
 def test_the_laws_of_the_kernels_hold_in_the_interpreter():
-    laws = sorted(str(path) for path in (ROOT / "tests/property").glob("test_kernels_*.py"))
+    laws = sorted(str(path) for path in (ROOT / "tests/property").glob("test_kernels_*.py")
+                  if path.stem not in {"test_kernels_prefill", "test_kernels_mla"})  # fmt: skip
     done = _python("-m", "pytest", "-q", "-p", "no:cacheprovider", *laws,
                    timeout=380, TRITON_INTERPRET="1")  # fmt: skip
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]

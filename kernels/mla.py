@@ -1,0 +1,178 @@
+"""``mla_with_kvcache``: multi-head latent attention over a paged cache of latents.
+
+DeepSeek-V2 (2024) keeps one latent row a token, 512 + 64 elements, for all heads. With the
+up-projections absorbed into the query and the output, decoding is attention of H heads over one
+KV head whose value is the front of its key. Prefill expands the latents to keys and values of
+``head_dim`` 192 and 128 and calls ``attn_with_kvcache``.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kvcached.errors import InvalidInput
+from kvcached.kernels.checks import AttentionCall, check_call
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+MAX_FUSED_SPLITS = 8
+"""Of few rows. More are merged by a launch of their own, with a program for each row."""
+MAX_SPLITS = 64
+MIN_SPLIT_TOKENS = 256
+"""Below this a split costs more than it saves."""
+
+
+def mla_with_kvcache(
+    q: torch.Tensor, kv_cache: torch.Tensor, page_table: Any, cache_seqlens: Any,
+    head_dim_v: int = 512, *, softmax_scale: float, causal: bool = True, plan: None = None,
+    out: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Absorbed attention of ``q`` over cached latents, for decoding and verifying.
+
+    Parameters
+    ----------
+    q:
+        ``[T, H, D]``, of each of the B sequences its last ``T // B`` tokens, absorbed: D is 576 in
+        DeepSeek's models, the last 64 of them rotary.
+    kv_cache:
+        ``[num_blocks, block_size, D]`` of q's dtype (float32, float16, bfloat16; on a CPU float64
+        too), last stride 1. The first ``head_dim_v`` elements of a row are its value.
+    page_table, cache_seqlens:
+        Block ids of each sequence, int32 ``[B, n]``, and its tokens in the cache, int32 ``[B]``,
+        those of ``q`` included.
+    softmax_scale:
+        Of the scores; that of the head dim before absorption, so there is no default.
+    causal:
+        Bottom-right aligned: the last query sees the last token, the one before it does not.
+    out:
+        ``[T, H, head_dim_v]`` to write to.
+
+    Returns the output and the natural-log LSE, float32 ``[T, H]``; a query that sees no token gives
+    0 and -inf. Raises ``InvalidInput`` naming the argument. ``plan`` is reserved.
+    """
+    if plan is not None:
+        raise InvalidInput("plan is not supported yet", hint="Leave plan=None.")
+    call = check_mla(q, kv_cache, page_table, cache_seqlens, head_dim_v, softmax_scale,
+                     causal=causal, out=out)  # fmt: skip
+    if call.kv.device.type == "cpu":
+        from kvcached.kernels.cpu import attend
+
+        attend(call)
+    else:
+        with torch.cuda.device(call.kv.device):  # Triton launches on the current one
+            attend_mla(call)
+    return call.out, call.lse
+
+
+def check_mla(
+    q: torch.Tensor, kv_cache: torch.Tensor, page_table: Any, cache_seqlens: Any,
+    head_dim_v: int, softmax_scale: float, *, causal: bool = True, out: torch.Tensor | None = None,
+) -> AttentionCall:  # fmt: skip
+    """The checked call: attention over one KV head whose value is the front of its key."""
+    if not isinstance(kv_cache, torch.Tensor) or kv_cache.dim() != 3:
+        shape = tuple(getattr(kv_cache, "shape", ()))
+        raise InvalidInput(f"kv_cache must be [num_blocks, block_size, D], not of shape {shape}")
+    if not 1 <= head_dim_v <= kv_cache.shape[2]:
+        raise InvalidInput(f"head_dim_v is {head_dim_v}, but rows have {kv_cache.shape[2]}")
+    if not math.isfinite(softmax_scale):
+        raise InvalidInput(f"softmax_scale is {softmax_scale!r}, but must be finite")
+    batch = len(cache_seqlens)
+    tokens = q.shape[0] if isinstance(q, torch.Tensor) and q.dim() == 3 else 0
+    if tokens and (not batch or tokens % batch):
+        raise InvalidInput(f"q has {tokens} tokens, which is no multiple of {batch} sequences")
+    keys = kv_cache[:, :, None]
+    return check_call(
+        q, keys, keys[..., :head_dim_v], cache_seqlens=cache_seqlens, page_table=page_table,
+        max_seqlen_q=max(1, tokens // max(1, batch)), softmax_scale=softmax_scale, causal=causal,
+        out=out,
+    )  # fmt: skip
+
+
+def mla_config(rows: int, dim: int, dim_v: int, itemsize: int) -> dict[str, int]:
+    """Compile-time sizes of ``mla_kernel`` for ``rows`` (token, head) of a sequence.
+
+    64 rows take the matrix instructions of a warpgroup; an accumulator of 128 would not fit the
+    registers, so more heads are two programs, the second of which finds the latents in the L2.
+    """
+    import triton
+
+    most, keys = (64, 64 if rows <= 32 else 32) if itemsize < 4 else (16, 16)
+    rest = dim - dim_v
+    return {
+        "D": dim, "DV": dim_v, "DR": 0 if not rest else max(16, triton.next_power_of_2(rest)),
+        "BM": max(16, min(most, triton.next_power_of_2(rows))), "BN": keys,
+        "STAGES": 2 if keys == 64 else 3,
+    }  # fmt: skip
+
+
+def attend_mla(
+    call: AttentionCall, num_splits: int = 0, config: Mapping[str, int] | None = None,
+    num_warps: int = 8,
+) -> None:  # fmt: skip
+    """Run a checked call of ``check_mla`` in Triton; writes ``call.out`` and ``call.lse``.
+
+    ``config`` replaces entries of ``mla_config``, for tuning.
+    """
+    kv, q = call.kv, call.q
+    if kv.dtype == torch.float64:
+        raise InvalidInput("float64 attention runs on CPU tensors only", hint="Use float32.")
+    if kv.head_dim_v & (kv.head_dim_v - 1) or kv.head_dim_v < 16:
+        raise InvalidInput(f"head_dim_v is {kv.head_dim_v}, but must be a power of two >= 16")
+    if not q.shape[0]:
+        return
+    rows = call.max_q * q.shape[1]
+    sizes = mla_config(rows, kv.head_dim, kv.head_dim_v, q.element_size()) | dict(config or {})
+    items = len(call.lens) * -(-rows // sizes["BM"])
+    splits = num_splits or _splits(items, sizes, call)
+    if not 1 <= splits <= MAX_SPLITS or splits & (splits - 1):
+        raise InvalidInput(f"num_splits is {splits}, but must be a power of two <= {MAX_SPLITS}")
+    _launch(call, sizes, items, splits, num_warps)
+
+
+def _launch(
+    call: AttentionCall, sizes: dict[str, Any], items: int, splits: int, num_warps: int
+) -> None:
+    from kvcached.kernels._mla_kernels import mla_kernel
+    from kvcached.kernels._prefill_parts import LOG2_E, interpreted, merge, workspace
+
+    kv, heads = call.kv, call.q.shape[1]
+    fused = splits == 1 or is_fused(sizes, splits)
+    rows = call.lse.numel() * splits if splits > 1 else 0
+    partial, state, finished = workspace(
+        rows, kv.head_dim_v, call.q.device, items if fused and rows else 0
+    )
+    # Scores are scaled after their maximum is found, which a negative or zero scale would upset.
+    q, scale = (call.q, call.scale) if call.scale >= 0 else (-call.q, -call.scale)
+    assert call.table is not None  # check_mla takes nothing else
+    mla_kernel[items, splits](
+        q, kv.k_ptr, call.table, call.lens, partial, state, finished, call.out, call.lse,
+        max(scale, 1e-30) * LOG2_E.value, min(call.right, 1 << 30), call.max_q,
+        *q.stride()[:2], *call.out.stride()[:2], call.table.stride(0),
+        kv.block_stride, kv.slot_stride,
+        H=heads, **sizes, SPLITS=splits, FUSED=fused, BLOCK_SIZE=kv.block_size,
+        ALIGN=16 if kv.k_ptr % 16 == 0 else q.element_size(),
+        UPCAST=interpreted() and kv.dtype == torch.bfloat16,  # its bf16 arithmetic is wrong
+        num_warps=num_warps,
+    )  # fmt: skip
+    if not fused:
+        merge(partial, state, None, call.out, call.lse, splits, kv.head_dim_v)
+
+
+def is_fused(sizes: Mapping[str, int], splits: int) -> bool:
+    """Whether the last split of a tile merges them; 64 rows of 512 columns are too much for one."""
+    return sizes["BM"] < 64 and splits <= MAX_FUSED_SPLITS
+
+
+def _splits(items: int, sizes: Mapping[str, int], call: AttentionCall) -> int:
+    """As many programs as run at a time, each with ``MIN_SPLIT_TOKENS`` of the longest sequence."""
+    if call.q.device.type != "cuda" or call.table is None:
+        return 1
+    longest = call.table.shape[1] * call.kv.block_size
+    programs = torch.cuda.get_device_properties(call.q.device).multi_processor_count
+    programs *= 1 if sizes["BM"] >= 64 else 2  # large tiles leave no room for a second program
+    wanted = min(MAX_SPLITS, programs // items, longest // MIN_SPLIT_TOKENS)
+    return 1 << max(0, int(wanted).bit_length() - 1)  # few values: each is a kernel of its own

@@ -1,0 +1,205 @@
+"""Laws of latent attention over pages: on Numba, or under TRITON_INTERPRET=1 on Triton.
+
+The pages that no sequence owns are not mapped, and what is not owned on mapped ones is NaN.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from paged import TRITON, ElasticCache, append, assert_close, bitwise, few, owned, slots_of
+
+from kvcached.errors import InvalidInput
+from kvcached.kernels import merge_state, mla_with_kvcache, reference
+from kvcached.kernels.mla import attend_mla, check_mla
+from kvcached.layout import cdiv
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, *([] if TRITON else [torch.float64])]
+SPLITS = st.sampled_from([1, 2, 4, 16])
+
+
+@dataclass(frozen=True)
+class Latents:
+    """Sequences of ``lens`` latent rows, of each of which the last ``queries`` tokens ask."""
+
+    seed: int
+    dtype: torch.dtype
+    block_size: int
+    heads: int
+    dim: int
+    dim_v: int
+    lens: tuple[int, ...]
+    queries: int
+    scale: float = 0.1
+    causal: bool = True
+    config: dict = field(default_factory=dict)
+
+    def random(self, *shape, salt):
+        generator = torch.Generator().manual_seed(self.seed + salt)
+        return torch.randn(*shape, generator=generator).to(self.dtype)
+
+    def rows(self):
+        """(q ``[T, H, D]``, a list of latent rows ``[L, D]``)."""
+        q = self.random(len(self.lens) * self.queries, self.heads, self.dim, salt=0)
+        return q, [self.random(n, self.dim, salt=i + 1) for i, n in enumerate(self.lens)]
+
+    def table(self, placement=0):
+        counts = [cdiv(n, self.block_size) for n in self.lens]
+        generator = torch.Generator().manual_seed(self.seed * 7 + placement)
+        ids = (torch.randperm(4000, generator=generator)[: sum(counts)] + 1).int()
+        table = torch.full((len(counts), max([*counts, 1])), -(2**31), dtype=torch.int32)
+        for row, part in zip(table, ids.split(counts), strict=True):
+            row[: len(part)] = part
+        return table
+
+
+def solve(case, *, rows=None, placement=0, splits=1, fill=0xFF):
+    """(out, lse) from latents at ``placement``: in the K part of a cache without any V of use."""
+    q, latents = rows or case.rows()
+    table = case.table(placement)
+    sizes = {"block_size": case.block_size, "heads": 1, "dim": case.dim, "dim_v": 1}
+    with ElasticCache(owned(table), fill=fill, dtype=case.dtype, **sizes) as cache:
+        slots = slots_of(table, case.lens, case.block_size)
+        joined = torch.cat(latents)[:, None]
+        append(joined, joined[..., :1], cache.k, cache.v, slots)
+        lens = torch.tensor(case.lens, dtype=torch.int32)
+        out = torch.full((*q.shape[:2], case.dim_v), torch.nan, dtype=q.dtype)
+        arguments = (q, cache.k[:, :, 0], table, lens, case.dim_v)
+        if not TRITON:
+            return mla_with_kvcache(
+                *arguments, softmax_scale=case.scale, causal=case.causal, out=out
+            )
+        call = check_mla(*arguments, case.scale, causal=case.causal, out=out)
+        attend_mla(call, splits, case.config)
+        return call.out, call.lse
+
+
+def expect(case, rows=None):
+    """(out, lse) in float64 from the rows alone: the value of a row is its front."""
+    q, latents = rows or case.rows()
+    parts = [
+        reference.attend_rows(
+            part, rows[:, None], rows[:, None, : case.dim_v], scale=case.scale, causal=case.causal,
+            window=(-1, -1), softcap=0.0, slopes=None, sinks=None,
+        )
+        for part, rows in zip(q.split(case.queries), latents, strict=True)
+    ]  # fmt: skip
+    return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts])
+
+
+@st.composite
+def latents(draw, most=2):
+    length = st.one_of(st.sampled_from([0, 1, 15, 16, 17, 33]), st.integers(0, 60))
+    dim_v = draw(st.sampled_from([16, 32]))
+    return Latents(
+        seed=draw(st.integers(0, 2**20)), dtype=draw(st.sampled_from(DTYPES)),
+        block_size=draw(st.sampled_from([1, 5, 16, 64])),
+        heads=draw(st.sampled_from([1, 3, 16, 20])),
+        dim=dim_v + draw(st.sampled_from([0, 8, 16])), dim_v=dim_v,
+        lens=tuple(draw(st.lists(length, min_size=1, max_size=most))),
+        queries=draw(st.sampled_from([1, 1, 2, 5])),
+        scale=draw(st.sampled_from([0.1, 0.3, -0.2, 0.0])), causal=draw(st.booleans()),
+        config={"BN": 16, "BM": draw(st.sampled_from([16, 32]))},
+    )  # fmt: skip
+
+
+@few(120)
+@given(case=latents(), splits=SPLITS)
+def test_5_it_equals_its_float64_twin(case, splits):
+    assert_close(case, solve(case, splits=splits), expect(case))
+
+
+@few(40)
+@given(case=latents())
+def test_1_where_the_blocks_lie_makes_no_difference(case):
+    assert bitwise(solve(case, placement=0), solve(case, placement=1))
+
+
+@few(40)
+@given(case=latents())
+def test_2_the_block_size_makes_no_difference(case):
+    first, *others = [solve(replace(case, block_size=size)) for size in (1, 5, 64)]
+    assert all(bitwise(first, other) for other in others)
+
+
+@pytest.mark.skipif(not TRITON, reason="only the Triton kernel splits the keys")
+@few(30)
+@given(case=latents(most=1), splits=st.sampled_from([2, 8, 16]))
+def test_3_splits_are_merged_in_a_fixed_order(case, splits):
+    assert bitwise(solve(case, splits=splits), solve(case, splits=splits))
+    assert_close(case, solve(case, splits=splits), expect(case))
+
+
+@few(40)
+@given(case=latents(most=1), share=st.floats(0, 1))
+def test_4_two_parts_merge_to_the_whole(case, share):
+    case = replace(case, causal=False)
+    q, (rows,) = case.rows()
+    cut = int(len(rows) * share)
+    halves = [solve(replace(case, lens=(len(part),)), rows=(q, [part]))
+              for part in (rows[:cut], rows[cut:])]  # fmt: skip
+    assert_close(case, merge_state(*halves[0], *halves[1]), expect(case), factor=2, floor=2e-6)
+
+
+@few(40)
+@given(case=latents(), splits=SPLITS)
+def test_6_what_lies_in_unowned_slots_makes_no_difference(case, splits):
+    assert bitwise(solve(case, splits=splits), solve(case, splits=splits, fill=0))
+
+
+@few(40)
+@given(case=latents(most=1))
+def test_10_verifying_tokens_together_equals_one_at_a_time(case):
+    case = replace(case, causal=True, queries=4, lens=(max(4, case.lens[0]),))
+    q, (rows,) = case.rows()
+    together = solve(case)
+    for at in range(4):
+        seen = len(rows) - 3 + at
+        got = solve(replace(case, queries=1, lens=(seen,)), rows=(q[at : at + 1], [rows[:seen]]))
+        assert_close(case, got, (together[0][at : at + 1], together[1][at : at + 1]), factor=2)
+
+
+@pytest.mark.parametrize("heads", [16, 64, 128])
+def test_14_the_sizes_of_deepseek_with_the_tiles_that_ship(heads):
+    case = Latents(3, torch.float16, 64, heads, 576, 512, (70, 1), 1, scale=192**-0.5)
+    for splits in (1, 2):
+        assert_close(case, solve(case, splits=splits), expect(case))
+
+
+def _arguments(**changes):
+    return {
+        "q": torch.zeros(2, 4, 24), "kv_cache": torch.zeros(4, 16, 24),
+        "page_table": torch.tensor([[1, 0], [2, 3]]).int(),
+        "cache_seqlens": torch.tensor([3, 20]).int(), "head_dim_v": 16, "softmax_scale": 0.1,
+    } | changes  # fmt: skip
+
+
+BAD = {
+    "kv_cache must be": {"kv_cache": torch.zeros(4, 16, 1, 24)},
+    "head_dim_v is 25": {"head_dim_v": 25},
+    "softmax_scale is nan": {"softmax_scale": float("nan")},
+    "q has 3 tokens": {"q": torch.zeros(3, 4, 24)},
+    "q has head dim 16": {"q": torch.zeros(2, 4, 16)},
+    "page_table has 1 rows": {"page_table": torch.tensor([[1, 2]]).int()},
+    "plan is not supported": {"plan": object()},
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_what_cannot_work_is_refused_by_name(message):
+    with pytest.raises(InvalidInput, match=message):
+        mla_with_kvcache(**_arguments(**BAD[message]))
+
+
+@pytest.mark.skipif(not TRITON, reason="a limit of the Triton kernel")
+def test_the_triton_kernel_says_what_it_does_not_take():
+    call = check_mla(*list(_arguments().values())[:4], 16, 0.1)
+    with pytest.raises(InvalidInput, match="num_splits is 3"):
+        attend_mla(call, 3)
+    odd = check_mla(*list(_arguments().values())[:4], 20, 0.1)
+    with pytest.raises(InvalidInput, match="head_dim_v is 20"):
+        attend_mla(odd)

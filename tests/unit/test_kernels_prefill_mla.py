@@ -1,0 +1,67 @@
+"""The kernels of prefill and MLA without a GPU: in the interpreter, and compiled for sm_90."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+pytest.importorskip("torch")
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+SHARED_LIMIT = 232_448
+"""Bytes of shared memory that one thread block may have on sm_90."""
+
+
+def _python(*args, timeout, **env):
+    clean = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, *args], cwd=ROOT, env=clean | env, timeout=timeout, check=False,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("kernel", ["prefill", "mla"])
+def test_the_laws_of_the_kernel_hold_in_the_interpreter(kernel):
+    said = _python("-m", "pytest", "-q", "-p", "no:cacheprovider",
+                   f"tests/property/test_kernels_{kernel}.py",
+                   timeout=380, TRITON_INTERPRET="1")  # fmt: skip
+    assert " passed" in said
+    assert "skipped" not in said
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    return json.loads(_python(str(Path(__file__).with_name("aot_prefill_mla.py")), timeout=280))
+
+
+@pytest.mark.timeout(300)
+def test_every_kernel_compiles_for_sm_90_without_spills(compiled):
+    assert len(compiled) == 31
+    for name, needs in compiled.items():
+        assert needs["stack"] == 0, (name, needs)
+        assert needs["shared"] <= SHARED_LIMIT, (name, needs)
+
+
+def test_keys_and_values_are_copied_ahead_in_16_byte_pieces(compiled):
+    for name, needs in compiled.items():
+        if needs["buffered"]:
+            assert needs["wide_copies"] > 0, (name, needs)
+            assert needs["shared"] >= needs["buffered"], (name, needs)
+
+
+def test_64_rows_and_more_of_16_bits_take_the_products_of_warpgroups(compiled):
+    wide = {name: needs for name, needs in compiled.items()
+            if needs["rows"] >= 64 and needs["itemsize"] == 2 and needs["buffered"]}  # fmt: skip
+    assert len(wide) == 26
+    for name, needs in wide.items():
+        assert needs["warpgroup_products"] >= 8, (name, needs)
