@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from kvcached.engines.vllm import install
 from kvcached.errors import EngineUnsupported
 from kvcached.kernels import reference
 
@@ -126,6 +127,42 @@ def test_slots_lie_where_a_captured_graph_reads_them_again(ours):
     )
 
 
+@pytest.fixture
+def registry():
+    """vLLM's, as it was afterwards."""
+    from vllm.v1.attention.backends import registry
+
+    kept = dict(registry._ATTN_OVERRIDES)
+    registry._ATTN_OVERRIDES.clear()
+    yield registry
+    registry._ATTN_OVERRIDES.clear()
+    registry._ATTN_OVERRIDES.update(kept)
+
+
+def config_of(backend):
+    return SimpleNamespace(attention_config=SimpleNamespace(backend=backend))
+
+
+def test_it_is_offered_as_custom_and_on_the_cpu_taken_where_it_was_chosen(ours, registry):
+    kinds = registry.AttentionBackendEnum
+    install._offer_attention()
+    assert kinds.CUSTOM.get_class() is ours.KvcachedAttentionBackend
+    for other in (None, kinds.CPU_ATTN, kinds.FLASH_ATTN):
+        install._attend_on_cpu(config_of(other))
+        assert not kinds.CPU_ATTN.is_overridden()
+    install._attend_on_cpu(config_of(kinds.CUSTOM))
+    assert kinds.CPU_ATTN.get_class() is ours.KvcachedAttentionBackend
+
+
+def test_another_plug_in_keeps_custom(registry):
+    kinds = registry.AttentionBackendEnum
+    registry.register_backend(kinds.CUSTOM, "another.Backend")
+    install._offer_attention()
+    install._attend_on_cpu(config_of(kinds.CUSTOM))
+    assert kinds.CUSTOM.get_path() == "another.Backend"
+    assert not kinds.CPU_ATTN.is_overridden()
+
+
 def test_what_it_cannot_do_is_refused(ours):
     common, _ = step_of(*BATCHES["decode"])
     common.causal = False
@@ -133,6 +170,8 @@ def test_what_it_cannot_do_is_refused(ours):
         builder_of(ours).build(0, common)
     with pytest.raises(EngineUnsupported, match="use_alibi_sqrt"):
         ours.KvcachedAttentionImpl(HEADS, DIM, 1.0, KV_HEADS, use_alibi_sqrt=True)
+    with pytest.raises(EngineUnsupported, match="know lists, tensors"):
+        ours.KvcachedAttentionImpl(HEADS, DIM, 1.0, KV_HEADS, tensors=torch.ones(2), lists=[1])
     with pytest.raises(EngineUnsupported, match="encoder"):
         ours.KvcachedAttentionImpl(HEADS, DIM, 1.0, KV_HEADS, attn_type="encoder_only")
     impl = ours.KvcachedAttentionImpl(HEADS, DIM, 1.0, KV_HEADS, chunk_lookback=-1)

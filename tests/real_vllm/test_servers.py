@@ -49,6 +49,11 @@ def leases(run):
     return {t["name"]: t["lease_bytes"] for t in rig.tenants(run)}
 
 
+def backed(run, name):
+    (found,) = (t["report"]["backed_bytes"] for t in rig.tenants(run) if t["name"] == name)
+    return found
+
+
 def test_they_are_listed(servers):
     run, _, _ = servers
     found = {t["name"]: t for t in rig.tenants(run)}
@@ -82,11 +87,20 @@ def test_sleep_takes_all_memory_from_running_requests_and_waking_gives_it_back(s
         running = pool.submit(load, a, range(500, 506))
         time.sleep(0.5)
         a.post("/sleep?level=1&mode=keep", {})
-        (held,) = (t["report"]["backed_bytes"] for t in rig.tenants(run) if t["name"] == "a")
-        assert held == rig.BLOCK  # the null block
+        assert backed(run, "a") == rig.BLOCK  # the null block
         assert not running.done()
         a.post("/wake_up", {})
         assert running.result() == alone
+
+
+def test_a_reset_and_a_pause_give_the_prefixes_memory_back(servers):
+    run, a, _ = servers
+    for path in ("/reset_prefix_cache", "/pause?mode=wait"):
+        load(a, range(600, 604), max_tokens=8)
+        assert backed(run, "a") > rig.BLOCK
+        a.post(path, {})
+        assert backed(run, "a") == rig.BLOCK
+    a.post("/resume", {})
 
 
 def test_the_metrics_count_what_is_in_use_and_show_who_shares_the_budget(servers):

@@ -105,7 +105,7 @@ class KvcachedAttentionImpl(base.AttentionImpl):
         sinks: torch.Tensor | None = None,
         **more: Any,
     ) -> None:
-        unknown = sorted(name for name, value in more.items() if value not in {None, False, -1})
+        unknown = sorted(name for name, value in more.items() if not _says_no(value))
         if attn_type != base.AttentionType.DECODER or unknown:
             what = ", ".join(unknown) or f"attention of the type {attn_type}"
             raise EngineUnsupported(f"the backend CUSTOM of kvcached does not know {what}")
@@ -158,6 +158,11 @@ class KvcachedAttentionImpl(base.AttentionImpl):
             keys, values = split_cache(kv_cache, self.head_size)
             self._halves = kv_cache, keys, values
         return keys, values
+
+
+def _says_no(value: Any) -> bool:
+    """Whether an option is off: ``None``, ``False`` or -1, as vLLM's own defaults are."""
+    return value is None or value is False or (isinstance(value, int) and value == -1)
 
 
 def split_cache(kv_cache: torch.Tensor, head_size: int) -> tuple[torch.Tensor, torch.Tensor]:
