@@ -45,7 +45,7 @@ def offline(model, runtime_dir, log, *, phases, engine=None, texts=None, more=No
     order.write_text(json.dumps(job), encoding="utf-8")
     with open(log, "w", encoding="utf-8") as file:
         done = subprocess.run(
-            [sys.executable, str(RUNNER), str(order)], check=False, text=True, timeout=400,
+            [sys.executable, str(RUNNER), str(order)], check=False, text=True, timeout=600,
             stdout=subprocess.PIPE, stderr=file, env=environment(runtime_dir, **env),
         )  # fmt: skip
     assert done.returncode == 0, Path(log).read_text(encoding="utf-8")[-3000:]
