@@ -38,7 +38,8 @@ class Grower:
     def __init__(self, blocks: BlockPool, most_ahead: int) -> None:
         self._blocks, self._most_ahead = blocks, most_ahead
         self._block_bytes = blocks.geometry.block_bytes * blocks.geometry.num_planes
-        self._refused_until, self._refused_blocks = -1.0, 0
+        self._refused_until = -1.0  # nothing was free: cached blocks of our own come first
+        self._denied_until, self._denied_blocks = -1.0, 0  # others were asked for them in vain
         self._used_seen = 0  # blocks in use when growth was last measured
         self._demanded = 0  # blocks that growth on demand has told the policy of since then
         self.ahead = Timer()
@@ -84,9 +85,10 @@ class Grower:
         for _ in range(_ROUNDS):
             if pool.num_free >= count:
                 return True
-            short = count - self._ready()
-            refused = pool.clock() < self._refused_until
-            if refused and (short <= 0 or short >= self._refused_blocks):
+            short, now = count - self._ready(), pool.clock()
+            if short <= 0 and now < self._refused_until:
+                return True
+            if short >= self._denied_blocks and now < self._denied_until:
                 return short <= 0
             if self._grow_if_free(count - pool.num_free):
                 continue
@@ -97,8 +99,8 @@ class Grower:
                     continue
                 if answer.pending:
                     return self._ready() >= count
+                self._denied_until, self._denied_blocks = pool.clock() + _REFUSAL_SECONDS, short
             self._refused_until = pool.clock() + _REFUSAL_SECONDS
-            self._refused_blocks = short if short > 0 else count
             return self._ready() >= count
         return False
 

@@ -22,7 +22,7 @@ class AskedBudget(LocalBudget):
     """``meanwhile`` is done once while the budget waits for an answer."""
 
     meanwhile = None
-    pending = False
+    pending, free = False, True
     """Others have been asked, and have not answered; ``waited`` is called each time."""
 
     def __init__(self, *args):
@@ -42,7 +42,7 @@ class AskedBudget(LocalBudget):
         if ask and self.meanwhile is not None:
             do, self.meanwhile = self.meanwhile, None
             do()
-        return not self.pending and super().claim_if_free(nbytes, ask=ask)
+        return self.free and not self.pending and super().claim_if_free(nbytes, ask=ask)
 
 
 @pytest.fixture
@@ -263,3 +263,17 @@ def test_a_refusal_of_much_is_none_of_less(make):
         assert len(budget.waits) == 1, "asked again at once"
         assert tenant.secure(3)
         assert len(tenant.take(3)) == 3
+
+
+def test_that_nothing_is_free_is_no_refusal_by_others(make):
+    tenant, budget = make(limit=8)
+    with tenant.scheduling():
+        ids = taken(tenant, 4)
+    with tenant.updating(step=True):
+        tenant.give(ids, ALL[:4])
+    budget.free = False  # what is left is held by others, who would give it
+    with tenant.scheduling():
+        assert tenant.secure(1)  # a cached block of our own
+        budget.waits.clear()
+        assert tenant.secure(6, running=False)
+        assert budget.waits, "others were not asked"
