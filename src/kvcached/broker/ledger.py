@@ -13,7 +13,13 @@ from collections.abc import Iterable
 
 from kvcached.broker.ceiling import Ceiling
 from kvcached.broker.lease import DRAINING, LIVE, REVOKED, Ask, Claim, Grant, Reclaim, Tenant
-from kvcached.broker.plan import Holding, fair_shares, plan_reclaim, reserve_bytes
+from kvcached.broker.plan import (
+    Holding,
+    ask_for_more,
+    fair_shares,
+    plan_reclaim,
+    reserve_bytes,
+)
 from kvcached.broker.protocol import LATE, MAX_BYTES, REFUSED
 
 GRACE_S = 0.5
@@ -337,21 +343,11 @@ class Ledger:
                 self.tenants[other.tenant].blind_until = now + BLIND_S
                 part = min(missing, other.above_floor)
                 asks[other.tenant] = asks.get(other.tenant, 0) + part
-        self._ask_for_more(claim, holdings, asks)
+        ask_for_more(holdings, asks, claim.want - claim.need, over=over)
         return [
             self._ask(t, nbytes, now, patient=not over and self.tenants[t].lease > shares[t])
             for t, nbytes in asks.items()
         ]
-
-    @staticmethod
-    def _ask_for_more(claim: Claim, holdings: list[Holding], asks: dict[int, int]) -> None:
-        """Whoever is asked at all also gives what it does not use, up to what is wanted."""
-        more = claim.want - claim.need
-        for other in holdings:
-            part = min(more, other.spare, other.above_floor)
-            if part > 0 and other.tenant in asks:
-                asks[other.tenant] += part
-                more -= part
 
     def _coming(self) -> int:
         asked = sum(ask.nbytes for ask in self.asks.values())

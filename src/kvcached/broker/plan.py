@@ -63,6 +63,22 @@ def plan_reclaim(holdings: Sequence[Holding], shortfall: int) -> dict[int, int]:
     return asks
 
 
+def ask_for_more(
+    holdings: Sequence[Holding], asks: dict[int, int], more: int, *, over: bool
+) -> None:
+    """Add to ``asks`` up to ``more`` bytes that those asked anyway do not use.
+
+    Cached prefixes too, of those above their fair share, unless the claimer is ``over`` its own: it
+    is about to take its share back, and to ask for each block of it is slow.
+    """
+    for other in holdings:
+        cached = 0 if over else min(other.cached, other.above_share)
+        part = min(more, other.spare + cached, other.above_floor)
+        if part > 0 and other.tenant in asks:
+            asks[other.tenant] += part
+            more -= part
+
+
 def _in_turn(holdings: Sequence[Holding], can: Sequence[int], nbytes: int) -> list[int]:
     """Most first: fewer tenants are disturbed."""
     parts = [0] * len(can)
