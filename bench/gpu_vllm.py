@@ -121,6 +121,9 @@ def attention() -> None:
         add(f"attention_{backend.lower()}", share(shown[backend]), "share", None, repeats=200,
             requests=shown[backend], requests_per_s=rates[backend],
             peers={"stock again": share(shown["FLASH_ATTN, stock again"])})  # fmt: skip
+        if backend == "FLASH_ATTN":  # as the second stock engine, it finds all compiled
+            add("start_ratio", run["start_s"] / again["start_s"], "x", 1.0,
+                peers={"stock s": again["start_s"], "elastic s": run["start_s"]})  # fmt: skip
 
 
 def sleep() -> None:
