@@ -104,6 +104,13 @@ class Grower:
             return self._ready() >= count
         return False
 
+    def prepare(self, count: int) -> None:
+        """Have ``count`` blocks free in one go, if that takes nothing from anybody."""
+        pool = self._blocks
+        short = count - pool.num_free
+        if short > 0 and pool.clock() >= self._refused_until and not self._grow_if_free(short):
+            self._refused_until = pool.clock() + _REFUSAL_SECONDS
+
     def _grow_patiently(self, wanted: int, seconds: float | None) -> BudgetExceeded | None:
         """Grow by ``wanted`` blocks, others may give for it; ``None``, or why that was refused."""
         try:

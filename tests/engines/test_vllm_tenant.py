@@ -277,3 +277,31 @@ def test_that_nothing_is_free_is_no_refusal_by_others(make):
         budget.waits.clear()
         assert tenant.secure(6, running=False)
         assert budget.waits, "others were not asked"
+
+
+def test_what_a_pass_may_take_is_grown_at_once_if_it_is_free(make):
+    tenant, budget = make(limit=12)
+    budget.waits.clear()
+    with tenant.scheduling(8):
+        assert tenant._blocks.num_free >= 8
+        grown = tenant.stats().counters.grow
+        for _ in range(4):
+            taken(tenant, 2)
+        assert tenant.stats().counters.grow == grown
+        assert not budget.waits, "others were asked"
+    with tenant.scheduling(50):  # more than there is: nothing is taken in advance
+        assert tenant._blocks.num_free < 8
+        assert not budget.waits
+        taken(tenant, 2)
+
+
+def test_nothing_is_grown_for_those_who_may_not_start(make):
+    tenant, _ = make(limit=12)
+    with tenant.scheduling():
+        ids = taken(tenant, 8)
+    tenant.reclaim(4 * PAGE, patient=True)
+    assert not tenant.lets_in
+    with tenant.scheduling(4):
+        assert tenant._blocks.num_free < 4
+    with tenant.updating(step=True):
+        tenant.give(ids, NONE[:8])

@@ -81,15 +81,15 @@ def test_12_attention_over_bytes_is_attention_over_what_they_mean(made):
 
 @pytest.mark.parametrize("dtype", [d for d in LARGEST if d != INT4])
 def test_every_byte_is_read_as_what_it_means(dtype):
-    stored = torch.arange(256, dtype=torch.uint8).view(dtype).reshape(1, 256, 1, 1)
-    keys = torch.zeros(1, 256, 1, 1, dtype=torch.uint8).view(dtype)
+    bytes_ = torch.arange(256, dtype=torch.uint8).reshape(1, 256, 1, 1).repeat(1, 1, 1, 2)
+    stored, keys = bytes_.view(dtype), torch.zeros_like(bytes_).view(dtype)
     one, table = torch.ones(()), torch.zeros(1, 1, dtype=torch.int32)
-    numbers = stored.flatten().float()
+    numbers = stored[0, :, 0, 0].float()
     for byte in range(256):  # a window of one token shows one value
         out = attn_with_kvcache(
-            torch.zeros(1, 1, 1), keys, stored, cache_seqlens=torch.tensor([byte + 1]).int(),
+            torch.zeros(1, 1, 2), keys, stored, cache_seqlens=torch.tensor([byte + 1]).int(),
             page_table=table, window_size=(0, 0), k_descale=one, v_descale=one,
         )  # fmt: skip
-        assert torch.equal(out.flatten(), numbers[byte : byte + 1]) or (
-            out.isnan() and numbers[byte].isnan()
+        assert torch.equal(out.flatten(), numbers[byte].expand(2)) or (
+            out.isnan().all() and numbers[byte].isnan()
         )

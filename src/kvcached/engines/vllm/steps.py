@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
+from collections import deque
 from contextlib import AbstractContextManager, nullcontext
+from itertools import islice
 from typing import Any
 
 from kvcached.config import engine_config
 from kvcached.engines.vllm.attach import attach
 from kvcached.engines.vllm.queue import ElasticQueue
 from kvcached.engines.vllm.tenant import EngineBlocks
+from kvcached.layout import cdiv
 
 
 def install() -> None:
@@ -97,6 +100,27 @@ def _runs(coordinator: Any, args: tuple[Any, ...], more: dict[str, Any]) -> bool
     return any(manager.req_to_blocks.get(request) for manager in managers)
 
 
+def _expected(scheduler: Any) -> int:
+    """Blocks that this pass may take for waiting requests: an estimate, from above.
+
+    Only where they wait in order: vLLM's other queues are sorted to be looked at.
+    """
+    try:
+        waiting, size = scheduler.waiting, scheduler.block_size
+        room = scheduler.max_num_running_reqs - len(scheduler.running)
+        most, blocks = scheduler.max_num_scheduled_tokens, 0
+        if room <= 0 or not isinstance(waiting, deque):
+            return 0
+        for request in islice(waiting, room):
+            tokens = min(most, request.num_tokens - request.num_computed_tokens)
+            blocks, most = blocks + cdiv(tokens, size), most - tokens
+            if most <= 0:
+                break
+    except AttributeError:  # a release without one of these does without: nothing depends on it
+        return 0
+    return blocks
+
+
 def _wrap_scheduler(scheduler: Any) -> None:
     schedule, update = scheduler.schedule, scheduler.update_from_output
     finish = scheduler.finish_requests
@@ -104,7 +128,7 @@ def _wrap_scheduler(scheduler: Any) -> None:
     @functools.wraps(schedule)
     def elastic_schedule(self: Any, *args: Any, **more: Any) -> Any:
         tenant = tenant_of(self)
-        with nullcontext() if tenant is None else tenant.scheduling():
+        with nullcontext() if tenant is None else tenant.scheduling(_expected(self)):
             return schedule(self, *args, **more)
 
     @functools.wraps(update)

@@ -87,11 +87,17 @@ class EngineBlocks(ElasticBlocks):
         """As ``count_available`` says, between its calls."""
 
     @contextmanager
-    def scheduling(self) -> Iterator[None]:
-        """Around one pass of the scheduler: no cached block goes that it may have matched."""
+    def scheduling(self, expected: int = 0) -> Iterator[None]:
+        """Around one pass of the scheduler: no cached block goes that it may have matched.
+
+        ``expected``: blocks that it may take for requests that start. Memory for them is grown at
+        once if it is free: a call for each would cost the driver's time for each.
+        """
         with self._lock:
             self._matching, self._last_pass = True, time.monotonic()
             self._patience = _BUSY_SECONDS
+            if expected > self._blocks.num_free and self.lets_in:
+                self._blocks.grower.prepare(expected)
             self.num_available = self.count_available()
             try:
                 yield
