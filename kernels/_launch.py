@@ -19,6 +19,7 @@ from triton.compiler import ASTSource
 from kvcached.errors import InvalidInput
 
 TYPES = {
+    torch.float64: "fp64",
     torch.float32: "fp32",
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
@@ -43,6 +44,11 @@ def signature_of(kernel: Any, types: Mapping[str, str], constants: Mapping[str, 
         name: "constexpr" if name in constants else types.get(name, "i32")
         for name in kernel.arg_names
     }
+
+
+def attributes_of(kernel: Any, aligned: tuple[str, ...]) -> dict[tuple[int], list[list[Any]]]:
+    """What Triton is told of arguments that are multiples of 16."""
+    return {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
 
 
 class Handle:
@@ -81,16 +87,18 @@ def handle_of(
     *,
     num_warps: int,
     device: int,
+    aligned: tuple[str, ...] = (),
 ) -> Handle:
     """The compiled kernel for ``types`` of pointers and scalars and for ``constants``.
 
-    Compiles at the first call, for the current device, which must be number ``device``.
+    Arguments named by ``aligned`` are multiples of 16. Compiles at the first call, for the current
+    device, which must be number ``device``.
     """
-    key = (kernel, device, num_warps, tuple(types.items()), tuple(constants.items()))
+    key = (kernel, device, num_warps, aligned, tuple(types.items()), tuple(constants.items()))
     handle = _handles.get(key)
     if handle is None:
         signature = signature_of(kernel, types, constants)
-        source = ASTSource(kernel, signature, dict(constants), {})
+        source = ASTSource(kernel, signature, dict(constants), attributes_of(kernel, aligned))
         compiled = triton.compile(source, options={"num_warps": num_warps})
         handle = _handles[key] = Handle(compiled, signature)
     return handle

@@ -21,8 +21,8 @@ from kvcached.kernels._prefill_parts import (
 @triton.jit(do_not_specialize=["max_q", "stride_table"])
 def mla_kernel(
     Q, KV: tl.int64, TABLE, LENS, PARTIAL, STATE, FINISHED, OUT, LSE,
-    scale, right, max_q,
-    stride_qt, stride_qh, stride_ot, stride_oh, stride_table, stride_block, stride_slot,
+    scale, right, max_q, stride_table,
+    stride_qt, stride_qh, stride_ot, stride_oh, stride_block, stride_slot,
     H: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DR: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr, FUSED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, ALIGN: tl.constexpr, UPCAST: tl.constexpr, STAGES: tl.constexpr,
@@ -59,30 +59,41 @@ def mla_kernel(
     table_row = TABLE + seq.to(tl.int64) * stride_table
     top = tl.full([BM], EMPTY, tl.float32)
     total = tl.zeros([BM], tl.float32)
+    LATE: tl.constexpr = BM >= 64  # columns are added up at the end: warpgroups share a row
+    sums = tl.zeros([BM, BN if LATE else 1], tl.float32)
     acc = tl.zeros([BM, DV], tl.float32)
     ids = block_ids(table_row, lo, hi, BN, BLOCK_SIZE, True)
-    for start in tl.range(lo, hi, BN, num_stages=STAGES):
-        pos = start + offs_n
-        valid_n = pos < hi
-        block, slot = places(ids, 0, start, valid_n, BN, BLOCK_SIZE, True)
-        kv_row = block * stride_block + slot * stride_slot
-        ids = block_ids(table_row, start + BN, hi, BN, BLOCK_SIZE, True)
-        kv = load_rows(BASE, kv_row, valid_n, 0, DV, D, UPCAST)
-        scores = tl.dot(q, kv.T, input_precision="ieee")
-        if DR > 0:
-            rest = load_rows(BASE, kv_row, valid_n, DV, DR, D, UPCAST)
-            scores = tl.dot(q_rest, rest.T, scores, input_precision="ieee")
-        if start + BN > clear_to:
-            seen = offs_n[None, :] <= (tl.minimum(place + right, hi - 1) - start)[:, None]
-            scores = tl.where(seen, scores, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1) * scale)
-        weights = tl.exp2(scores * scale - new_top[:, None])
-        fade = tl.exp2(top - new_top)
-        total = total * fade + tl.sum(weights, 1)
-        acc = acc * fade[:, None]
-        top = new_top
-        acc = tl.dot(weights.to(kv.dtype), kv, acc, input_precision="ieee")
+    # A loop that may run 0 times would set the accumulator beside products in flight, for which the
+    # assembler makes each wait for the one before it; so the loop is entered only to be run.
+    if lo < hi:
+        for start in tl.range(lo, hi, BN, num_stages=STAGES):
+            pos = start + offs_n
+            valid_n = pos < hi
+            block, slot = places(ids, 0, start, valid_n, BN, BLOCK_SIZE, True)
+            kv_row = block * stride_block + slot * stride_slot
+            ids = block_ids(table_row, start + BN, hi, BN, BLOCK_SIZE, True)
+            kv = load_rows(BASE, kv_row, valid_n, 0, DV, D, UPCAST)
+            # Sums of scaled products, as chained ones would be made by both warpgroups alike.
+            scores = tl.dot(q, kv.T, input_precision="ieee") * scale
+            if DR > 0:
+                rest = load_rows(BASE, kv_row, valid_n, DV, DR, D, UPCAST)
+                scores += tl.dot(q_rest, rest.T, input_precision="ieee") * scale
+            if start + BN > clear_to:
+                seen = offs_n[None, :] <= (tl.minimum(place + right, hi - 1) - start)[:, None]
+                scores = tl.where(seen, scores, float("-inf"))
+            new_top = tl.maximum(top, tl.max(scores, 1))
+            weights = tl.exp2(scores - new_top[:, None])
+            fade = tl.exp2(top - new_top)
+            if LATE:
+                sums = sums * fade[:, None] + weights
+            else:
+                total = total * fade + tl.sum(weights, 1)
+            acc = acc * fade[:, None]
+            top = new_top
+            acc = tl.dot(weights.to(kv.dtype), kv, acc, input_precision="ieee")
 
+    if LATE:
+        total = tl.sum(sums, 1)
     if SPLITS > 1:
         own = (row * H + head) * SPLITS
         put_partial(PARTIAL, STATE, own + split, valid_m, acc, top, total, 0, DV, DV)

@@ -1,12 +1,26 @@
-"""Pieces that the Triton kernels of prefill and of MLA share: tiles, block ids, splits, stores."""
+"""What the Triton kernels of prefill and of MLA share: tiles, block ids, splits, launches."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
 import triton.language as tl
 
+from kvcached.kernels._launch import TYPES, handle_of, interpreted
+from kvcached.kernels._workspace import workspace_of
+
+if TYPE_CHECKING:
+    from kvcached.kernels.checks import AttentionCall
+
 LOG2_E = tl.constexpr(1.4426950408889634)
+ALIGNED = frozenset({
+    "Q", "K", "V", "KV", "TABLE", "LENS", "Q_STARTS", "PARTIAL", "STATE", "OUT", "LSE",
+    "stride_qt", "stride_qh", "stride_ot", "stride_oh", "stride_block", "stride_slot",
+    "stride_kb", "stride_ks", "stride_kh", "stride_vb", "stride_vs", "stride_vh",
+})  # fmt: skip
+"""Arguments that are often multiples of 16, of which the compiler makes wide accesses."""
 EMPTY = tl.constexpr(-1.0e30)
 """The running maximum of nothing; not -inf, or what is empty would make NaN."""
 
@@ -128,14 +142,14 @@ def merge_partials(PARTIAL, STATE, own, valid, BM: tl.constexpr, SPLITS: tl.cons
 
 @triton.jit
 def merge_kernel(
-    PARTIAL, STATE, SINKS, OUT, LSE, stride_ot, stride_oh, heads,
+    PARTIAL, STATE, SINKS, OUT, LSE, heads, stride_ot, stride_oh,
     DV: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
     SPLITS: tl.constexpr, PADDED: tl.constexpr, AT_ONCE: tl.constexpr, HAS_SINKS: tl.constexpr,
 ):  # fmt: skip
-    """Merge the splits of one (token, head): many are too much for the last split alone."""
-    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    """Merge COLUMNS of the splits of one (token, head): many are too much for the last split."""
+    token, head, piece = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     row = token * heads + head
-    splits, columns = tl.arange(0, PADDED), tl.arange(0, COLUMNS)
+    splits, columns = tl.arange(0, PADDED), piece * COLUMNS + tl.arange(0, COLUMNS)
     state = STATE + (row * SPLITS + splits) * 2
     tops = tl.load(state, mask=splits < SPLITS, other=EMPTY)
     totals = tl.load(state + 1, mask=splits < SPLITS, other=0.0)
@@ -154,7 +168,8 @@ def merge_kernel(
     out = acc / tl.where(total > 0, denominator, 1.0)
     at = OUT + token * stride_ot + head * stride_oh + columns
     tl.store(at, out.to(OUT.dtype.element_ty), mask=columns < DV)
-    tl.store(LSE + row, lse_of(top, total))
+    if piece == 0:
+        tl.store(LSE + row, lse_of(top, total))
 
 
 @triton.jit
@@ -170,35 +185,73 @@ def lse_of(top, total):
     return tl.where(found, (top + tl.log2(tl.where(found, total, 1.0))) / LOG2_E, float("-inf"))
 
 
-def interpreted() -> bool:
-    """Whether Triton interprets kernels on the CPU (``TRITON_INTERPRET=1`` before its import)."""
-    return not isinstance(sequence_of, triton.JITFunction)
+def types_of(dtype: torch.dtype) -> dict[str, str]:
+    """Triton's types of the arguments of these kernels that are no i32, for q's dtype."""
+    floats = ("SINKS", "SLOPES", "PARTIAL", "STATE", "LSE")
+    return (
+        {"Q": f"*{TYPES[dtype]}", "OUT": f"*{TYPES[dtype]}"}
+        | dict.fromkeys(floats, "*fp32")
+        | dict.fromkeys(("TABLE", "LENS", "Q_STARTS", "FINISHED"), "*i32")
+        | dict.fromkeys(("K", "V", "KV"), "i64")
+        | dict.fromkeys(("scale", "softcap"), "fp32")
+    )
 
 
-def merge(
-    partial: torch.Tensor, state: torch.Tensor, sinks: torch.Tensor | None, out: torch.Tensor,
-    lse: torch.Tensor, splits: int, width: int,
+def launch(
+    kernel: Any, grid: tuple[int, int, int], call: AttentionCall, arguments: tuple[Any, ...],
+    constants: dict[str, Any], num_warps: int,
 ) -> None:  # fmt: skip
-    """Launch ``merge_kernel`` over ``out [T, Hq, Dv]``."""
-    tokens, heads, dim_v = out.shape
+    """Run a kernel on the current stream with its arguments that are no constants, in order.
+
+    These are tensors, numbers, or ``None`` for a pointer that the kernel does not use. They come
+    first in the kernel. Strides are arguments: as constants they cost registers, for tiles spill.
+    """
+    if interpreted():
+        some = [call.lens if x is None else x for x in arguments]
+        kernel[grid](*some, **constants, num_warps=num_warps)
+        return
+    device = call.q.device.index
+    given = [x.data_ptr() if isinstance(x, torch.Tensor) else x or 0 for x in arguments]
+    aligned = [
+        name
+        for name, x in zip(kernel.arg_names, given, strict=False)
+        if name in ALIGNED and not x % 16
+    ]
+    handle = handle_of(
+        kernel, types_of(call.q.dtype), constants, num_warps=num_warps, device=device,
+        aligned=tuple(aligned),
+    )  # fmt: skip
+    stream = triton.runtime.driver.active.get_current_stream(device)
+    handle.launch(*grid, stream, *handle.fixed, *given)
+
+
+def merge_config(dim_v: int, splits: int, width: int) -> dict[str, int]:
+    """Compile-time sizes of ``merge_kernel``; few columns a program, so that many SMs take part."""
     padded = triton.next_power_of_2(splits)
-    merge_kernel[tokens, heads](
-        partial, state, lse if sinks is None else sinks, out, lse, *out.stride()[:2], heads,
-        DV=dim_v, WIDTH=width, COLUMNS=triton.next_power_of_2(dim_v), SPLITS=splits, PADDED=padded,
-        AT_ONCE=min(16, padded), HAS_SINKS=sinks is not None, num_warps=4,
+    return {"DV": dim_v, "WIDTH": width, "COLUMNS": min(128, triton.next_power_of_2(dim_v)),
+            "SPLITS": splits, "PADDED": padded, "AT_ONCE": min(32, padded)}  # fmt: skip
+
+
+def merge(call: AttentionCall, partial: Any, state: Any, splits: int, width: int) -> None:
+    """Launch ``merge_kernel`` over ``call.out [T, Hq, Dv]``."""
+    tokens, heads, dim_v = call.out.shape
+    constants = merge_config(dim_v, splits, width) | {"HAS_SINKS": call.sinks is not None}
+    launch(
+        merge_kernel, (tokens, heads, triton.cdiv(dim_v, constants["COLUMNS"])), call,
+        (partial, state, call.sinks, call.out, call.lse, heads, *call.out.stride()[:2]), constants,
+        num_warps=4,
     )  # fmt: skip
 
 
 def workspace(
-    rows: int, width: int, device: torch.device, counters: int = 0
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Partial sums, (top, total) pairs and counters; the counters start, and end, at zero."""
-    made = torch.zeros if counters else torch.empty
-    return (
-        torch.empty(max(1, rows * width), dtype=torch.float32, device=device),
-        torch.empty(max(2, rows * 2), dtype=torch.float32, device=device),
-        made(max(1, counters), dtype=torch.int32, device=device),
-    )
+    call: AttentionCall, splits: int, width: int, items: int
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """Partial sums, (top, total) pairs and counters, which start, and end, at zero."""
+    if splits == 1:
+        return None, None, None
+    rows = call.lse.numel() * splits
+    work = workspace_of(items, rows * width, rows, call.q.device)
+    return work.partial, work.state, work.finished
 
 
 def chunks(dim: int) -> tuple[int, int]:

@@ -96,7 +96,8 @@ def mla_config(rows: int, dim: int, dim_v: int, itemsize: int) -> dict[str, int]
     """Compile-time sizes of ``mla_kernel`` for ``rows`` (token, head) of a sequence.
 
     64 rows take the matrix instructions of a warpgroup; an accumulator of 128 would not fit the
-    registers, so more heads are two programs, the second of which finds the latents in the L2.
+    registers, so more heads are two programs, the second of which finds the latents in the L2. All
+    of shared memory is for tiles on their way; matrix instructions may still read one of them.
     """
     import triton
 
@@ -105,7 +106,7 @@ def mla_config(rows: int, dim: int, dim_v: int, itemsize: int) -> dict[str, int]
     return {
         "D": dim, "DV": dim_v, "DR": 0 if not rest else max(16, triton.next_power_of_2(rest)),
         "BM": max(16, min(most, triton.next_power_of_2(rows))), "BN": keys,
-        "STAGES": 2 if keys == 64 else 3,
+        "STAGES": 4 if keys == 32 else 3,
     }  # fmt: skip
 
 
@@ -127,7 +128,7 @@ def attend_mla(
     rows = call.max_q * q.shape[1]
     sizes = mla_config(rows, kv.head_dim, kv.head_dim_v, q.element_size()) | dict(config or {})
     items = len(call.lens) * -(-rows // sizes["BM"])
-    splits = num_splits or _splits(items, sizes, call)
+    splits = num_splits or _splits(items, call)
     if not 1 <= splits <= MAX_SPLITS or splits & (splits - 1):
         raise InvalidInput(f"num_splits is {splits}, but must be a power of two <= {MAX_SPLITS}")
     _launch(call, sizes, items, splits, num_warps)
@@ -136,30 +137,31 @@ def attend_mla(
 def _launch(
     call: AttentionCall, sizes: dict[str, Any], items: int, splits: int, num_warps: int
 ) -> None:
+    from kvcached.kernels._launch import interpreted
     from kvcached.kernels._mla_kernels import mla_kernel
-    from kvcached.kernels._prefill_parts import LOG2_E, interpreted, merge, workspace
+    from kvcached.kernels._prefill_parts import LOG2_E, launch, merge, workspace
 
-    kv, heads = call.kv, call.q.shape[1]
+    kv, out = call.kv, call.out
     fused = splits == 1 or is_fused(sizes, splits)
-    rows = call.lse.numel() * splits if splits > 1 else 0
-    partial, state, finished = workspace(
-        rows, kv.head_dim_v, call.q.device, items if fused and rows else 0
-    )
+    partial, state, finished = workspace(call, splits, kv.head_dim_v, items)
     # Scores are scaled after their maximum is found, which a negative or zero scale would upset.
     q, scale = (call.q, call.scale) if call.scale >= 0 else (-call.q, -call.scale)
     assert call.table is not None  # check_mla takes nothing else
-    mla_kernel[items, splits](
-        q, kv.k_ptr, call.table, call.lens, partial, state, finished, call.out, call.lse,
-        max(scale, 1e-30) * LOG2_E.value, min(call.right, 1 << 30), call.max_q,
-        *q.stride()[:2], *call.out.stride()[:2], call.table.stride(0),
-        kv.block_stride, kv.slot_stride,
-        H=heads, **sizes, SPLITS=splits, FUSED=fused, BLOCK_SIZE=kv.block_size,
-        ALIGN=16 if kv.k_ptr % 16 == 0 else q.element_size(),
-        UPCAST=interpreted() and kv.dtype == torch.bfloat16,  # its bf16 arithmetic is wrong
-        num_warps=num_warps,
+    constants = sizes | {
+        "H": q.shape[1], "SPLITS": splits, "FUSED": fused, "BLOCK_SIZE": kv.block_size,
+        "ALIGN": 16 if kv.k_ptr % 16 == 0 else q.element_size(),
+        "UPCAST": interpreted() and kv.dtype == torch.bfloat16,  # its bf16 arithmetic is wrong
+    }  # fmt: skip
+    launch(
+        mla_kernel, (items, splits, 1), call,
+        (q, kv.k_ptr, call.table, call.lens, partial, state, finished, out, call.lse,
+         max(scale, 1e-30) * LOG2_E.value, min(call.right, 1 << 30), call.max_q,
+         call.table.stride(0), *q.stride()[:2], *out.stride()[:2], kv.block_stride,
+         kv.slot_stride),
+        constants, num_warps,
     )  # fmt: skip
     if not fused:
-        merge(partial, state, None, call.out, call.lse, splits, kv.head_dim_v)
+        merge(call, partial, state, splits, kv.head_dim_v)
 
 
 def is_fused(sizes: Mapping[str, int], splits: int) -> bool:
@@ -167,12 +169,11 @@ def is_fused(sizes: Mapping[str, int], splits: int) -> bool:
     return sizes["BM"] < 64 and splits <= MAX_FUSED_SPLITS
 
 
-def _splits(items: int, sizes: Mapping[str, int], call: AttentionCall) -> int:
-    """As many programs as run at a time, each with ``MIN_SPLIT_TOKENS`` of the longest sequence."""
+def _splits(items: int, call: AttentionCall) -> int:
+    """A program an SM, which is all it holds, with ``MIN_SPLIT_TOKENS`` of the longest sequence."""
     if call.q.device.type != "cuda" or call.table is None:
         return 1
     longest = call.table.shape[1] * call.kv.block_size
     programs = torch.cuda.get_device_properties(call.q.device).multi_processor_count
-    programs *= 1 if sizes["BM"] >= 64 else 2  # large tiles leave no room for a second program
     wanted = min(MAX_SPLITS, programs // items, longest // MIN_SPLIT_TOKENS)
     return 1 << max(0, int(wanted).bit_length() - 1)  # few values: each is a kernel of its own

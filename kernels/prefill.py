@@ -20,12 +20,13 @@ import triton
 import triton.language as tl
 
 from kvcached.errors import InvalidInput
+from kvcached.kernels._launch import interpreted
 from kvcached.kernels._prefill_parts import (
     EMPTY,
     LOG2_E,
     block_ids,
     chunks,
-    interpreted,
+    launch,
     load_rows,
     lse_of,
     merge,
@@ -45,6 +46,8 @@ MAX_SPLITS = 16
 """Parts of a sequence; each costs a float32 row of output to write and to read."""
 MIN_SPLIT_TOKENS = 512
 """Below this a split costs more than it saves."""
+FEW_KEYS = 2048
+"""Up to so long sequences take tiles of 64 keys: the diagonal cuts a large part of them."""
 MAX_DECODE_ROWS = 64
 """Query tokens x heads of a KV head up to which ``decode`` is at least as good."""
 MAX_HEAD_DIM = 256
@@ -79,8 +82,8 @@ def _hide(scores, start, place, left, right, floor, stop, BN: tl.constexpr, WIND
 def _attend_rows(
     Q, K_BASE, V_BASE, TABLE, SINKS, SLOPES, PARTIAL, STATE, OUT, LSE,
     seq, head, split, first_token, q_start, queries, length,
-    scale, softcap, left, right, kv_heads,
-    stride_qt, stride_qh, stride_ot, stride_oh, stride_table,
+    scale, softcap, left, right, stride_table, kv_heads,
+    stride_qt, stride_qh, stride_ot, stride_oh,
     stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     DA: tl.constexpr, DB: tl.constexpr, VA: tl.constexpr, VB: tl.constexpr,
@@ -112,6 +115,11 @@ def _attend_rows(
     clear_from = tl.maximum(last_place - left, 0) if WINDOW else 0
     clear_to = tl.minimum(hi, first_place + right + 1)
 
+    table_row = TABLE + seq.to(tl.int64) * stride_table
+    first_slot = 0
+    if not PAGED:
+        first_slot = tl.load(TABLE + seq)
+    ids = block_ids(table_row, lo, hi, BN, BLOCK_SIZE, PAGED)
     q_row = row * stride_qt + query * stride_qh
     q = load_rows(Q, q_row, valid_m, 0, DA, D, UPCAST)
     q_rest = q
@@ -125,43 +133,39 @@ def _attend_rows(
     total = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, VA], tl.float32)
     rest = tl.zeros([BM, max(VB, 1)], tl.float32)
-    table_row = TABLE + seq.to(tl.int64) * stride_table
-    first_slot = 0
-    if not PAGED:
-        first_slot = tl.load(TABLE + seq)
-    ids = block_ids(table_row, lo, hi, BN, BLOCK_SIZE, PAGED)
-    for start in tl.range(lo, hi, BN, num_stages=STAGES):
-        pos = start + offs_n
-        valid_n = (pos < hi) & (pos >= floor) if WINDOW else pos < hi
-        block, slot = places(ids, first_slot, start, valid_n, BN, BLOCK_SIZE, PAGED)
-        ids = block_ids(table_row, start + BN, hi, BN, BLOCK_SIZE, PAGED)
-        k_row = block * stride_kb + slot * stride_ks + head * stride_kh
-        k = load_rows(K_BASE, k_row, valid_n, 0, DA, D, UPCAST)
-        scores = tl.dot(q, k.T, input_precision="ieee")
-        if DB > 0:
-            k = load_rows(K_BASE, k_row, valid_n, DA, DB, D, UPCAST)
-            scores = tl.dot(q_rest, k.T, scores, input_precision="ieee")
-        if not PLAIN:
-            distance = pos[None, :] - place[:, None]
-            scores = _rescore(scores, distance, slope, scale, softcap, HAS_CAP, HAS_SLOPES)
-        if (start < clear_from) | (start + BN > clear_to):
-            scores = _hide(scores, start, place, left, right, floor, hi, BN, WINDOW)
-        new_top = tl.maximum(top, tl.max(scores, 1) * factor)
-        weights = tl.exp2(scores * factor - new_top[:, None])
-        fade = tl.exp2(top - new_top)
-        total = total * fade + tl.sum(weights, 1)
-        acc = acc * fade[:, None]
-        top = new_top
-        v_row = k_row
-        if not TWINS:
-            v_row = block * stride_vb + slot * stride_vs + head * stride_vh
-        v = load_rows(V_BASE, v_row, valid_n, 0, VA, DV, UPCAST)
-        weights = weights.to(v.dtype)
-        acc = tl.dot(weights, v, acc, input_precision="ieee")
-        if VB > 0:
-            rest = rest * fade[:, None]
-            v = load_rows(V_BASE, v_row, valid_n, VA, VB, DV, UPCAST)
-            rest = tl.dot(weights, v, rest, input_precision="ieee")
+    if (SPLITS == 1) | (lo < hi):  # else products would wait for one another; see ``mla_kernel``
+        for start in tl.range(lo, hi, BN, num_stages=STAGES):
+            pos = start + offs_n
+            valid_n = (pos < hi) & (pos >= floor) if WINDOW else pos < hi
+            block, slot = places(ids, first_slot, start, valid_n, BN, BLOCK_SIZE, PAGED)
+            ids = block_ids(table_row, start + BN, hi, BN, BLOCK_SIZE, PAGED)
+            k_row = block * stride_kb + slot * stride_ks + head * stride_kh
+            k = load_rows(K_BASE, k_row, valid_n, 0, DA, D, UPCAST)
+            scores = tl.dot(q, k.T, input_precision="ieee")
+            if DB > 0:
+                k = load_rows(K_BASE, k_row, valid_n, DA, DB, D, UPCAST)
+                scores = tl.dot(q_rest, k.T, scores, input_precision="ieee")
+            if not PLAIN:
+                distance = pos[None, :] - place[:, None]
+                scores = _rescore(scores, distance, slope, scale, softcap, HAS_CAP, HAS_SLOPES)
+            if (start < clear_from) | (start + BN > clear_to):
+                scores = _hide(scores, start, place, left, right, floor, hi, BN, WINDOW)
+            new_top = tl.maximum(top, tl.max(scores, 1) * factor)
+            weights = tl.exp2(scores * factor - new_top[:, None])
+            fade = tl.exp2(top - new_top)
+            total = total * fade + tl.sum(weights, 1)
+            acc = acc * fade[:, None]
+            top = new_top
+            v_row = k_row
+            if not TWINS:
+                v_row = block * stride_vb + slot * stride_vs + head * stride_vh
+            v = load_rows(V_BASE, v_row, valid_n, 0, VA, DV, UPCAST)
+            weights = weights.to(v.dtype)
+            acc = tl.dot(weights, v, acc, input_precision="ieee")
+            if VB > 0:
+                rest = rest * fade[:, None]
+                v = load_rows(V_BASE, v_row, valid_n, VA, VB, DV, UPCAST)
+                rest = tl.dot(weights, v, rest, input_precision="ieee")
 
     if SPLITS > 1:  # ``merge_kernel`` does the rest
         own = (row * (kv_heads * G) + query) * SPLITS + split
@@ -186,8 +190,8 @@ def _attend_rows(
 def prefill_kernel(
     Q, K: tl.int64, V: tl.int64, TABLE, LENS, Q_STARTS, SINKS, SLOPES,
     PARTIAL, STATE, OUT, LSE,
-    scale, softcap, left, right, batch, max_q, tiles, kv_heads,
-    stride_qt, stride_qh, stride_ot, stride_oh, stride_table,
+    scale, softcap, left, right, batch, max_q, tiles, stride_table, kv_heads,
+    stride_qt, stride_qh, stride_ot, stride_oh,
     stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     DA: tl.constexpr, DB: tl.constexpr, VA: tl.constexpr, VB: tl.constexpr,
@@ -220,8 +224,8 @@ def prefill_kernel(
             _attend_rows(
                 Q, K_BASE, V_BASE, TABLE, SINKS, SLOPES, PARTIAL, STATE, OUT, LSE,
                 seq, head, split, first_token, q_start, queries, length,
-                scale, softcap, left, right, kv_heads,
-                stride_qt, stride_qh, stride_ot, stride_oh, stride_table,
+                scale, softcap, left, right, stride_table, kv_heads,
+                stride_qt, stride_qh, stride_ot, stride_oh,
                 stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
                 G, D, DV, DA, DB, VA, VB, 16, BN, FEW, SPLITS, BLOCK_SIZE, PAGED, TWINS, WINDOW,
                 HAS_SINKS, HAS_SLOPES, HAS_CAP, UPCAST, STAGES,
@@ -230,8 +234,8 @@ def prefill_kernel(
     _attend_rows(
         Q, K_BASE, V_BASE, TABLE, SINKS, SLOPES, PARTIAL, STATE, OUT, LSE,
         seq, head, split, first_token, q_start, queries, length,
-        scale, softcap, left, right, kv_heads,
-        stride_qt, stride_qh, stride_ot, stride_oh, stride_table,
+        scale, softcap, left, right, stride_table, kv_heads,
+        stride_qt, stride_qh, stride_ot, stride_oh,
         stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
         G, D, DV, DA, DB, VA, VB, BM, BN, TOKENS, SPLITS, BLOCK_SIZE, PAGED, TWINS, WINDOW,
         HAS_SINKS, HAS_SLOPES, HAS_CAP, UPCAST, STAGES,
@@ -239,14 +243,15 @@ def prefill_kernel(
 
 
 def tile_config(
-    group: int, dim: int, dim_v: int, itemsize: int, *, varlen: bool, plain: bool = True
-) -> dict[str, int]:
-    """Compile-time sizes of ``prefill_kernel`` for a shape.
+    group: int, dim: int, dim_v: int, itemsize: int, *, varlen: bool, plain: bool = True,
+    longest: int = 1 << 30,
+) -> dict[str, int]:  # fmt: skip
+    """Compile-time sizes of ``prefill_kernel`` for a shape; the fastest of those tried on an H100.
 
     A tile of 128 rows gives each of 2 warpgroups the 64 rows of its matrix instructions. 128 keys
-    fill the registers at 128 columns; slopes or a window would be too much then. With 64 keys of 64
-    columns two programs share an SM, so that one computes weights while the other multiplies.
-    Float32 products are exact and keep their operands in registers: small tiles.
+    fill the registers at 128 columns; slopes or a window would be too much then, and of ``longest``
+    keys too many would be masked where that is little. Float32 products are exact and keep their
+    operands in registers: small tiles.
     """
     (da, db), (va, vb) = chunks(dim), chunks(dim_v)
     if da > 128:  # halves need half as many addresses at a time
@@ -255,14 +260,22 @@ def tile_config(
         va, vb = va // 2, va // 2
     wide = max(da + db, va + vb)
     rows, keys = (128, 64) if itemsize < 4 else (32, 16)
-    if itemsize < 4 and wide == 128 and plain and not (db or vb):
+    many = itemsize < 4 and plain and longest > FEW_KEYS
+    if many and 128 <= wide <= 192 and va <= 128 and not vb:
         keys = 128
     rows = max(rows, triton.next_power_of_2(group))
+    stages = 3 if wide <= (192 if keys == 64 else 128) else 2
     return {
         "G": group, "D": dim, "DV": dim_v, "DA": da, "DB": db, "VA": va, "VB": vb,
         "BM": rows, "BN": keys, "TOKENS": rows // group,
-        "FEW": 16 // group if varlen else 0, "STAGES": 3 if wide <= 128 and keys == 64 else 2,
+        "FEW": 16 // group if varlen else 0, "STAGES": stages if itemsize < 4 else 2,
     }  # fmt: skip
+
+
+def warps_of(sizes: dict[str, int], itemsize: int, *, plain: bool) -> int:
+    """Warps of a program: one warpgroup of 64 columns leaves room for a second program."""
+    narrow = sizes["DA"] + sizes["DB"] <= 64 and sizes["VA"] + sizes["VB"] <= 64
+    return 4 if narrow and plain and itemsize < 4 and sizes["BM"] <= 128 else 8
 
 
 def suits_prefill(call: AttentionCall) -> bool:
@@ -276,66 +289,63 @@ def suits_prefill(call: AttentionCall) -> bool:
 
 def attend_prefill(
     call: AttentionCall, num_splits: int = 0, config: dict[str, int] | None = None,
-    num_warps: int = 8,
+    num_warps: int = 0,
 ) -> None:  # fmt: skip
     """Run a checked ``call`` in Triton; writes ``call.out`` and ``call.lse``.
 
-    ``config`` replaces entries of ``tile_config``, for tuning.
+    ``config`` replaces entries of ``tile_config``, and ``num_warps`` what is best, for tuning.
     """
     kv, batch = call.kv, len(call.lens)
     if kv.dtype == torch.float64:
         raise InvalidInput("float64 attention runs on CPU tensors only", hint="Use float32.")
     if max(kv.head_dim, kv.head_dim_v) > MAX_HEAD_DIM:
         raise InvalidInput(f"prefill takes head dims of at most {MAX_HEAD_DIM}")
+    if num_splits < 0:
+        raise InvalidInput(f"num_splits is {num_splits}, but must be at least 0 (0: as needed)")
     if not call.q.shape[0]:
         return
     group, itemsize = call.q.shape[1] // kv.num_kv_heads, call.q.element_size()
     varlen = call.q_starts is not None
     plain = call.slopes is None and call.left >= UNBOUNDED
     sizes: dict[str, Any] = tile_config(
-        group, kv.head_dim, kv.head_dim_v, itemsize, varlen=varlen, plain=plain
-    ) | (config or {})
+        group, kv.head_dim, kv.head_dim_v, itemsize, varlen=varlen, plain=plain,
+        longest=_longest(call),
+    ) | (config or {})  # fmt: skip
     sizes["TOKENS"] = sizes["BM"] // group
     tokens = sizes["TOKENS"]
     tiles = call.q.shape[0] // tokens + batch if varlen else batch * triton.cdiv(call.max_q, tokens)
-    items = tiles * kv.num_kv_heads
-    if num_splits < 0:
-        raise InvalidInput(f"num_splits is {num_splits}, but must be at least 0 (0: as needed)")
-    splits = min(num_splits, MAX_SPLITS) or _splits(items, call)
-    _launch(call, sizes, tiles, splits, num_warps)
+    splits = min(num_splits, MAX_SPLITS) or _splits(tiles * kv.num_kv_heads, call)
+    _launch(call, sizes, tiles, splits, num_warps or warps_of(sizes, itemsize, plain=plain))
 
 
 def _launch(
     call: AttentionCall, sizes: dict[str, Any], tiles: int, splits: int, num_warps: int
 ) -> None:
-    kv, absent = call.kv, call.lens  # a pointer is needed even for what is not read
-    width = sizes["VA"] + sizes["VB"]
-    rows = call.lse.numel() * splits if splits > 1 else 0
-    partial, state, _ = workspace(rows, width, call.q.device)
-    size, strides = _flat(call)
+    kv, width = call.kv, sizes["VA"] + sizes["VB"]
+    partial, state, _ = workspace(call, splits, width, 0)
     # Scores are scaled after their maximum is found, which a negative or zero scale would upset.
     q, scale = (call.q, call.scale) if call.scale >= 0 else (-call.q, -call.scale)
-    prefill_kernel[tiles, kv.num_kv_heads, splits](
-        q, kv.k_ptr, kv.v_ptr, call.starts if call.table is None else call.table, call.lens,
-        absent if call.q_starts is None else call.q_starts,
-        absent if call.sinks is None else call.sinks,
-        absent if call.slopes is None else call.slopes,
-        partial, state, call.out, call.lse,
-        max(scale, 1e-30), call.softcap, min(call.left, 1 << 30), min(call.right, 1 << 30),
-        len(call.lens), call.max_q, tiles, kv.num_kv_heads,
-        *q.stride()[:2], *call.out.stride()[:2],
-        0 if call.table is None else call.table.stride(0), *strides,
-        **sizes, SPLITS=splits, BLOCK_SIZE=size, PAGED=call.table is not None,
-        TWINS=strides[:3] == strides[3:], WINDOW=call.left < UNBOUNDED,
-        VARLEN=call.q_starts is not None,
-        HAS_SINKS=call.sinks is not None,
-        HAS_SLOPES=call.slopes is not None, HAS_CAP=call.softcap > 0,
-        ALIGN=16 if (kv.k_ptr | kv.v_ptr) % 16 == 0 else q.element_size(),
-        UPCAST=interpreted() and kv.dtype == torch.bfloat16,  # its bf16 arithmetic is wrong
-        num_warps=num_warps,
+    size, strides = _flat(call)
+    constants = sizes | {
+        "SPLITS": splits, "BLOCK_SIZE": size,
+        "PAGED": call.table is not None, "TWINS": strides[:3] == strides[3:],
+        "WINDOW": call.left < UNBOUNDED, "VARLEN": call.q_starts is not None,
+        "HAS_SINKS": call.sinks is not None, "HAS_SLOPES": call.slopes is not None,
+        "HAS_CAP": call.softcap > 0,
+        "ALIGN": 16 if (kv.k_ptr | kv.v_ptr) % 16 == 0 else q.element_size(),
+        "UPCAST": interpreted() and kv.dtype == torch.bfloat16,  # its bf16 arithmetic is wrong
+    }  # fmt: skip
+    launch(
+        prefill_kernel, (tiles, kv.num_kv_heads, splits), call,
+        (q, kv.k_ptr, kv.v_ptr, call.starts if call.table is None else call.table, call.lens,
+         call.q_starts, call.sinks, call.slopes, partial, state, call.out, call.lse,
+         max(scale, 1e-30), call.softcap, min(call.left, 1 << 30), min(call.right, 1 << 30),
+         len(call.lens), call.max_q, tiles, 0 if call.table is None else call.table.stride(0),
+         kv.num_kv_heads, *q.stride()[:2], *call.out.stride()[:2], *strides),
+        constants, num_warps,
     )  # fmt: skip
     if splits > 1:
-        merge(partial, state, call.sinks, call.out, call.lse, splits, width)
+        merge(call, partial, state, splits, width)
 
 
 def _flat(call: AttentionCall) -> tuple[int, tuple[int, ...]]:
@@ -351,12 +361,16 @@ def _flat(call: AttentionCall) -> tuple[int, tuple[int, ...]]:
     return 1, (kv.slot_stride, 0, kv.head_stride, kv.v_slot_stride, 0, kv.v_head_stride)
 
 
+def _longest(call: AttentionCall) -> int:
+    """An upper bound of the lengths that needs no look at the device."""
+    kv = call.kv
+    return kv.block_size * (kv.num_blocks if call.table is None else call.table.shape[1])
+
+
 def _splits(items: int, call: AttentionCall) -> int:
     """Enough programs for two waves, each with at least ``MIN_SPLIT_TOKENS`` of the longest."""
     if call.q.device.type != "cuda":
         return 1
-    kv = call.kv
-    blocks = kv.num_blocks if call.table is None else call.table.shape[1]
     programs = 2 * torch.cuda.get_device_properties(call.q.device).multi_processor_count
-    wanted = min(MAX_SPLITS, int(programs) // items, blocks * kv.block_size // MIN_SPLIT_TOKENS)
+    wanted = min(MAX_SPLITS, int(programs) // items, _longest(call) // MIN_SPLIT_TOKENS)
     return 1 << max(0, wanted.bit_length() - 1)  # few values: each is a kernel of its own

@@ -4,6 +4,7 @@ A program of its own: ahead-of-time compilation needs a Triton that does not int
 """
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -13,22 +14,24 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from kvcached.kernels._launch import TYPES, attributes_of, signature_of
 from kvcached.kernels._mla_kernels import mla_kernel
-from kvcached.kernels._prefill_parts import merge_kernel
+from kvcached.kernels._prefill_parts import ALIGNED, merge_config, merge_kernel, types_of
 from kvcached.kernels.mla import is_fused, mla_config
-from kvcached.kernels.prefill import prefill_kernel, tile_config
+from kvcached.kernels.prefill import prefill_kernel, tile_config, warps_of
 
 BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
-TYPES = dict.fromkeys(("TABLE", "LENS", "Q_STARTS", "FINISHED"), "*i32")
-TYPES |= dict.fromkeys(("SINKS", "SLOPES", "PARTIAL", "STATE", "LSE"), "*fp32")
-TYPES |= dict.fromkeys(("K", "V", "KV"), "i64") | dict.fromkeys(("scale", "softcap"), "fp32")
+DTYPES = {name: dtype for dtype, name in TYPES.items()}
 
 
 def prefill(dtype, dim, dim_v=None, *, group=4, splits=1, block_size=16, paged=True, varlen=True,
-            extras=False):  # fmt: skip
-    """(kernel, q's dtype, constants, bytes of its buffers of K and V)."""
-    itemsize = BYTES[dtype]
-    constants = tile_config(group, dim, dim_v or dim, itemsize, varlen=varlen, plain=not extras)
+            extras=False, longest=1 << 20):  # fmt: skip
+    """(kernel, q's dtype, constants, bytes of its buffers of K and V, warps)."""
+    itemsize, dim_v = BYTES[dtype], dim_v or dim
+    constants = tile_config(
+        group, dim, dim_v, itemsize, varlen=varlen, plain=not extras, longest=longest
+    )
+    warps = warps_of(constants, itemsize, plain=not extras)
     width = sum(constants[name] for name in ("DA", "DB", "VA", "VB"))
     # A matrix instruction may still read a buffer when the next is filled: one more than ahead.
     buffers = constants["STAGES"] - (itemsize == 4)
@@ -37,7 +40,7 @@ def prefill(dtype, dim, dim_v=None, *, group=4, splits=1, block_size=16, paged=T
         "TWINS": True, "WINDOW": extras, "HAS_SINKS": extras, "HAS_SLOPES": extras,
         "HAS_CAP": extras, "ALIGN": 16, "UPCAST": False,
     }  # fmt: skip
-    return prefill_kernel, dtype, constants, buffers * constants["BN"] * width * itemsize
+    return prefill_kernel, dtype, constants, buffers * constants["BN"] * width * itemsize, warps
 
 
 def mla(dtype, heads, *, splits=4, block_size=64):
@@ -48,7 +51,7 @@ def mla(dtype, heads, *, splits=4, block_size=64):
         "H": heads, "SPLITS": splits, "FUSED": is_fused(constants, splits),
         "BLOCK_SIZE": block_size, "ALIGN": 16, "UPCAST": False,
     }  # fmt: skip
-    return mla_kernel, dtype, constants, buffers * constants["BN"] * 576 * BYTES[dtype]
+    return mla_kernel, dtype, constants, buffers * constants["BN"] * 576 * BYTES[dtype], 8
 
 
 def configurations():
@@ -67,31 +70,45 @@ def configurations():
         "prefill bf16 128 page 1": prefill("bf16", 128, block_size=1, **plain),
         "prefill bf16 128 page 256": prefill("bf16", 128, block_size=256, **plain),
         "prefill bf16 128 consecutive": prefill("bf16", 128, block_size=1, paged=False, **plain),
+        "prefill bf16 128 short": prefill("bf16", 128, longest=1024, **plain),
+        "prefill bf16 64 even": prefill("bf16", 64, group=8, **plain),
         "prefill bf16 192/128 MHA": prefill("bf16", 192, 128, group=1),
+        "prefill bf16 192/128 extras": prefill("bf16", 192, 128, group=1, extras=True),
         "mla bf16 16 heads": mla("bf16", 16),
         "mla bf16 16 heads page 16": mla("bf16", 16, block_size=16),
+        "mla bf16 16 heads 2 parts": mla("bf16", 16, splits=2),
+        "mla bf16 32 heads": mla("bf16", 32),
         "mla fp16 64 heads": mla("fp16", 64),
+        "mla bf16 128 heads page 16": mla("bf16", 128, splits=1, block_size=16),
         "mla bf16 128 heads": mla("bf16", 128),
         "mla bf16 128 heads whole": mla("bf16", 128, splits=1),
         "mla bf16 128 heads 64 parts": mla("bf16", 128, splits=64),
         "mla fp32 16 heads": mla("fp32", 16),
     }
-    merge = {"DV": 512, "WIDTH": 512, "COLUMNS": 512, "SPLITS": 64, "PADDED": 64, "AT_ONCE": 16,
-             "HAS_SINKS": False}  # fmt: skip
-    return rows | {"merge bf16 64 parts": (merge_kernel, "bf16", merge, 0)}
+    merge = merge_config(512, 64, 512) | {"HAS_SINKS": False}
+    return rows | {"merge bf16 64 parts": (merge_kernel, "bf16", merge, 0, 4)}
 
 
-def report(kernel, dtype, constants, buffered):
+def waits(ptx, arch):
+    """Whether the assembler makes the products of warpgroups wait for one another, as it says."""
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        said = subprocess.run(
+            [triton.knobs.nvidia.ptxas.path, "-v", f"-arch=sm_{arch}a", file.name, "-o",
+             os.devnull], capture_output=True, text=True, check=True,
+        )  # fmt: skip
+    return "wgmma.mma_async instructions are serialized" in said.stdout + said.stderr
+
+
+def report(kernel, dtype, constants, buffered, warps):
     """Registers, stack and shared bytes; instructions that matter."""
-    types = TYPES | {"Q": f"*{dtype}", "OUT": f"*{dtype}"}
-    signature = {name: types.get(name, "constexpr" if name in constants else "i32")
-                 for name in kernel.arg_names}  # fmt: skip
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names)
-               if signature[name][0] == "*" or name in {"K", "V", "KV"}
-               or name.startswith("stride")}  # fmt: skip
+    signature = signature_of(kernel, types_of(DTYPES[dtype]), constants)
+    target = GPUTarget("cuda", 90, 32)
+    aligned = attributes_of(kernel, tuple(x for x in kernel.arg_names if x in ALIGNED))
     compiled = triton.compile(
-        ASTSource(kernel, signature, constants, aligned), target=GPUTarget("cuda", 90, 32),
-        options={"num_warps": 4 if kernel is merge_kernel else 8},
+        ASTSource(kernel, signature, constants, aligned), target=target,
+        options={"num_warps": warps},
     )  # fmt: skip
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -107,6 +124,7 @@ def report(kernel, dtype, constants, buffered):
         "buffered": buffered,
         "wide_copies": len(re.findall(r"cp\.async\.c[ga][^;]*, 0x10", ptx)),
         "warpgroup_products": ptx.count("wgmma.mma_async"),
+        "serialized": "wgmma" in ptx and waits(ptx, target.arch),
         "rows": constants.get("BM", 1), "itemsize": BYTES[dtype],
     }  # fmt: skip
 
