@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kvcached.kernels._launch import handle_of, interpreted
+from kvcached.kernels._launch import TYPES, handle_of, interpreted
 from kvcached.kernels.quant import LARGEST
 
 WIDTH = 1024
@@ -21,6 +21,8 @@ FEW_TOKENS = 1024
 """Up to so many tokens each has a program of its own."""
 APPEND_TYPES = dict.fromkeys(("KEY", "VALUE", "K", "V"), "i64") | {"SLOTS": "*i32"}
 """Of the arguments of ``append_kernel`` that are no constants."""
+QUANT_TYPES = dict.fromkeys(("K", "V", "K_SCALE", "V_SCALE"), "i64") | {"SLOTS": "*i32"}
+"""Of the arguments of ``append_quant_kernel``, without those of its rows."""
 _BITS = {1: tl.int8, 2: tl.int16, 4: tl.int32, 8: tl.int64}
 _STORED = {
     torch.float8_e4m3fn: tl.float8e4nv,
@@ -224,9 +226,24 @@ def append_quant_triton(
     config = quant_config(heads, key.shape[2], value.shape[2], k_cache.dtype)
     steps = [step for scale in (k_scale, v_scale)
              for step in [0, 0, 0, *scale.stride()][-3:]]  # fmt: skip
-    append_quant_kernel[len(slots), triton.cdiv(heads, config["HEADS"])](
-        key, value, k_cache.data_ptr(), v_cache.data_ptr(), k_scale.data_ptr(),
-        v_scale.data_ptr(), slots, *key.stride()[:2], *value.stride()[:2],
-        *k_cache.stride()[:3], *v_cache.stride()[:3], *steps, heads,
-        **config, BLOCK_SIZE=k_cache.shape[1], PER_ROW=per_row,
-    )  # fmt: skip
+    constants = config | {"BLOCK_SIZE": k_cache.shape[1], "PER_ROW": per_row}
+    programs = triton.cdiv(heads, config["HEADS"])
+    places = [x.data_ptr() for x in (key, value, k_cache, v_cache, k_scale, v_scale, slots)]
+    numbers = (*key.stride()[:2], *value.stride()[:2], *k_cache.stride()[:3],
+               *v_cache.stride()[:3], *steps, heads)  # fmt: skip
+    if interpreted():
+        append_quant_kernel[len(slots), programs](
+            key, value, *places[2:6], slots, *numbers, **constants
+        )
+        return
+    device = key.device.index
+    given = (*places, *numbers)
+    # Compiled for what is a multiple of 16: such rows are read and written by whole vectors.
+    aligned = tuple(
+        name for name, x in zip(append_quant_kernel.arg_names, given, strict=False) if x % 16 == 0
+    )
+    types = QUANT_TYPES | {"KEY": f"*{TYPES[key.dtype]}", "VALUE": f"*{TYPES[value.dtype]}"}
+    handle = handle_of(append_quant_kernel, types, constants, num_warps=4, device=device,
+                       aligned=aligned)  # fmt: skip
+    stream = triton.runtime.driver.active.get_current_stream(device)
+    handle(len(slots), programs, stream, *given)
