@@ -25,6 +25,28 @@ SLEEP_CYCLES = 30_000_000
 Call = Callable[[], Any]
 
 
+@dataclass
+class Pace:
+    """How thorough measurements are. The seconds of a row bound repeats and which peers run."""
+
+    warming: bool = False
+    measurement_s: float = 1.5
+    row_ends: float = math.inf
+
+    def row(self, seconds: float) -> None:
+        """A row begins that should take so long; what it measures itself is measured anyway."""
+        self.row_ends = time.monotonic() + seconds
+        self.measurement_s = min(1.5, max(0.05, seconds / 12))
+
+    @property
+    def late(self) -> bool:
+        """Whether the row has had its time."""
+        return time.monotonic() > self.row_ends
+
+
+pace = Pace()
+
+
 @dataclass(frozen=True)
 class Timing:
     """Microseconds of one call."""
@@ -37,6 +59,8 @@ class Timing:
 
 def rotations(nbytes: float) -> int:
     """How many copies of inputs of this size are more than twice the L2 cache."""
+    if pace.warming:
+        return 1
     return max(1, min(48, math.ceil(4 * L2_BYTES / max(nbytes, 1.0))))
 
 
@@ -46,6 +70,9 @@ def timed(calls: Sequence[Call], repeats: int = 40) -> Timing:
     What cannot be captured is called as it is, which counts the host's launches too if these are
     slower than the device.
     """
+    if pace.warming:
+        calls[0]()
+        return Timing(1.0, 1.0, 1, captured=False)
     if not torch.cuda.is_available():
         return _summary([_host_seconds(calls) for _ in range(2)], len(calls), captured=False)
     for call in calls[:2]:
@@ -54,7 +81,9 @@ def timed(calls: Sequence[Call], repeats: int = 40) -> Timing:
     single = _device_seconds(lambda: [call() for call in calls], 2)[-1] / len(calls)
     rounds = max(1, math.ceil(GRAPH_S / max(single * len(calls), 1e-7)))
     rounds = min(rounds, max(1, 2000 // len(calls)))
-    repeats = max(10, min(repeats, int(1.5 / max(single * len(calls) * rounds, 1e-6))))
+    repeats = max(
+        5, min(repeats, int(pace.measurement_s / max(single * len(calls) * rounds, 1e-6)))
+    )
 
     def all_calls() -> None:
         for _ in range(rounds):
@@ -101,6 +130,8 @@ def _device_seconds(run: Call, repeats: int) -> list[float]:
 def host_us(call: Call, repeats: int = 60) -> float:
     """Median microseconds that one call keeps the host."""
     call()
+    if pace.warming:
+        return 0.0
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     samples = []

@@ -1,10 +1,12 @@
 """The kernels on a GPU beside the limits of the card and other people's, in one run.
 
 ``python bench/kernels.py [ID ...] [--peers DIR] [--seconds N] [--dry]`` writes ``kernels.json``. An
-id is a row (D0, W1_b256) or the start of several (D, P, D3). The limits are measured first: a sum
-over 8 GiB, a copy, an 8192^3 bfloat16 product. Each row stands alone: one that fails, or whose API
-is not there, says so. ``--seconds`` starts no further rows once they are spent. ``--dry`` runs tiny
-shapes, on the CPU too, to find mistakes before a GPU is paid for.
+id is a row (D0, W1_b256) or the start of several (D, P, D3). Kernels are compiled first, in several
+``--processes``; then the limits are measured: a sum over 8 GiB, a copy, an 8192^3 bfloat16 product.
+Each row stands alone: one that fails, or whose API is not there, says so. ``--seconds`` is shared
+out among the rows: repeats and peers become fewer, and no row starts after them. ``--dry`` runs
+tiny shapes, on the CPU too, to find mistakes before a GPU is paid for. ``--merge A.json B.json``
+puts the rows of runs on several GPUs into one ``kernels.json``, and measures nothing.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ import torch  # noqa: E402
 from attention_peers import FOLDER, available  # noqa: E402
 from common import RESULTS, SCHEMA_VERSION, commit  # noqa: E402
 from kernel_rows import IDS, Missing, Row, measure, met  # noqa: E402
-from kernel_timing import Limits, measure_limits  # noqa: E402
+from kernel_timing import Limits, measure_limits, pace  # noqa: E402
+from kernel_warm import compile_rows  # noqa: E402
 
 sys.path.remove(str(HERE))
 
@@ -105,13 +108,59 @@ def write(rows: list[Row], limits: Limits, left: list[str], *, dry: bool) -> Pat
         document["triton"] = triton.__version__
     except ImportError:
         pass
-    folder = Path(os.environ.get("OUT") or RESULTS)
     if dry and "OUT" not in os.environ:
-        return folder
-    folder.mkdir(exist_ok=True)
+        return RESULTS
+    return put(document)
+
+
+def put(document: dict[str, Any]) -> Path:
+    """Write ``kernels.json``."""
+    folder = Path(os.environ.get("OUT") or RESULTS)
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / "kernels.json"
     path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     return path
+
+
+def merged(documents: list[dict[str, Any]]) -> dict[str, Any]:
+    """One document of several, of one commit and one kind of device; a row that ran wins."""
+    first = documents[0]
+    for other in documents[1:]:
+        for name in ("schema_version", "bench", "commit", "device", "torch", "triton", "dry"):
+            if other.get(name) != first.get(name):
+                raise SystemExit(f"{name} differs: {first.get(name)} and {other.get(name)}")
+    rows: dict[str, Row] = {}
+    for document in documents:
+        for row in document["rows"]:
+            if "us" not in rows.get(row["id"], {}):
+                rows[row["id"]] = row
+    ran = [ident for ident in IDS if ident in rows]
+    return first | {
+        "rows": [rows[ident] for ident in ran],
+        "peers": sorted({peer for document in documents for peer in document["peers"]}),
+        "left": [ident for ident in IDS if ident not in rows and any(
+            ident in document["left"] for document in documents)],
+        "failed": [ident for ident in ran if "failed" in rows[ident]],
+        "runs": [{"limits": document["limits"], "date": document["date"],
+                  "rows": [row["id"] for row in document["rows"]]} for document in documents],
+    }  # fmt: skip
+
+
+def measured(
+    wanted: list[str], limits: Limits, end: float, *, dry: bool
+) -> tuple[list[Row], list[str]]:
+    """The rows, and those for which no time was left; each has its share of what there is."""
+    rows: list[Row] = []
+    left: list[str] = []
+    for index, ident in enumerate(wanted):
+        now = time.monotonic()
+        if now > end:
+            left.append(ident)
+            continue
+        pace.row((end - now) / (len(wanted) - index))
+        rows.append(run(ident, limits, dry=dry))
+        write(rows, limits, left, dry=dry)
+    return rows, left
 
 
 def main() -> int:
@@ -121,22 +170,29 @@ def main() -> int:
     parser.add_argument("--peers", type=Path, action="append", default=[],
                         help="a folder that bench/peers/fetch_kernels.py has filled")  # fmt: skip
     parser.add_argument("--seconds", type=float, default=float("inf"))
+    parser.add_argument("--processes", type=int, help="that compile (8; dry: 0)")
     parser.add_argument("--dry", action="store_true", help="tiny shapes, figures mean nothing")
+    parser.add_argument("--merge", type=Path, nargs="+", metavar="JSON")
     options = parser.parse_args()
+    if options.merge:
+        print(put(merged([json.loads(path.read_text("utf-8")) for path in options.merge])))
+        return 0
     FOLDER.extend(options.peers)
+    if options.processes is None:
+        options.processes = 0 if options.dry else 8
     end = time.monotonic() + options.seconds
     wanted = chosen(options.rows)
     if not options.dry and not torch.cuda.is_available():
         raise SystemExit("no CUDA device; --dry runs on the CPU")
+    if options.processes:
+        start = time.monotonic()
+        compile_rows(
+            wanted, options.processes, dry=options.dry, limit_s=min(120, options.seconds / 3)
+        )
+        print(f"compiled in {time.monotonic() - start:.0f} s", flush=True)
     limits = Limits(1e10, 1e10, 1e11) if options.dry else measure_limits()
     print(f"limits {limits}; peers {sorted(available())}", flush=True)
-    rows, left = [], []
-    for ident in wanted:
-        if time.monotonic() > end:
-            left.append(ident)
-            continue
-        rows.append(run(ident, limits, dry=options.dry))
-        write(rows, limits, left, dry=options.dry)
+    rows, left = measured(wanted, limits, end, dry=options.dry)
     path = write(rows, limits, left, dry=options.dry)
     print(f"\n{path}; left out: {', '.join(left) or 'nothing'}; limits {limits}")
     for row in rows:

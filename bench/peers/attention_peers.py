@@ -46,6 +46,8 @@ def sdpa(problem: Problem, backend: SDPBackend) -> Calls | None:
     causal = shape.causal and queries > 1
     if not plain(problem) or not even(problem) or shape.sinks:
         return None
+    if backend == SDPBackend.FLASH_ATTENTION and shape.value_dim != shape.dim:
+        raise NotImplementedError("takes equal head dims of keys and values only")
     if causal and queries != shape.lens[0]:  # SDPA aligns is_causal top-left: another question
         return None
     calls: Calls = []
@@ -67,8 +69,10 @@ def sdpa(problem: Problem, backend: SDPBackend) -> Calls | None:
 def torch_varlen(problem: Problem) -> Calls | None:
     """FlashAttention 2 of torch over contiguous rows of any lengths; causal is bottom-right."""
     shape = problem.shape
-    if not plain(problem) or shape.sinks or DEVICE == "cpu" or shape.value_dim != shape.dim:
+    if not plain(problem) or shape.sinks or DEVICE == "cpu":
         return None
+    if shape.value_dim != shape.dim:
+        raise NotImplementedError("takes equal head dims of keys and values only")
     starts = int32([0, *shape.lens]).cumsum(0, dtype=torch.int32)
     calls: Calls = []
     for copy in range(problem.copies):

@@ -53,6 +53,31 @@ def test_every_row_runs_or_says_what_it_lacks(tmp_path):
         assert f"`{ident}`" in table
 
 
+@pytest.mark.slow
+def test_rows_are_run_once_in_other_processes_and_parts_of_a_run_are_merged(tmp_path):
+    """As on two GPUs: what one lacks comes from the other, and a row that ran wins."""
+    for name, rows in (("a", ["D0", "M1"]), ("b", ["W1_b256", "D0"])):
+        done = _bench(tmp_path / name, *rows, "--processes", "1")
+        assert done.returncode == 0, done.stderr
+        assert "compiled in" in done.stdout
+    one = json.loads((tmp_path / "a/kernels.json").read_text())
+    two = json.loads((tmp_path / "b/kernels.json").read_text())
+    one["rows"][0] = {"id": "D0", "failed": "it did"}
+    one["left"], one["failed"] = ["W1_b256", "S1"], ["D0"]
+    (tmp_path / "a/kernels.json").write_text(json.dumps(one))
+    parts = [str(tmp_path / name / "kernels.json") for name in "ab"]
+    assert _bench(tmp_path / "whole", "--merge", *parts).returncode == 0
+    whole = json.loads((tmp_path / "whole/kernels.json").read_text())
+    assert [row["id"] for row in whole["rows"]] == ["D0", "M1", "W1_b256"]
+    assert whole["rows"][0] == two["rows"][1]
+    assert (whole["left"], whole["failed"]) == (["S1"], [])
+    assert [run["rows"] for run in whole["runs"]] == [["D0", "M1"], ["W1_b256", "D0"]]
+    (tmp_path / "b/kernels.json").write_text(json.dumps(two | {"device": "another"}))
+    refused = _bench(tmp_path / "whole", "--merge", *parts)
+    assert refused.returncode == 1
+    assert "device differs" in refused.stderr
+
+
 def test_rows_are_chosen_by_name_or_beginning_and_others_refused(tmp_path):
     done = _bench(tmp_path, "W1", "D3_page1", "--seconds", "0")
     assert done.returncode == 0, done.stderr
