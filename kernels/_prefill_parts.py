@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -185,6 +186,7 @@ def lse_of(top, total):
     return tl.where(found, (top + tl.log2(tl.where(found, total, 1.0))) / LOG2_E, float("-inf"))
 
 
+@functools.cache
 def types_of(dtype: torch.dtype) -> dict[str, str]:
     """Triton's types of the arguments of these kernels that are no i32, for q's dtype."""
     floats = ("SINKS", "SLOPES", "PARTIAL", "STATE", "LSE")
