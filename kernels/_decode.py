@@ -140,7 +140,7 @@ def attend_kernel(
     HAS_SINKS: tl.constexpr, HAS_SLOPES: tl.constexpr, HAS_CAP: tl.constexpr,
     KIND: tl.constexpr, STORED: tl.constexpr, COMPUTE: tl.constexpr,
     K_SCALES: tl.constexpr, V_SCALES: tl.constexpr, ALIGN: tl.constexpr, ALIGN_Q: tl.constexpr,
-    EXACT: tl.constexpr,
+    ALIGN_OUT: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Attention of one tile over one part of its keys. Strides are in elements."""
     INT4: tl.constexpr = KIND == "int4"
@@ -187,11 +187,12 @@ def attend_kernel(
     if SPLIT and parts > 1:
         finish(acc, top, total, part, parts, first_part, counter, head, first_token, queries,
                 q_start, PARTIAL, STATE, FINISHED, OUT, LSE, SINKS, BM, ROWS, GROUP, TOKENS, G, DV,
-                WIDTH, stride_ot, stride_oh, KV_HEADS, HAS_SINKS, HALVES)  # fmt: skip
+                WIDTH, stride_ot, stride_oh, KV_HEADS, HAS_SINKS, HALVES, ALIGN_OUT)  # fmt: skip
     else:
         write(
             acc, top, total, tl.arange(0, BM), head, first_token, queries, q_start,
-            OUT, LSE, SINKS, TOKENS, G, DV, WIDTH, stride_ot, stride_oh, KV_HEADS, HAS_SINKS, HALVES
+            OUT, LSE, SINKS, TOKENS, G, DV, WIDTH, stride_ot, stride_oh, KV_HEADS, HAS_SINKS,
+            HALVES, ALIGN_OUT,
         )  # fmt: skip
 
 
@@ -249,8 +250,8 @@ def _attend_part(
     valid_m = (offs_m < TOKENS * G) & (token < queries)
     place = length - queries + token  # causal is aligned bottom-right
     row = (q_start + token).to(tl.int64)
-    Q_BASE = tl.multiple_of(Q, ALIGN_Q)
-    q_at = Q_BASE + row[:, None] * stride_qt + query[:, None] * stride_qh
+    Q_BASE = tl.multiple_of(Q + q_start.to(tl.int64) * stride_qt, ALIGN_Q)  # an argument forgets it
+    q_at = Q_BASE + token[:, None] * stride_qt + query[:, None] * stride_qh
     q = _load_q(q_at, offs_d, valid_m, DS, DP, COMPUTE)
     if INT4:
         q_high = _load_q(q_at + DS, offs_d, valid_m, DS, DP, COMPUTE)

@@ -41,7 +41,8 @@ def _key(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[Any, ...]:
         q.dtype, q.shape, q.stride(), q.get_device(),
         place.dtype, place.shape, place.stride(), place.get_device(),
         lens.dtype, lens.shape, lens.stride(), lens.get_device(),
-        None if out is None else (out.dtype, out.shape, out.stride(), out.get_device()),
+        None if out is None
+        else (out.data_ptr() & 15, out.dtype, out.shape, out.stride(), out.get_device()),
     )  # fmt: skip
 
 

@@ -39,14 +39,20 @@ MAX_ROWS = 64
 of 4-byte elements or of more than 128, since a tile of them has twice the registers."""
 MAX_SPLITS = 128
 """Parts of a sequence without a plan; the last part to finish merges them all alone."""
-MIN_SPLIT_TOKENS = 256
-"""Below this a part costs more than it saves."""
-PROGRAMS_PER_SM = 4
-"""Parts are made until there are so many programs."""
+MIN_SPLIT_TOKENS = 64
+"""A part has a tile at least."""
+LONG_PART_TOKENS = 4096
+"""So much work hides what a part costs."""
+PROGRAMS_PER_SM = 2
+"""Parts of so many tokens are made until there are so many programs, shorter ones for one."""
 TILE_BYTES = 32 << 10
 """Of a tile of K and one of V together."""
 AHEAD_BYTES = 96 << 10
 """Of tiles in flight in one program; two programs fit on an SM then."""
+MAX_QUANTISED_STAGES = 4
+"""More copies ahead only wait: what is short of bytes is long on arithmetic."""
+MAX_MERGED = 8
+"""Parts that are merged at a time."""
 MERGED_ELEMENTS = 8192
 """Of partial results that are merged at a time, 64 registers a thread; half as many beside large
 tiles, which would spill."""
@@ -79,14 +85,17 @@ def tile_config(
     row = row_bytes(dp, dvp, stored)
     bn = triton.next_power_of_2(TILE_BYTES // row + 1) // 2
     bn = max(32 if stored.itemsize == 1 else 16, min(128 if rows < MAX_ROWS else 64, bn))
+    stages = 1 + max(1, AHEAD_BYTES // (bn * row))
+    if stored.itemsize == 1:
+        stages = min(stages, MAX_QUANTISED_STAGES)
     real = triton.next_power_of_2(tokens * group)
     width = dvp * (2 if stored.itemsize == 1 else 1)
     merged = MERGED_ELEMENTS // (2 if real >= MAX_ROWS or width > 128 else 1)
     return {
         "G": group, "D": dim, "DV": dim_v, "DP": dp, "DVP": dvp, "BM": rows, "BN": bn,
         "ROWS": real, "TOKENS": tokens,
-        "GROUP": max(1, min(16, merged // (real * width))),
-        "STAGES": 1 + max(1, AHEAD_BYTES // (bn * row)),
+        "GROUP": max(1, min(MAX_MERGED, merged // (real * width))),
+        "STAGES": stages,
     }  # fmt: skip
 
 
@@ -149,8 +158,15 @@ def constants_of(
         "COMPUTE": compute_type(q.dtype, kv.dtype), "K_SCALES": k_scales, "V_SCALES": v_scales,
         "ALIGN": 16 if (kv.k_ptr | kv.v_ptr) % 16 == 0 else kv.dtype.itemsize,
         "EXACT": interpreted(),
-        "ALIGN_Q": 16 if q.data_ptr() % 16 == 0 else q.element_size(),
+        "ALIGN_Q": _row_alignment(q), "ALIGN_OUT": _row_alignment(out),
     }  # fmt: skip
+
+
+def _row_alignment(x: torch.Tensor) -> int:
+    """Bytes that every row of queries is aligned to, of which 16 are of use."""
+    size = x.element_size()
+    ends = x.data_ptr() | x.stride(0) * size | x.stride(1) * size
+    return 16 if ends % 16 == 0 else size
 
 
 def _scales(scale: torch.Tensor | None) -> tuple[int, tuple[int, ...]]:
@@ -281,11 +297,18 @@ def _split(call: AttentionCall, items: int, asked: int, plan: Plan | None) -> Sp
 
 
 def equal_parts(items: int, longest: int, device: torch.device) -> int:
-    """Parts a sequence for ``PROGRAMS_PER_SM``, each with ``MIN_SPLIT_TOKENS`` of the longest."""
+    """Parts a sequence, of up to ``longest`` tokens, where ``items`` programs would take it whole.
+
+    One program on most SMs reads memory as fast as several do, and each part costs microseconds.
+    So there is one wave of parts, unless parts are long: then programs share an SM, which evens out
+    their ends.
+    """
     if device.type != "cuda":
         return 1
     sms = torch.cuda.get_device_properties(device).multi_processor_count
-    if items >= 2 * sms:
-        return 1
+    parts = sms // items
+    if 4 * items * parts < 3 * sms:  # too few SMs would work
+        parts += 1
+    long = min(PROGRAMS_PER_SM * sms // items, longest // LONG_PART_TOKENS)
     most = min(MAX_SPLITS, triton.cdiv(longest, MIN_SPLIT_TOKENS))
-    return int(max(1, min(most, PROGRAMS_PER_SM * sms // items)))
+    return int(max(1, min(most, max(parts, long))))
