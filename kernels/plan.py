@@ -16,7 +16,7 @@ import triton.language as tl
 
 from kvcached.errors import InvalidInput
 from kvcached.kernels._decode import span
-from kvcached.kernels._launch import handle_of, interpreted
+from kvcached.kernels._launch import Handle, handle_of, interpreted
 from kvcached.kernels._repeat import Known
 from kvcached.kernels._workspace import make_workspace
 from kvcached.kernels.checks import UNBOUNDED, AttentionCall, index_tensor
@@ -112,6 +112,8 @@ class Plan:
         self.window = window
         self.fixed = fixed
         self.balanced = False
+        self._planners: dict[bool, tuple[Handle, int]] = {}
+        self._parts: dict[int, int] = {}
         rows = shape["max_batch"] * shape["max_q"] * shape["group"] * shape["num_kv_heads"]
         self.known = Known(rows, shape["device"])
         self.config = tile_config(
@@ -145,38 +147,55 @@ class Plan:
             )
         if self.fixed or (device.type == "cpu" and not interpreted()):
             return
-        padded = triton.next_power_of_2(max(16, self.shape["max_batch"]))
-        entries = max(2, min(64, PLANNED_ENTRIES // padded))
         tile = self.config["BN"]
-        constants = {
-            "B": padded, "E": entries, "BN": tile, "LEFT": self.window < UNBOUNDED,
-            "VARLEN": starts is not None, "ORDERS": CLASSES,
-        }  # fmt: skip
         numbers = (len(lens), self.shape["max_q"], min(self.window, 1 << 30),
                    cdiv(MIN_PART_TOKENS, tile), self.slots, cdiv(MIN_SPLIT_TOKENS, tile),
                    self._few(len(lens)))  # fmt: skip
-        grid = cdiv(self.slots, entries)
         if interpreted():
-            plan_kernel[(grid,)](
+            constants = self._planner(varlen=starts is not None)
+            plan_kernel[(cdiv(self.slots, constants["E"]),)](
                 lens, lens if starts is None else starts, self.workspace.work, *numbers, **constants
             )
+        elif torch.cuda.current_device() == device.index:
+            self._launch(lens, starts, numbers)
         else:
-            types = dict.fromkeys(("LENS", "Q_STARTS", "WORK"), "*i32")
             with torch.cuda.device(device):
-                handle = handle_of(plan_kernel, types, constants, num_warps=8, device=device.index)
-                handle(
-                    grid, 1, triton.runtime.driver.active.get_current_stream(device.index),
-                    lens.data_ptr(), 0 if starts is None else starts.data_ptr(),
-                    self.workspace.work.data_ptr(), *numbers,
-                )  # fmt: skip
+                self._launch(lens, starts, numbers)
         if not self.balanced:
             self.known.clear()  # they cut into equal parts
         self.balanced = True
 
+    def _planner(self, *, varlen: bool) -> dict[str, Any]:
+        """The constants of ``plan_kernel``."""
+        padded = triton.next_power_of_2(max(16, self.shape["max_batch"]))
+        return {
+            "B": padded, "E": max(2, min(64, PLANNED_ENTRIES // padded)), "BN": self.config["BN"],
+            "LEFT": self.window < UNBOUNDED, "VARLEN": varlen, "ORDERS": CLASSES,
+        }  # fmt: skip
+
+    def _launch(
+        self, lens: torch.Tensor, starts: torch.Tensor | None, numbers: tuple[int, ...]
+    ) -> None:
+        """Launch ``plan_kernel`` on the current stream of the plan's device, the current one."""
+        index, varlen = self.shape["device"].index, starts is not None
+        made = self._planners.get(varlen)
+        if made is None:
+            constants = self._planner(varlen=varlen)
+            types = dict.fromkeys(("LENS", "Q_STARTS", "WORK"), "*i32")
+            handle = handle_of(plan_kernel, types, constants, num_warps=8, device=index)
+            made = self._planners[varlen] = handle, cdiv(self.slots, constants["E"])
+        handle, grid = made
+        stream = triton.runtime.driver.active.get_current_stream(index)
+        handle(grid, 1, stream, lens.data_ptr(), 0 if starts is None else starts.data_ptr(),
+               self.workspace.addresses[0], *numbers)  # fmt: skip
+
     def _few(self, batch: int) -> int:
         """Parts in all of a batch whose sequences are of one length."""
-        items = max(1, batch * self.shape["num_kv_heads"])
-        parts = equal_parts(items, self.shape["max_seqlen_k"], self.shape["device"])
+        parts = self._parts.get(batch)
+        if parts is None:
+            items = max(1, batch * self.shape["num_kv_heads"])
+            parts = equal_parts(items, self.shape["max_seqlen_k"], self.shape["device"])
+            self._parts[batch] = parts
         return min(self.slots, batch * parts)
 
     def config_for(self, call: AttentionCall) -> dict[str, int]:

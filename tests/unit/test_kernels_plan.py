@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -49,6 +50,10 @@ def known(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # the index of the CPU
     monkeypatch.setattr(_repeat.triton.runtime, "driver", SimpleNamespace(active=_Driver))
     return Known(8, torch.device("cpu"))
+
+
+class _Memory:
+    addresses = (1, 2, 3, 4)
 
 
 class _Driver:
@@ -111,3 +116,29 @@ def test_the_oldest_calls_are_forgotten(known, monkeypatch):
     learned(known, second)
     assert known.launch(ordered(first), OPTIONS, with_lse=False) is None
     assert known.launch(ordered(second), OPTIONS, with_lse=False) is not None
+
+
+def test_without_a_plan_new_views_of_a_known_cache_are_known(known):
+    known = Known(None, torch.device("cpu"))
+    call = given()
+    launch = learned(known, call)
+    again = call | {name: call[name].view(4, 16, 2, 8) for name in ("k_cache", "v_cache")}
+    out, lse = known.launch(ordered(again), OPTIONS, with_lse=False)
+    want = call["k_cache"].data_ptr(), call["v_cache"].data_ptr()
+    assert launch.calls[0][6:8] == want
+    assert launch.calls[0][-4:] == (out.data_ptr(), lse.data_ptr(), 5, 6)
+    assert lse.shape == (2, 4), "nobody else writes there"
+    for change in (call["k_cache"].clone(), call["k_cache"][:3]):
+        assert known.launch(ordered(call | {"k_cache": change}), OPTIONS, with_lse=False) is None
+
+
+def test_the_memory_of_a_known_call_outlives_the_one_that_took_its_place(known):
+    call = given()
+    launch = learned(known, call)
+    launch.work = _Memory()
+    kept = weakref.ref(launch.work)
+    known.learn(ordered(call), OPTIONS, check_call(**call), launch)
+    launch.work = None
+    assert kept() is not None
+    known.clear()
+    assert kept() is None
