@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from kvcached.kernels._parts import finish, write
-from kvcached.kernels._widen import from_bytes, from_nibbles, from_pairs
+from kvcached.kernels._widen import from_bytes, from_nibble_pairs, from_nibbles, from_pairs
 
 
 @triton.jit
@@ -205,10 +205,10 @@ def _load_q(at, offs_d, valid, D: tl.constexpr, DP: tl.constexpr, COMPUTE: tl.co
 
 
 @triton.jit
-def _joined(acc, acc_high, INT4: tl.constexpr):
+def _joined(acc, acc_high, HALVES: tl.constexpr):
     """The halves of rows one behind the other, or even and odd dims by turns."""
     both = tl.join(acc, acc_high)
-    if INT4:
+    if HALVES:
         both = both.permute(0, 2, 1)
     return tl.reshape(both, [acc.shape[0], 2 * acc.shape[1]])
 
@@ -238,14 +238,14 @@ def _attend_part(
     ASM: tl.constexpr = tl.float16 == COMPUTE and not EXACT
     DS: tl.constexpr = D // 2 if INT4 else D  # stored elements of a row
     # Bytes of V cannot be transposed on their way to the tensor cores, pairs of them can: so V is
-    # read as 16 bits, and the even and the odd dims are two products.
-    PAIRS: tl.constexpr = STORED.primitive_bitwidth == 8 and not INT4
-    TWO: tl.constexpr = STORED.primitive_bitwidth == 8
+    # read as 16 bits, and the even and the odd dims are two products, for int4 of each half.
+    PAIRS: tl.constexpr = STORED.primitive_bitwidth == 8
     V_TYPE: tl.constexpr = tl.int16 if PAIRS else STORED
     PER: tl.constexpr = 2 if PAIRS else 1
-    DVS: tl.constexpr = DV // 2 if TWO else DV
+    DVS: tl.constexpr = (DV + 3) // 4 if INT4 else DV // PER
+    VP: tl.constexpr = DVP // 2 if INT4 else DVP
     offs_m, offs_n = tl.arange(0, BM), tl.arange(0, BN)
-    offs_d, offs_v = tl.arange(0, DP), tl.arange(0, DVP)
+    offs_d, offs_v = tl.arange(0, DP), tl.arange(0, VP)
     token, query = first_token + offs_m // G, head * G + offs_m % G
     valid_m = (offs_m < TOKENS * G) & (token < queries)
     place = length - queries + token  # causal is aligned bottom-right
@@ -280,9 +280,11 @@ def _attend_part(
         )  # fmt: skip
     top = tl.full([BM], -1.0e30, tl.float32)  # not -inf: an empty part must not make NaN
     total = tl.zeros([BM], tl.float32)
-    acc = tl.zeros([BM, DVP], tl.float32)
-    if TWO:
-        acc_high = tl.zeros([BM, DVP], tl.float32)
+    acc = tl.zeros([BM, VP], tl.float32)
+    if PAIRS:
+        acc_odd = tl.zeros([BM, VP], tl.float32)
+    if INT4:
+        acc_high, acc_high_odd = tl.zeros([BM, VP], tl.float32), tl.zeros([BM, VP], tl.float32)
     for start in tl.range(lo, hi, BN, num_stages=STAGES):
         pos = start + offs_n
         valid_n = pos < hi
@@ -312,24 +314,32 @@ def _attend_part(
         acc = acc * fade[:, None]
         top = new_top
         v_row = block * (stride_vb // PER) + slot * (stride_vs // PER)
-        v = _tile(V_BASE, v_row, offs_v, valid_n, DVS, DVP)
+        v = _tile(V_BASE, v_row, offs_v, valid_n, DVS, VP)
         if V_SCALES == 2:
             at = V_SCALE + head * stride_vch + block * stride_vcb + slot * stride_vcs
             weights *= (tl.load(at, mask=valid_n, other=0.0) / unit)[None, :]
-        if TWO:
-            acc_high = acc_high * fade[:, None]
-            if INT4:
-                low, high = from_nibbles(v, COMPUTE, ASM)
-            else:
-                low, high = from_pairs(v, KIND, COMPUTE, ASM)
-            acc = tl.dot(weights.to(COMPUTE), low, acc, input_precision="ieee")
-            acc_high = tl.dot(weights.to(COMPUTE), high, acc_high, input_precision="ieee")
+        if INT4:
+            even, odd, high, high_odd = from_nibble_pairs(v, COMPUTE, ASM)
+            scaled = weights.to(COMPUTE)
+            acc = tl.dot(scaled, even, acc, input_precision="ieee")
+            acc_odd = tl.dot(scaled, odd, acc_odd * fade[:, None], input_precision="ieee")
+            acc_high = tl.dot(scaled, high, acc_high * fade[:, None], input_precision="ieee")
+            acc_high_odd = tl.dot(
+                scaled, high_odd, acc_high_odd * fade[:, None], input_precision="ieee"
+            )
+        elif PAIRS:
+            even, odd = from_pairs(v, KIND, COMPUTE, ASM)
+            acc = tl.dot(weights.to(COMPUTE), even, acc, input_precision="ieee")
+            acc_odd *= fade[:, None]
+            acc_odd = tl.dot(weights.to(COMPUTE), odd, acc_odd, input_precision="ieee")
         else:
             if tl.float32 == COMPUTE:
                 v = v.to(tl.float32)
             acc = tl.dot(weights.to(COMPUTE), v, acc, input_precision="ieee")
     if V_SCALES == 1:
         unit = tl.load(V_SCALE + head * stride_vch)
-    if TWO:
-        acc = _joined(acc * unit, acc_high * unit, INT4)
+    if PAIRS:
+        acc = _joined(acc * unit, acc_odd * unit, False)
+    if INT4:
+        acc = _joined(acc, _joined(acc_high * unit, acc_high_odd * unit, False), True)
     return acc, top, total

@@ -77,7 +77,7 @@ def tile_config(
     With ids of blocks fetched a tile ahead, STAGES - 1 pairs of K and V tiles are in flight.
     """
     dp = max(16, triton.next_power_of_2(dim // (2 if stored == INT4 else 1)))
-    dvp = max(16, triton.next_power_of_2(dim_v // (2 if stored.itemsize == 1 else 1)))
+    dvp = max(32 if stored == INT4 else 16, triton.next_power_of_2(dim_v // (2 if stored.itemsize == 1 else 1)))
     most = MAX_ROWS if dtype.itemsize < 4 and max(dim, dim_v) <= 128 else MAX_ROWS // 2
     tokens = max(1, min(max_q, most // group))
     rows = max(16, triton.next_power_of_2(tokens * group))
