@@ -51,6 +51,11 @@ AHEAD_BYTES = 96 << 10
 """Of tiles in flight in one program; two programs fit on an SM then."""
 MAX_QUANTISED_STAGES = 4
 """More copies ahead only wait: what is short of bytes is long on arithmetic."""
+LONE_STAGES = 3
+"""Of programs that have an SM each: with more copies ahead they read more slowly."""
+SHORT_PART_TOKENS = 64
+"""Parts of one tile have nothing to overlap; fewer warps wait less for each other."""
+SHORT_WARPS = 2
 MAX_MERGED = 8
 """Parts that are merged at a time."""
 MERGED_ELEMENTS = 8192
@@ -77,7 +82,10 @@ def tile_config(
     With ids of blocks fetched a tile ahead, STAGES - 1 pairs of K and V tiles are in flight.
     """
     dp = max(16, triton.next_power_of_2(dim // (2 if stored == INT4 else 1)))
-    dvp = max(32 if stored == INT4 else 16, triton.next_power_of_2(dim_v // (2 if stored.itemsize == 1 else 1)))
+    dvp = max(
+        32 if stored == INT4 else 16,
+        triton.next_power_of_2(dim_v // (2 if stored.itemsize == 1 else 1)),
+    )
     most = MAX_ROWS if dtype.itemsize < 4 and max(dim, dim_v) <= 128 else MAX_ROWS // 2
     tokens = max(1, min(max_q, most // group))
     rows = max(16, triton.next_power_of_2(tokens * group))
@@ -113,6 +121,13 @@ def num_warps(config: dict[str, int], itemsize: int) -> int:
     """
     exact = itemsize == 4 and (config["BM"] > 16 or config["DP"] > 64)
     return 8 if exact or config["BM"] >= 64 else 4
+
+
+def alone(config: dict[str, int], itemsize: int, *, short: bool) -> tuple[dict[str, int], int]:
+    """(sizes, warps) of programs that have an SM each; ``short``: with one tile of keys or so."""
+    config = config | {"STAGES": min(config["STAGES"], LONE_STAGES)}
+    small = config["BM"] == 16 and max(config["DP"], config["DVP"]) <= 128 and itemsize < 4
+    return config, SHORT_WARPS if short and small else num_warps(config, itemsize)
 
 
 def compute_type(dtype: torch.dtype, stored: torch.dtype) -> Any:
@@ -240,12 +255,18 @@ def prepare(call: AttentionCall, num_splits: int = 0, plan: Plan | None = None) 
         work = workspace_of(items, parts * config["ROWS"] * width, parts * config["ROWS"], q.device)
     else:
         work = plan.workspace
+    grid = (tiles * kv.num_kv_heads, split.most)
+    if plan is not None and planned:
+        grid = (plan.slots * kv.num_kv_heads, 1)
+    warps = num_warps(config, q.element_size())
+    fixed = plan is not None and plan.fixed  # then the size of the batch must not show
+    if grid[0] * grid[1] <= multiprocessors(q.device) and not fixed:
+        longest = _longest(call) if plan is None else plan.shape["max_seqlen_k"]
+        short = longest * tiles * kv.num_kv_heads <= SHORT_PART_TOKENS * grid[0] * grid[1]
+        config, warps = alone(config, q.element_size(), short=short)
     constants = constants_of(call, config, split=planned or split.most > 1, planned=planned)
     made = Launch(
-        constants, num_warps(config, q.element_size()),
-        (plan.slots * kv.num_kv_heads, 1) if plan is not None and planned
-        else (tiles * kv.num_kv_heads, split.most),
-        work,
+        constants, warps, grid, work,
         (call.scale, call.softcap, min(call.left, 1 << 30), min(call.right, 1 << 30), call.max_q,
          q_tiles, split.divisor, split.least, 0 if call.table is None else call.table.stride(0)),
     )  # fmt: skip
@@ -296,6 +317,13 @@ def _split(call: AttentionCall, items: int, asked: int, plan: Plan | None) -> Sp
     return Split(splits, splits)
 
 
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; 1 of what stands in for one."""
+    if device.type != "cuda":
+        return 1
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
 def equal_parts(items: int, longest: int, device: torch.device) -> int:
     """Parts a sequence, of up to ``longest`` tokens, where ``items`` programs would take it whole.
 
@@ -305,7 +333,7 @@ def equal_parts(items: int, longest: int, device: torch.device) -> int:
     """
     if device.type != "cuda":
         return 1
-    sms = torch.cuda.get_device_properties(device).multi_processor_count
+    sms = multiprocessors(device)
     parts = sms // items
     if 4 * items * parts < 3 * sms:  # too few SMs would work
         parts += 1

@@ -25,6 +25,7 @@ from kvcached.kernels.decode import (
     NATURAL,
     Split,
     equal_parts,
+    multiprocessors,
     tile_config,
 )
 from kvcached.kernels.quant import LARGEST
@@ -282,12 +283,6 @@ def plan_attention(
     if max_batch == 1:
         slots = equal_parts(num_kv_heads, max_seqlen_k, where)
     else:
-        places = LIST_PROGRAMS_PER_SM * _multiprocessors(where) // num_kv_heads
+        places = LIST_PROGRAMS_PER_SM * multiprocessors(where) // num_kv_heads
         slots = max(max_batch, min(places, max_batch * cdiv(max_seqlen_k, MIN_SPLIT_TOKENS)))
     return Plan(shape, slots, window=window, fixed=0)
-
-
-def _multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 1
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
