@@ -148,10 +148,7 @@ class Plan:
             )
         if self.fixed or (device.type == "cpu" and not interpreted()):
             return
-        tile = self.config["BN"]
-        numbers = (len(lens), self.shape["max_q"], min(self.window, 1 << 30),
-                   cdiv(MIN_PART_TOKENS, tile), self.slots, cdiv(MIN_SPLIT_TOKENS, tile),
-                   self._few(len(lens)))  # fmt: skip
+        numbers = self._numbers(len(lens))
         if interpreted():
             constants = self._planner(varlen=starts is not None)
             plan_kernel[(cdiv(self.slots, constants["E"]),)](
@@ -165,6 +162,12 @@ class Plan:
         if not self.balanced:
             self.known.clear()  # they cut into equal parts
         self.balanced = True
+
+    def _numbers(self, batch: int) -> tuple[int, ...]:
+        """The arguments of ``plan_kernel`` that are no addresses."""
+        tile = self.config["BN"]
+        return (batch, self.shape["max_q"], min(self.window, 1 << 30), cdiv(MIN_PART_TOKENS, tile),
+                self.slots, cdiv(MIN_SPLIT_TOKENS, tile), self._few(batch))  # fmt: skip
 
     def _planner(self, *, varlen: bool) -> dict[str, Any]:
         """The constants of ``plan_kernel``."""

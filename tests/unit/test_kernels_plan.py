@@ -9,7 +9,8 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from kvcached.kernels import _repeat
+from kvcached.kernels import _repeat, decode, plan_attention
+from kvcached.kernels import plan as planning
 from kvcached.kernels._repeat import Known
 from kvcached.kernels.checks import check_call
 
@@ -142,3 +143,55 @@ def test_the_memory_of_a_known_call_outlives_the_one_that_took_its_place(known):
     assert kept() is not None
     known.clear()
     assert kept() is None
+
+
+def test_each_stream_knows_its_own_calls_and_a_capture_none(monkeypatch):
+    stream = [5]
+    driver = SimpleNamespace(get_current_stream=lambda index: stream[0] + index)
+    monkeypatch.setattr(_repeat.triton.runtime, "driver", SimpleNamespace(active=driver))
+    monkeypatch.setattr(_repeat, "_streams", {})
+    capturing = [False]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    first = _repeat.known_here(1)
+    assert first is _repeat.known_here(1)
+    assert first is not _repeat.known_here(0)
+    stream[0] = 7
+    assert _repeat.known_here(1) is not first
+    capturing[0] = True
+    assert _repeat.known_here(1) is None
+
+
+# --- how many parts ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("items", "longest", "parts"), [
+    (8, 1024, 16), (8, 128, 2), (8, 32768, 16), (1, 1 << 20, 128),  # one program an SM
+    (128, 4096, 1), (512, 8192, 1), (1000, 1 << 17, 1), (32, 8192, 4),
+    (64, 131072, 4), (128, 8192, 2),  # parts are long
+    (90, 2048, 2), (100, 2048, 1),  # most SMs must work
+])  # fmt: skip
+def test_there_is_one_wave_of_parts_unless_they_are_long(monkeypatch, items, longest, parts):
+    monkeypatch.setattr(decode, "multiprocessors", lambda _: 132)
+    assert decode.equal_parts(items, longest, torch.device("cuda")) == parts
+
+
+def test_a_plan_compiles_its_planner_once_and_tells_it_the_parts_of_like_lengths(monkeypatch):
+    made = plan_attention(8, 4096, 32, 8, 128, torch.bfloat16, device="cpu")
+    made.slots = 200
+    monkeypatch.setattr(planning, "equal_parts", lambda items, *_: 132 // items)
+    monkeypatch.setattr(planning.triton.runtime, "driver", SimpleNamespace(active=_Driver))
+    asked, calls = [], []
+
+    def handle_of(*_, **options):
+        asked.append(options)
+        return lambda *numbers: calls.append(numbers)
+
+    monkeypatch.setattr(planning, "handle_of", handle_of)
+    lens = torch.tensor([7, 9], dtype=torch.int32)
+    for starts in (None, torch.tensor([0, 1, 2], dtype=torch.int32), None):
+        made._launch(lens, starts, made._numbers(len(lens)))
+    assert len(asked) == 2
+    assert calls[0] == calls[2]
+    grid = -(-200 // 64)
+    place = made.workspace.work.data_ptr()
+    assert calls[0] == (grid, 1, 77, lens.data_ptr(), 0, place, 2, 1, 1 << 30, 4, 200, 1, 16)
