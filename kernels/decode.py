@@ -26,6 +26,7 @@ from kvcached.kernels._decode import attend_kernel
 from kvcached.kernels._launch import TYPES, Handle, handle_of, interpreted
 from kvcached.kernels._workspace import workspace_of
 from kvcached.kernels.quant import INT4
+from kvcached.layout import cdiv
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -74,6 +75,11 @@ class Split:
     least: int = MIN_SPLIT_TOKENS
 
 
+def power_of_2(least: int) -> int:
+    """The smallest that is ``least`` or more."""
+    return 1 << (least - 1).bit_length()
+
+
 def tile_config(
     group: int, dim: int, dim_v: int, max_q: int, dtype: torch.dtype, stored: torch.dtype
 ) -> dict[str, int]:
@@ -81,22 +87,22 @@ def tile_config(
 
     With ids of blocks fetched a tile ahead, STAGES - 1 pairs of K and V tiles are in flight.
     """
-    dp = max(16, triton.next_power_of_2(dim // (2 if stored == INT4 else 1)))
+    dp = max(16, power_of_2(dim // (2 if stored == INT4 else 1)))
     dvp = max(
         32 if stored == INT4 else 16,
-        triton.next_power_of_2(dim_v // (2 if stored.itemsize == 1 else 1)),
+        power_of_2(dim_v // (2 if stored.itemsize == 1 else 1)),
     )
     most = MAX_ROWS if dtype.itemsize < 4 and max(dim, dim_v) <= 128 else MAX_ROWS // 2
     tokens = max(1, min(max_q, most // group))
-    rows = max(16, triton.next_power_of_2(tokens * group))
+    rows = max(16, power_of_2(tokens * group))
     tokens = 1 if max_q == 1 else rows // group  # full tiles: one kernel for many ``max_q``
     row = row_bytes(dp, dvp, stored)
-    bn = triton.next_power_of_2(TILE_BYTES // row + 1) // 2
+    bn = power_of_2(TILE_BYTES // row + 1) // 2
     bn = max(32 if stored.itemsize == 1 else 16, min(128 if rows < MAX_ROWS else 64, bn))
     stages = 1 + max(1, AHEAD_BYTES // (bn * row))
     if stored.itemsize == 1:
         stages = min(stages, MAX_QUANTISED_STAGES)
-    real = triton.next_power_of_2(tokens * group)
+    real = power_of_2(tokens * group)
     width = dvp * (2 if stored.itemsize == 1 else 1)
     merged = MERGED_ELEMENTS // (2 if real >= MAX_ROWS or width > 128 else 1)
     return {
@@ -244,7 +250,7 @@ def prepare(call: AttentionCall, num_splits: int = 0, plan: Plan | None = None) 
     config = tile_config(group, kv.head_dim, kv.head_dim_v, call.max_q, q.dtype, kv.dtype)
     if plan is not None:
         config = plan.config_for(call)
-    q_tiles = triton.cdiv(call.max_q, config["TOKENS"])
+    q_tiles = cdiv(call.max_q, config["TOKENS"])
     tiles = batch * q_tiles
     planned = plan is not None and plan.balanced
     split = _split(call, tiles * kv.num_kv_heads, num_splits, plan)
@@ -338,5 +344,5 @@ def equal_parts(items: int, longest: int, device: torch.device) -> int:
     if 4 * items * parts < 3 * sms:  # too few SMs would work
         parts += 1
     long = min(PROGRAMS_PER_SM * sms // items, longest // LONG_PART_TOKENS)
-    most = min(MAX_SPLITS, triton.cdiv(longest, MIN_SPLIT_TOKENS))
+    most = min(MAX_SPLITS, cdiv(longest, MIN_SPLIT_TOKENS))
     return int(max(1, min(most, max(parts, long))))

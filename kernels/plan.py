@@ -133,7 +133,7 @@ class Plan:
         short parts fill up the end. Queues one kernel on the current stream and waits for nothing;
         call it whenever lengths change, before the first layer, and inside of a captured graph if
         it is to follow them. Without it every sequence is cut into equally many parts, or none. Has
-        no effect on plans that are deterministic, since these cut at fixed lengths.
+        no effect on plans for one sequence or deterministic ones, which cut at fixed lengths.
 
         Raises ``InvalidInput`` for more sequences than ``max_batch``.
         """
@@ -146,7 +146,8 @@ class Plan:
             raise InvalidInput(
                 f"a plan for at most {self.shape['max_batch']} sequences got {len(lens)}"
             )
-        if self.fixed or (device.type == "cpu" and not interpreted()):
+        alone = self.shape["max_batch"] == 1  # equal parts are the best there are
+        if alone or self.fixed or (device.type == "cpu" and not interpreted()):
             return
         numbers = self._numbers(len(lens))
         if interpreted():
