@@ -205,6 +205,31 @@ def _load_q(at, offs_d, valid, D: tl.constexpr, DP: tl.constexpr, COMPUTE: tl.co
 
 
 @triton.jit
+def _products(q, q_high, k, KIND: tl.constexpr, COMPUTE: tl.constexpr, ASM: tl.constexpr):
+    """Of queries, of int4 the halves of their rows, with keys."""
+    if KIND == "int4":
+        low, high = from_nibbles(k, COMPUTE, ASM)
+        scores = tl.dot(q, low.T, input_precision="ieee")
+        scores = tl.dot(q_high, high.T, scores, input_precision="ieee")
+    else:
+        scores = tl.dot(q, from_bytes(k, KIND, COMPUTE, ASM).T, input_precision="ieee")
+    return scores
+
+
+@triton.jit
+def _add_nibbles(
+    weights, v, fade, acc, acc_odd, acc_high, acc_high_odd, COMPUTE: tl.constexpr, ASM: tl.constexpr
+):
+    """Weighted int4 values added: even and odd dims of the low and of the high half."""
+    even, odd, high, high_odd = from_nibble_pairs(v, COMPUTE, ASM)
+    acc = tl.dot(weights, even, acc, input_precision="ieee")
+    acc_odd = tl.dot(weights, odd, acc_odd, input_precision="ieee")
+    acc_high = tl.dot(weights, high, acc_high * fade[:, None], input_precision="ieee")
+    high_odd = tl.dot(weights, high_odd, acc_high_odd * fade[:, None], input_precision="ieee")
+    return acc, acc_odd, acc_high, high_odd
+
+
+@triton.jit
 def _joined(acc, acc_high, HALVES: tl.constexpr):
     """The halves of rows one behind the other, or even and odd dims by turns."""
     both = tl.join(acc, acc_high)
@@ -253,8 +278,7 @@ def _attend_part(
     Q_BASE = tl.multiple_of(Q + q_start.to(tl.int64) * stride_qt, ALIGN_Q)  # an argument forgets it
     q_at = Q_BASE + token[:, None] * stride_qt + query[:, None] * stride_qh
     q = _load_q(q_at, offs_d, valid_m, DS, DP, COMPUTE)
-    if INT4:
-        q_high = _load_q(q_at + DS, offs_d, valid_m, DS, DP, COMPUTE)
+    q_high = _load_q(q_at + DS, offs_d, valid_m, DS, DP, COMPUTE) if INT4 else q
     K_BASE = tl.multiple_of(K.to(tl.pointer_type(STORED)), ALIGN) + head * stride_kh
     V_BASE = tl.multiple_of(V.to(tl.pointer_type(V_TYPE)), ALIGN) + head * (stride_vh // PER)
     factor = scale
@@ -294,12 +318,7 @@ def _attend_part(
         # A load of ids that this tile's loads wait for would halve the depth of the pipeline.
         ids = _block_ids(TABLE, start + BN, hi, floor, offs_n, BN, BLOCK_SIZE, PAGED, LEFT)
         k = _tile(K_BASE, block * stride_kb + slot * stride_ks, offs_d, valid_n, DS, DP)
-        if INT4:
-            low, high = from_nibbles(k, COMPUTE, ASM)
-            scores = tl.dot(q, low.T, input_precision="ieee")
-            scores = tl.dot(q_high, high.T, scores, input_precision="ieee")
-        else:
-            scores = tl.dot(q, from_bytes(k, KIND, COMPUTE, ASM).T, input_precision="ieee")
+        scores = _products(q, q_high, k, KIND, COMPUTE, ASM)
         if K_SCALES == 2:
             at = K_SCALE + head * stride_kch + block * stride_kcb + slot * stride_kcs
             scores *= tl.load(at, mask=valid_n, other=0.0)[None, :]
@@ -312,6 +331,8 @@ def _attend_part(
         fade = tl.exp2(top - new_top)
         total = total * fade + tl.sum(weights, 1)
         acc = acc * fade[:, None]
+        if PAIRS:
+            acc_odd = acc_odd * fade[:, None]
         top = new_top
         v_row = block * (stride_vb // PER) + slot * (stride_vs // PER)
         v = _tile(V_BASE, v_row, offs_v, valid_n, DVS, VP)
@@ -319,18 +340,12 @@ def _attend_part(
             at = V_SCALE + head * stride_vch + block * stride_vcb + slot * stride_vcs
             weights *= (tl.load(at, mask=valid_n, other=0.0) / unit)[None, :]
         if INT4:
-            even, odd, high, high_odd = from_nibble_pairs(v, COMPUTE, ASM)
-            scaled = weights.to(COMPUTE)
-            acc = tl.dot(scaled, even, acc, input_precision="ieee")
-            acc_odd = tl.dot(scaled, odd, acc_odd * fade[:, None], input_precision="ieee")
-            acc_high = tl.dot(scaled, high, acc_high * fade[:, None], input_precision="ieee")
-            acc_high_odd = tl.dot(
-                scaled, high_odd, acc_high_odd * fade[:, None], input_precision="ieee"
+            acc, acc_odd, acc_high, acc_high_odd = _add_nibbles(
+                weights.to(COMPUTE), v, fade, acc, acc_odd, acc_high, acc_high_odd, COMPUTE, ASM
             )
         elif PAIRS:
             even, odd = from_pairs(v, KIND, COMPUTE, ASM)
             acc = tl.dot(weights.to(COMPUTE), even, acc, input_precision="ieee")
-            acc_odd *= fade[:, None]
             acc_odd = tl.dot(weights.to(COMPUTE), odd, acc_odd, input_precision="ieee")
         else:
             if tl.float32 == COMPUTE:

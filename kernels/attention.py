@@ -62,8 +62,7 @@ def attn_with_kvcache(
         Scales of a quantised cache, float32: ``()``, ``[Hkv]`` or (of int4 always) ``[num_blocks,
         block_size, Hkv]``.
     num_splits, plan:
-        Hints for GPUs: parts of each sequence (0: enough to fill the GPU, equally many of each); a
-        ``plan_attention``, without which a batch of unlike lengths waits for its longest.
+        For GPUs: parts of each sequence (0: as needed); a ``plan_attention``, for unlike lengths.
     out, return_softmax_lse:
         ``[T, Hq, Dv]`` to write to (0 for a query that sees no token); whether to return the
         natural-log LSE too, float32 ``[T, Hq]`` (-inf).
