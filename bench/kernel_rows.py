@@ -102,13 +102,17 @@ def need(name: str) -> Any:
 
 
 def plan_of(problem: Problem) -> dict[str, Any]:
-    """A plan for the problem, brought up to date, if there are plans and one fits it."""
+    """A plan for the problem, if there are plans and one fits it.
+
+    It is brought up to date if lengths differ; a server that knows that they do not would not.
+    """
     make, shape = getattr(kernels, "plan_attention", None), problem.shape
     if make is None or shape.mla or problem.max_q * shape.q_heads // shape.kv_heads > 64:
         return {}
     plan = make(len(shape.lens), max(shape.lens), shape.q_heads, shape.kv_heads, shape.dim,
                 problem.k.dtype, device=DEVICE, max_q=problem.max_q)  # fmt: skip
-    plan.update(problem.lens, *([problem.cu_q] if "cu_seqlens_q" in problem.options else []))
+    if len(set(shape.lens)) > 1:
+        plan.update(problem.lens, *([problem.cu_q] if "cu_seqlens_q" in problem.options else []))
     return {"plan": plan}
 
 
@@ -126,8 +130,8 @@ def our_calls(problem: Problem) -> tuple[list[Callable[[], Any]], Row]:
 
         return [lambda c=c: latent_call(c) for c in range(problem.copies)], more
     options = problem.options | plan_of(problem)
-    if "plan" in options:
-        plan = options["plan"]
+    plan = options.get("plan")
+    if plan is not None and plan.balanced:
         more["plan_us"] = timed([lambda: plan.update(problem.lens)]).us if DEVICE == "cuda" else 0.0
 
     def call(copy: int) -> Any:

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from kvcached.kernels._parts import finish, write
-from kvcached.kernels._widen import from_bytes, from_nibbles, from_pairs
+from kvcached.kernels._widen import from_bytes, from_nibble_pairs, from_nibbles, from_pairs
 
 
 @triton.jit
@@ -140,7 +140,7 @@ def attend_kernel(
     HAS_SINKS: tl.constexpr, HAS_SLOPES: tl.constexpr, HAS_CAP: tl.constexpr,
     KIND: tl.constexpr, STORED: tl.constexpr, COMPUTE: tl.constexpr,
     K_SCALES: tl.constexpr, V_SCALES: tl.constexpr, ALIGN: tl.constexpr, ALIGN_Q: tl.constexpr,
-    EXACT: tl.constexpr,
+    ALIGN_OUT: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Attention of one tile over one part of its keys. Strides are in elements."""
     INT4: tl.constexpr = KIND == "int4"
@@ -187,11 +187,12 @@ def attend_kernel(
     if SPLIT and parts > 1:
         finish(acc, top, total, part, parts, first_part, counter, head, first_token, queries,
                 q_start, PARTIAL, STATE, FINISHED, OUT, LSE, SINKS, BM, ROWS, GROUP, TOKENS, G, DV,
-                WIDTH, stride_ot, stride_oh, KV_HEADS, HAS_SINKS, HALVES)  # fmt: skip
+                WIDTH, stride_ot, stride_oh, KV_HEADS, HAS_SINKS, HALVES, ALIGN_OUT)  # fmt: skip
     else:
         write(
             acc, top, total, tl.arange(0, BM), head, first_token, queries, q_start,
-            OUT, LSE, SINKS, TOKENS, G, DV, WIDTH, stride_ot, stride_oh, KV_HEADS, HAS_SINKS, HALVES
+            OUT, LSE, SINKS, TOKENS, G, DV, WIDTH, stride_ot, stride_oh, KV_HEADS, HAS_SINKS,
+            HALVES, ALIGN_OUT,
         )  # fmt: skip
 
 
@@ -204,10 +205,35 @@ def _load_q(at, offs_d, valid, D: tl.constexpr, DP: tl.constexpr, COMPUTE: tl.co
 
 
 @triton.jit
-def _joined(acc, acc_high, INT4: tl.constexpr):
+def _products(q, q_high, k, KIND: tl.constexpr, COMPUTE: tl.constexpr, ASM: tl.constexpr):
+    """Of queries, of int4 the halves of their rows, with keys."""
+    if KIND == "int4":
+        low, high = from_nibbles(k, COMPUTE, ASM)
+        scores = tl.dot(q, low.T, input_precision="ieee")
+        scores = tl.dot(q_high, high.T, scores, input_precision="ieee")
+    else:
+        scores = tl.dot(q, from_bytes(k, KIND, COMPUTE, ASM).T, input_precision="ieee")
+    return scores
+
+
+@triton.jit
+def _add_nibbles(
+    weights, v, fade, acc, acc_odd, acc_high, acc_high_odd, COMPUTE: tl.constexpr, ASM: tl.constexpr
+):
+    """Weighted int4 values added: even and odd dims of the low and of the high half."""
+    even, odd, high, high_odd = from_nibble_pairs(v, COMPUTE, ASM)
+    acc = tl.dot(weights, even, acc, input_precision="ieee")
+    acc_odd = tl.dot(weights, odd, acc_odd, input_precision="ieee")
+    acc_high = tl.dot(weights, high, acc_high * fade[:, None], input_precision="ieee")
+    high_odd = tl.dot(weights, high_odd, acc_high_odd * fade[:, None], input_precision="ieee")
+    return acc, acc_odd, acc_high, high_odd
+
+
+@triton.jit
+def _joined(acc, acc_high, HALVES: tl.constexpr):
     """The halves of rows one behind the other, or even and odd dims by turns."""
     both = tl.join(acc, acc_high)
-    if INT4:
+    if HALVES:
         both = both.permute(0, 2, 1)
     return tl.reshape(both, [acc.shape[0], 2 * acc.shape[1]])
 
@@ -237,23 +263,22 @@ def _attend_part(
     ASM: tl.constexpr = tl.float16 == COMPUTE and not EXACT
     DS: tl.constexpr = D // 2 if INT4 else D  # stored elements of a row
     # Bytes of V cannot be transposed on their way to the tensor cores, pairs of them can: so V is
-    # read as 16 bits, and the even and the odd dims are two products.
-    PAIRS: tl.constexpr = STORED.primitive_bitwidth == 8 and not INT4
-    TWO: tl.constexpr = STORED.primitive_bitwidth == 8
+    # read as 16 bits, and the even and the odd dims are two products, for int4 of each half.
+    PAIRS: tl.constexpr = STORED.primitive_bitwidth == 8
     V_TYPE: tl.constexpr = tl.int16 if PAIRS else STORED
     PER: tl.constexpr = 2 if PAIRS else 1
-    DVS: tl.constexpr = DV // 2 if TWO else DV
+    DVS: tl.constexpr = (DV + 3) // 4 if INT4 else DV // PER
+    VP: tl.constexpr = DVP // 2 if INT4 else DVP
     offs_m, offs_n = tl.arange(0, BM), tl.arange(0, BN)
-    offs_d, offs_v = tl.arange(0, DP), tl.arange(0, DVP)
+    offs_d, offs_v = tl.arange(0, DP), tl.arange(0, VP)
     token, query = first_token + offs_m // G, head * G + offs_m % G
     valid_m = (offs_m < TOKENS * G) & (token < queries)
     place = length - queries + token  # causal is aligned bottom-right
     row = (q_start + token).to(tl.int64)
-    Q_BASE = tl.multiple_of(Q, ALIGN_Q)
-    q_at = Q_BASE + row[:, None] * stride_qt + query[:, None] * stride_qh
+    Q_BASE = tl.multiple_of(Q + q_start.to(tl.int64) * stride_qt, ALIGN_Q)  # an argument forgets it
+    q_at = Q_BASE + token[:, None] * stride_qt + query[:, None] * stride_qh
     q = _load_q(q_at, offs_d, valid_m, DS, DP, COMPUTE)
-    if INT4:
-        q_high = _load_q(q_at + DS, offs_d, valid_m, DS, DP, COMPUTE)
+    q_high = _load_q(q_at + DS, offs_d, valid_m, DS, DP, COMPUTE) if INT4 else q
     K_BASE = tl.multiple_of(K.to(tl.pointer_type(STORED)), ALIGN) + head * stride_kh
     V_BASE = tl.multiple_of(V.to(tl.pointer_type(V_TYPE)), ALIGN) + head * (stride_vh // PER)
     factor = scale
@@ -279,9 +304,11 @@ def _attend_part(
         )  # fmt: skip
     top = tl.full([BM], -1.0e30, tl.float32)  # not -inf: an empty part must not make NaN
     total = tl.zeros([BM], tl.float32)
-    acc = tl.zeros([BM, DVP], tl.float32)
-    if TWO:
-        acc_high = tl.zeros([BM, DVP], tl.float32)
+    acc = tl.zeros([BM, VP], tl.float32)
+    if PAIRS:
+        acc_odd = tl.zeros([BM, VP], tl.float32)
+    if INT4:
+        acc_high, acc_high_odd = tl.zeros([BM, VP], tl.float32), tl.zeros([BM, VP], tl.float32)
     for start in tl.range(lo, hi, BN, num_stages=STAGES):
         pos = start + offs_n
         valid_n = pos < hi
@@ -291,12 +318,7 @@ def _attend_part(
         # A load of ids that this tile's loads wait for would halve the depth of the pipeline.
         ids = _block_ids(TABLE, start + BN, hi, floor, offs_n, BN, BLOCK_SIZE, PAGED, LEFT)
         k = _tile(K_BASE, block * stride_kb + slot * stride_ks, offs_d, valid_n, DS, DP)
-        if INT4:
-            low, high = from_nibbles(k, COMPUTE, ASM)
-            scores = tl.dot(q, low.T, input_precision="ieee")
-            scores = tl.dot(q_high, high.T, scores, input_precision="ieee")
-        else:
-            scores = tl.dot(q, from_bytes(k, KIND, COMPUTE, ASM).T, input_precision="ieee")
+        scores = _products(q, q_high, k, KIND, COMPUTE, ASM)
         if K_SCALES == 2:
             at = K_SCALE + head * stride_kch + block * stride_kcb + slot * stride_kcs
             scores *= tl.load(at, mask=valid_n, other=0.0)[None, :]
@@ -309,26 +331,30 @@ def _attend_part(
         fade = tl.exp2(top - new_top)
         total = total * fade + tl.sum(weights, 1)
         acc = acc * fade[:, None]
+        if PAIRS:
+            acc_odd = acc_odd * fade[:, None]
         top = new_top
         v_row = block * (stride_vb // PER) + slot * (stride_vs // PER)
-        v = _tile(V_BASE, v_row, offs_v, valid_n, DVS, DVP)
+        v = _tile(V_BASE, v_row, offs_v, valid_n, DVS, VP)
         if V_SCALES == 2:
             at = V_SCALE + head * stride_vch + block * stride_vcb + slot * stride_vcs
             weights *= (tl.load(at, mask=valid_n, other=0.0) / unit)[None, :]
-        if TWO:
-            acc_high = acc_high * fade[:, None]
-            if INT4:
-                low, high = from_nibbles(v, COMPUTE, ASM)
-            else:
-                low, high = from_pairs(v, KIND, COMPUTE, ASM)
-            acc = tl.dot(weights.to(COMPUTE), low, acc, input_precision="ieee")
-            acc_high = tl.dot(weights.to(COMPUTE), high, acc_high, input_precision="ieee")
+        if INT4:
+            acc, acc_odd, acc_high, acc_high_odd = _add_nibbles(
+                weights.to(COMPUTE), v, fade, acc, acc_odd, acc_high, acc_high_odd, COMPUTE, ASM
+            )
+        elif PAIRS:
+            even, odd = from_pairs(v, KIND, COMPUTE, ASM)
+            acc = tl.dot(weights.to(COMPUTE), even, acc, input_precision="ieee")
+            acc_odd = tl.dot(weights.to(COMPUTE), odd, acc_odd, input_precision="ieee")
         else:
             if tl.float32 == COMPUTE:
                 v = v.to(tl.float32)
             acc = tl.dot(weights.to(COMPUTE), v, acc, input_precision="ieee")
     if V_SCALES == 1:
         unit = tl.load(V_SCALE + head * stride_vch)
-    if TWO:
-        acc = _joined(acc * unit, acc_high * unit, INT4)
+    if PAIRS:
+        acc = _joined(acc * unit, acc_odd * unit, False)
+    if INT4:
+        acc = _joined(acc, _joined(acc_high * unit, acc_high_odd * unit, False), True)
     return acc, top, total

@@ -7,25 +7,27 @@ import triton.language as tl
 
 
 @triton.jit
-def _merged(
-    PARTIAL, STATE, first, parts, ROWS: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr
-):
-    """(acc, top, total) over parts ``first .. first + parts``, GROUP of them read at a time."""
+def _merged(PARTIAL, STATE, parts, ROWS: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr):
+    """(acc, top, total) over the ``parts`` at PARTIAL and STATE, GROUP of them read at a time.
+
+    Warps share the rows out, since Triton gives them the first dimension first: so a sum over
+    parts is made within each thread.
+    """
     offs_r, offs_v, offs_p = tl.arange(0, ROWS), tl.arange(0, WIDTH), tl.arange(0, GROUP)
     top = tl.full([ROWS], -1.0e30, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, WIDTH], tl.float32)
     for at in tl.range(0, parts, GROUP):
-        there = at + offs_p < parts
-        row = (first + at + offs_p)[:, None] * ROWS + offs_r[None, :]
-        tops = tl.load(STATE + row * 2, mask=there[:, None], other=-1.0e30, cache_modifier=".cg")
-        totals = tl.load(STATE + row * 2 + 1, mask=there[:, None], other=0.0, cache_modifier=".cg")
+        there = (at + offs_p < parts)[None, :]
+        row = (at + offs_p)[None, :] * ROWS + offs_r[:, None]
+        tops = tl.load(STATE + row * 2, mask=there, other=-1.0e30, cache_modifier=".cg")
+        totals = tl.load(STATE + row * 2 + 1, mask=there, other=0.0, cache_modifier=".cg")
         acc_at = PARTIAL + row[:, :, None] * WIDTH + offs_v[None, None, :]
-        accs = tl.load(acc_at, mask=there[:, None, None], other=0.0, cache_modifier=".cg")
-        new_top = tl.maximum(top, tl.max(tops, 0))
-        fade, gain = tl.exp2(top - new_top), tl.exp2(tops - new_top[None, :])
-        total = total * fade + tl.sum(totals * gain, 0)
-        acc = acc * fade[:, None] + tl.sum(accs * gain[:, :, None], 0)
+        accs = tl.load(acc_at, mask=there[:, :, None], other=0.0, cache_modifier=".cg")
+        new_top = tl.maximum(top, tl.max(tops, 1))
+        fade, gain = tl.exp2(top - new_top), tl.exp2(tops - new_top[:, None])
+        total = total * fade + tl.sum(totals * gain, 1)
+        acc = acc * fade[:, None] + tl.sum(accs * gain[:, :, None], 1)
         top = new_top
     return acc, top, total
 
@@ -35,7 +37,7 @@ def write(
     acc, top, total, offs_m, head, first_token, queries, q_start, OUT, LSE, SINKS,
     TOKENS: tl.constexpr, G: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr,
     stride_ot: tl.constexpr, stride_oh: tl.constexpr, KV_HEADS: tl.constexpr,
-    HAS_SINKS: tl.constexpr, HALVES: tl.constexpr,
+    HAS_SINKS: tl.constexpr, HALVES: tl.constexpr, ALIGN_OUT: tl.constexpr,
 ):  # fmt: skip
     """Normalise rows and write them; ``acc`` has the dims of both halves side by side."""
     LOG2_E: tl.constexpr = 1.4426950408889634
@@ -50,7 +52,8 @@ def write(
     offs_v = tl.arange(0, WIDTH)
     half = offs_v % (WIDTH // HALVES)
     dim = offs_v // (WIDTH // HALVES) * (DV // HALVES) + half
-    at = OUT + row[:, None] * stride_ot + query[:, None] * stride_oh + dim[None, :]
+    base = tl.multiple_of(OUT + q_start.to(tl.int64) * stride_ot, ALIGN_OUT)
+    at = base + token[:, None] * stride_ot + query[:, None] * stride_oh + dim[None, :]
     mask = valid[:, None] & (half < DV // HALVES)[None, :]
     tl.store(at, out.to(OUT.dtype.element_ty), mask=mask)
     log = tl.log2(tl.where(total > 0, total, 1.0))
@@ -65,11 +68,14 @@ def finish(
     BM: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr, TOKENS: tl.constexpr,
     G: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, stride_ot: tl.constexpr,
     stride_oh: tl.constexpr, KV_HEADS: tl.constexpr, HAS_SINKS: tl.constexpr,
-    HALVES: tl.constexpr,
+    HALVES: tl.constexpr, ALIGN_OUT: tl.constexpr,
 ):  # fmt: skip
     """Store a part; the last one of its tile to get here merges them all."""
     offs_m, offs_v, first = tl.arange(0, BM), tl.arange(0, WIDTH), first_part.to(tl.int64)
-    own, real = (first + part) * ROWS + offs_m, offs_m < ROWS
+    # Said of an argument, it would be forgotten, and each thread would store 4 bytes at a time.
+    PARTIAL = tl.multiple_of(PARTIAL + first * (ROWS * WIDTH), 16)
+    STATE += first * (ROWS * 2)
+    own, real = part * ROWS + offs_m, offs_m < ROWS
     tl.store(PARTIAL + own[:, None] * WIDTH + offs_v[None, :], acc, mask=real[:, None])
     tl.store(STATE + own * 2, top, mask=real)
     tl.store(STATE + own * 2 + 1, total, mask=real)
@@ -77,8 +83,9 @@ def finish(
     finished = tl.atomic_add(FINISHED + counter, 1, sem="acq_rel", scope="gpu")
     if finished == parts - 1:
         tl.store(FINISHED + counter, 0)  # ready for the next launch
-        whole, its_top, its_total = _merged(PARTIAL, STATE, first, parts, ROWS, WIDTH, GROUP)
+        whole, its_top, its_total = _merged(PARTIAL, STATE, parts, ROWS, WIDTH, GROUP)
         write(
             whole, its_top, its_total, tl.arange(0, ROWS), head, first_token, queries, q_start,
-            OUT, LSE, SINKS, TOKENS, G, DV, WIDTH, stride_ot, stride_oh, KV_HEADS, HAS_SINKS, HALVES
+            OUT, LSE, SINKS, TOKENS, G, DV, WIDTH, stride_ot, stride_oh, KV_HEADS, HAS_SINKS,
+            HALVES, ALIGN_OUT,
         )  # fmt: skip

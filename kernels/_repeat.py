@@ -1,8 +1,9 @@
 """Calls that were checked once and come again with other tensors of the same shapes.
 
-Checking the arguments of an attention call takes the host longer than the launch. With a plan, a
-call that is known by the shapes, strides, types and alignment of its tensors, and by the very
-tensors of its cache, is launched without checking them again.
+Checking the arguments of an attention call takes the host longer than the launch. A call that is
+known by the shapes, strides, types and alignment of its tensors and by its cache is launched
+without checking them again. A plan knows a cache by its very tensors; without one each stream knows
+caches by address and shape, since callers may make new views for every call.
 """
 
 from __future__ import annotations
@@ -28,20 +29,25 @@ def _described(x: Any) -> Any:
     return None if x is None else (x.dtype, x.shape, x.stride(), x.get_device())
 
 
+def _cache_key(x: torch.Tensor) -> tuple[Any, ...]:
+    return x.data_ptr(), x.dtype, x.shape, x.stride(), x.get_device()
+
+
 def _key(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[Any, ...]:
     """What a call is known by. Spelled out, since this is most of what a launch costs."""
-    q, keys, values, table, starts, lens, cu, mask, sinks, slopes, k_scale, v_scale, out = tensors
+    q, _, _, table, starts, lens, cu, mask, sinks, slopes, k_scale, v_scale, out = tensors
     place = starts if table is None else table
     if cu is mask is sinks is slopes is k_scale is v_scale is None:
         others = None
     else:
         others = tuple(map(_described, (cu, mask, sinks, slopes, k_scale, v_scale)))
     return (
-        id(keys), id(values), options, q.data_ptr() & 15, table is None, starts is None, others,
+        options, q.data_ptr() & 15, table is None, starts is None, others,
         q.dtype, q.shape, q.stride(), q.get_device(),
         place.dtype, place.shape, place.stride(), place.get_device(),
         lens.dtype, lens.shape, lens.stride(), lens.get_device(),
-        None if out is None else (out.dtype, out.shape, out.stride(), out.get_device()),
+        None if out is None
+        else (out.data_ptr() & 15, out.dtype, out.shape, out.stride(), out.get_device()),
     )  # fmt: skip
 
 
@@ -56,21 +62,33 @@ class _Call:
     work: tuple[int, ...]
     tail: tuple[Any, ...]
     shape: tuple[int, ...]
+    kept: Any
+    """Owner of the memory at ``work``: the stream's own may be replaced by a larger one."""
 
 
 class Known:
-    """The calls that a plan has seen, each with its launch.
+    """The calls that a plan, or a stream without one, has seen, each with its launch.
 
     ``tensors`` are those of ``attn_with_kvcache``: q, caches of K and V, table, starts, then the
     others in the order of the kernel, and the output; ``options`` is all else that it is given.
+    ``rows`` (tokens x heads, at most) have an LSE that nobody reads, and one buffer serves them
+    all; without a number each call gets its own, and caches are known by address.
     """
 
-    def __init__(self, rows: int, device: torch.device) -> None:
+    def __init__(self, rows: int | None, device: torch.device) -> None:
         self._calls: dict[Any, _Call] = {}
         self._device = device
         self._index = device.index
-        self._unread = torch.empty(rows, dtype=torch.float32, device=device)
+        self._unread = None
+        if rows is not None:
+            self._unread = torch.empty(rows, dtype=torch.float32, device=device)
         self._stream: Any = None
+
+    def _key(self, tensors: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[Any, ...]:
+        _, keys, values, *_ = tensors
+        if self._unread is None:
+            return _cache_key(keys), _cache_key(values), _key(tensors, options)
+        return id(keys), id(values), _key(tensors, options)
 
     def clear(self) -> None:
         """Forget all calls."""
@@ -87,10 +105,10 @@ class Known:
         if len(self._calls) >= MOST_KNOWN:
             self._calls.clear()
         self._stream = triton.runtime.driver.active.get_current_stream
-        self._calls[_key(tensors, options)] = _Call(
+        self._calls[self._key(tensors, options)] = _Call(
             made.handle.launch, weakref.ref(tensors[1]), weakref.ref(tensors[2]), made.grid,
             made.handle.fixed, (call.kv.k_ptr, call.kv.v_ptr), made.work.addresses, made.tail,
-            tuple(call.out.shape),
+            tuple(call.out.shape), made.work,
         )  # fmt: skip
 
     def launch(
@@ -101,7 +119,7 @@ class Known:
         The LSE is only good if it was asked for.
         """
         try:
-            found = self._calls.get(_key(tensors, options))
+            found = self._calls.get(self._key(tensors, options))
         except (AttributeError, TypeError):  # no tensors: the checks know better what to say
             return None
         index = self._index
@@ -110,12 +128,12 @@ class Known:
         q, keys, values, table, starts, lens, cu, mask, sinks, slopes, k_scale, v_scale, out = (
             tensors
         )
-        if found.keys() is not keys or found.values() is not values:
+        if self._unread is not None and (found.keys() is not keys or found.values() is not values):
             return None  # another tensor got the id of one that is gone
         if out is None:
             out = torch.empty(found.shape, dtype=q.dtype, device=self._device)
         lse = self._unread
-        if with_lse:
+        if with_lse or lse is None:
             lse = torch.empty(found.shape[:2], dtype=torch.float32, device=self._device)
         found.run(
             *found.grid, 1, self._stream(index), *found.fixed, q.data_ptr(), *found.addresses,
@@ -127,3 +145,20 @@ class Known:
             *found.work, out.data_ptr(), lse.data_ptr(), *found.tail,
         )  # fmt: skip
         return out, lse
+
+
+_streams: dict[tuple[int, int], Known] = {}
+
+
+def known_here(index: int) -> Known | None:
+    """Calls without a plan on the current stream of device ``index``; ``None`` during a capture.
+
+    Parts of one stream's calls share its workspace; a captured graph must have its own.
+    """
+    if torch.cuda.is_current_stream_capturing():
+        return None
+    stream = triton.runtime.driver.active.get_current_stream(index)
+    known = _streams.get((index, stream))
+    if known is None:
+        known = _streams[index, stream] = Known(None, torch.device("cuda", index))
+    return known

@@ -29,6 +29,12 @@ INT8_PAIRS = tl.constexpr("""{ .reg .b32 x, m; xor.b32 x, $2, 0x80808080; mov.b3
 prmt.b32 $0, x, m, 0x4240; prmt.b32 $1, x, m, 0x4341; mov.b32 m, 0x64806480;
 sub.f16x2 $0, $0, m; sub.f16x2 $1, $1, m; }""")
 
+INT4_PAIRS = tl.constexpr("""{ .reg .b32 x, m; and.b32 x, $4, 0x0F0F0F0F; mov.b32 m, 0x64646464;
+prmt.b32 $0, x, m, 0x4240; prmt.b32 $1, x, m, 0x4341;
+shr.u32 x, $4, 4; and.b32 x, x, 0x0F0F0F0F;
+prmt.b32 $2, x, m, 0x4240; prmt.b32 $3, x, m, 0x4341; mov.b32 m, 0x64086408;
+sub.f16x2 $0, $0, m; sub.f16x2 $1, $1, m; sub.f16x2 $2, $2, m; sub.f16x2 $3, $3, m; }""")
+
 
 @triton.jit
 def from_bytes(raw, KIND: tl.constexpr, COMPUTE: tl.constexpr, ASM: tl.constexpr):
@@ -78,3 +84,18 @@ def from_pairs(raw, KIND: tl.constexpr, COMPUTE: tl.constexpr, ASM: tl.constexpr
         raw = raw >> 8
         high = from_bytes((raw & 255).to(tl.uint8).to(tl.int8, bitcast=True), KIND, COMPUTE, False)
     return low, high
+
+
+@triton.jit
+def from_nibble_pairs(raw, COMPUTE: tl.constexpr, ASM: tl.constexpr):
+    """Of int4, 16 bits each: the low halves of their first and second bytes, then the high ones."""
+    if ASM:
+        low, low_2, high, high_2 = tl.inline_asm_elementwise(
+            INT4_PAIRS, "=r,=r,=r,=r,r", [raw], (tl.float16,) * 4, True, 2
+        )
+    else:
+        low = ((raw & 15).to(tl.int8) - 8).to(COMPUTE)
+        high = (((raw >> 4) & 15).to(tl.int8) - 8).to(COMPUTE)
+        low_2 = (((raw >> 8) & 15).to(tl.int8) - 8).to(COMPUTE)
+        high_2 = (((raw >> 12) & 15).to(tl.int8) - 8).to(COMPUTE)
+    return low, low_2, high, high_2

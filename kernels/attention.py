@@ -13,6 +13,7 @@ from kvcached.errors import InvalidInput
 from kvcached.kernels.checks import AttentionCall, check_call
 
 if TYPE_CHECKING:
+    from kvcached.kernels._repeat import Known
     from kvcached.kernels.plan import Plan
 
 
@@ -61,7 +62,7 @@ def attn_with_kvcache(
         Scales of a quantised cache, float32: ``()``, ``[Hkv]`` or (of int4 always) ``[num_blocks,
         block_size, Hkv]``.
     num_splits, plan:
-        Hints for GPUs: parts of each sequence (0: as needed); a ``plan_attention``.
+        For GPUs: parts of each sequence (0: as needed); a ``plan_attention``, for unlike lengths.
     out, return_softmax_lse:
         ``[T, Hq, Dv]`` to write to (0 for a query that sees no token); whether to return the
         natural-log LSE too, float32 ``[T, Hq]`` (-inf).
@@ -69,13 +70,24 @@ def attn_with_kvcache(
     tensors = (q, k_cache, v_cache, page_table, cache_start, cache_seqlens, cu_seqlens_q,
                custom_mask, sinks, alibi_slopes, k_descale, v_descale, out)  # fmt: skip
     options = max_seqlen_q, softmax_scale, causal, window_size, softcap, num_splits
-    if plan is not None and k is None and v is None:
-        done = plan.known.launch(tensors, options, with_lse=return_softmax_lse)
-        if done is not None:
-            return done if return_softmax_lse else done[0]
-    call = _checked(tensors, options, k, v)
-    _run(call, num_splits, plan, (tensors, options))
-    return (call.out, call.lse) if return_softmax_lse else call.out
+    known = _known(q, plan) if k is None and v is None else None
+    done = known and known.launch(tensors, options, with_lse=return_softmax_lse)
+    if not done:
+        call = _checked(tensors, options, k, v)
+        _run(call, num_splits, plan, known, (tensors, options))
+        done = call.out, call.lse
+    return done if return_softmax_lse else done[0]
+
+
+def _known(q: Any, plan: Plan | None) -> Known | None:
+    """Where the launches of calls like this one are remembered."""
+    if plan is not None:
+        return plan.known
+    if not isinstance(q, torch.Tensor) or not q.is_cuda:
+        return None
+    from kvcached.kernels._repeat import known_here
+
+    return known_here(q.get_device())
 
 
 def _checked(tensors: tuple[Any, ...], options: tuple[Any, ...], k: Any, v: Any) -> AttentionCall:
@@ -91,7 +103,10 @@ def _checked(tensors: tuple[Any, ...], options: tuple[Any, ...], k: Any, v: Any)
     )  # fmt: skip
 
 
-def _run(call: AttentionCall, num_splits: int, plan: Plan | None, given: tuple[Any, Any]) -> None:
+def _run(
+    call: AttentionCall, num_splits: int, plan: Plan | None, known: Known | None,
+    given: tuple[Any, Any],
+) -> None:  # fmt: skip
     """The one place where a checked call goes to the kernel that serves it best."""
     if call.kv.device.type == "cpu":
         _refuse_on_cpu(call)
@@ -107,8 +122,8 @@ def _run(call: AttentionCall, num_splits: int, plan: Plan | None, given: tuple[A
             attend_prefill(call, num_splits)
             return
         made = attend_triton(call, num_splits, plan)
-    if plan is not None and made is not None:
-        plan.known.learn(*given, call, made)
+    if known is not None and made is not None:
+        known.learn(*given, call, made)
 
 
 def _refuse_on_cpu(call: AttentionCall) -> None:

@@ -26,6 +26,7 @@ from kvcached.kernels._decode import attend_kernel
 from kvcached.kernels._launch import TYPES, Handle, handle_of, interpreted
 from kvcached.kernels._workspace import workspace_of
 from kvcached.kernels.quant import INT4
+from kvcached.layout import cdiv
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -39,14 +40,25 @@ MAX_ROWS = 64
 of 4-byte elements or of more than 128, since a tile of them has twice the registers."""
 MAX_SPLITS = 128
 """Parts of a sequence without a plan; the last part to finish merges them all alone."""
-MIN_SPLIT_TOKENS = 256
-"""Below this a part costs more than it saves."""
-PROGRAMS_PER_SM = 4
-"""Parts are made until there are so many programs."""
+MIN_SPLIT_TOKENS = 64
+"""A part has a tile at least."""
+LONG_PART_TOKENS = 4096
+"""So much work hides what a part costs."""
+PROGRAMS_PER_SM = 2
+"""Parts of so many tokens are made until there are so many programs, shorter ones for one."""
 TILE_BYTES = 32 << 10
 """Of a tile of K and one of V together."""
 AHEAD_BYTES = 96 << 10
 """Of tiles in flight in one program; two programs fit on an SM then."""
+MAX_QUANTISED_STAGES = 4
+"""More copies ahead only wait: what is short of bytes is long on arithmetic."""
+LONE_STAGES = 3
+"""Of programs that have an SM each: with more copies ahead they read more slowly."""
+SHORT_PART_TOKENS = 64
+"""Parts of one tile have nothing to overlap; fewer warps wait less for each other."""
+SHORT_WARPS = 2
+MAX_MERGED = 8
+"""Parts that are merged at a time."""
 MERGED_ELEMENTS = 8192
 """Of partial results that are merged at a time, 64 registers a thread; half as many beside large
 tiles, which would spill."""
@@ -63,6 +75,11 @@ class Split:
     least: int = MIN_SPLIT_TOKENS
 
 
+def power_of_2(least: int) -> int:
+    """The smallest that is ``least`` or more."""
+    return 1 << (least - 1).bit_length()
+
+
 def tile_config(
     group: int, dim: int, dim_v: int, max_q: int, dtype: torch.dtype, stored: torch.dtype
 ) -> dict[str, int]:
@@ -70,23 +87,29 @@ def tile_config(
 
     With ids of blocks fetched a tile ahead, STAGES - 1 pairs of K and V tiles are in flight.
     """
-    dp = max(16, triton.next_power_of_2(dim // (2 if stored == INT4 else 1)))
-    dvp = max(16, triton.next_power_of_2(dim_v // (2 if stored.itemsize == 1 else 1)))
+    dp = max(16, power_of_2(dim // (2 if stored == INT4 else 1)))
+    dvp = max(
+        32 if stored == INT4 else 16,
+        power_of_2(dim_v // (2 if stored.itemsize == 1 else 1)),
+    )
     most = MAX_ROWS if dtype.itemsize < 4 and max(dim, dim_v) <= 128 else MAX_ROWS // 2
     tokens = max(1, min(max_q, most // group))
-    rows = max(16, triton.next_power_of_2(tokens * group))
+    rows = max(16, power_of_2(tokens * group))
     tokens = 1 if max_q == 1 else rows // group  # full tiles: one kernel for many ``max_q``
     row = row_bytes(dp, dvp, stored)
-    bn = triton.next_power_of_2(TILE_BYTES // row + 1) // 2
+    bn = power_of_2(TILE_BYTES // row + 1) // 2
     bn = max(32 if stored.itemsize == 1 else 16, min(128 if rows < MAX_ROWS else 64, bn))
-    real = triton.next_power_of_2(tokens * group)
+    stages = 1 + max(1, AHEAD_BYTES // (bn * row))
+    if stored.itemsize == 1:
+        stages = min(stages, MAX_QUANTISED_STAGES)
+    real = power_of_2(tokens * group)
     width = dvp * (2 if stored.itemsize == 1 else 1)
     merged = MERGED_ELEMENTS // (2 if real >= MAX_ROWS or width > 128 else 1)
     return {
         "G": group, "D": dim, "DV": dim_v, "DP": dp, "DVP": dvp, "BM": rows, "BN": bn,
         "ROWS": real, "TOKENS": tokens,
-        "GROUP": max(1, min(16, merged // (real * width))),
-        "STAGES": 1 + max(1, AHEAD_BYTES // (bn * row)),
+        "GROUP": max(1, min(MAX_MERGED, merged // (real * width))),
+        "STAGES": stages,
     }  # fmt: skip
 
 
@@ -104,6 +127,13 @@ def num_warps(config: dict[str, int], itemsize: int) -> int:
     """
     exact = itemsize == 4 and (config["BM"] > 16 or config["DP"] > 64)
     return 8 if exact or config["BM"] >= 64 else 4
+
+
+def alone(config: dict[str, int], itemsize: int, *, short: bool) -> tuple[dict[str, int], int]:
+    """(sizes, warps) of programs that have an SM each; ``short``: with one tile of keys or so."""
+    config = config | {"STAGES": min(config["STAGES"], LONE_STAGES)}
+    small = config["BM"] == 16 and max(config["DP"], config["DVP"]) <= 128 and itemsize < 4
+    return config, SHORT_WARPS if short and small else num_warps(config, itemsize)
 
 
 def compute_type(dtype: torch.dtype, stored: torch.dtype) -> Any:
@@ -149,8 +179,15 @@ def constants_of(
         "COMPUTE": compute_type(q.dtype, kv.dtype), "K_SCALES": k_scales, "V_SCALES": v_scales,
         "ALIGN": 16 if (kv.k_ptr | kv.v_ptr) % 16 == 0 else kv.dtype.itemsize,
         "EXACT": interpreted(),
-        "ALIGN_Q": 16 if q.data_ptr() % 16 == 0 else q.element_size(),
+        "ALIGN_Q": _row_alignment(q), "ALIGN_OUT": _row_alignment(out),
     }  # fmt: skip
+
+
+def _row_alignment(x: torch.Tensor) -> int:
+    """Bytes that every row of queries is aligned to, of which 16 are of use."""
+    size = x.element_size()
+    ends = x.data_ptr() | x.stride(0) * size | x.stride(1) * size
+    return 16 if ends % 16 == 0 else size
 
 
 def _scales(scale: torch.Tensor | None) -> tuple[int, tuple[int, ...]]:
@@ -213,7 +250,7 @@ def prepare(call: AttentionCall, num_splits: int = 0, plan: Plan | None = None) 
     config = tile_config(group, kv.head_dim, kv.head_dim_v, call.max_q, q.dtype, kv.dtype)
     if plan is not None:
         config = plan.config_for(call)
-    q_tiles = triton.cdiv(call.max_q, config["TOKENS"])
+    q_tiles = cdiv(call.max_q, config["TOKENS"])
     tiles = batch * q_tiles
     planned = plan is not None and plan.balanced
     split = _split(call, tiles * kv.num_kv_heads, num_splits, plan)
@@ -224,12 +261,18 @@ def prepare(call: AttentionCall, num_splits: int = 0, plan: Plan | None = None) 
         work = workspace_of(items, parts * config["ROWS"] * width, parts * config["ROWS"], q.device)
     else:
         work = plan.workspace
+    grid = (tiles * kv.num_kv_heads, split.most)
+    if plan is not None and planned:
+        grid = (plan.slots * kv.num_kv_heads, 1)
+    warps = num_warps(config, q.element_size())
+    fixed = plan is not None and plan.fixed  # then the size of the batch must not show
+    if grid[0] * grid[1] <= multiprocessors(q.device) and not fixed:
+        longest = _longest(call) if plan is None else plan.shape["max_seqlen_k"]
+        short = longest * tiles * kv.num_kv_heads <= SHORT_PART_TOKENS * grid[0] * grid[1]
+        config, warps = alone(config, q.element_size(), short=short)
     constants = constants_of(call, config, split=planned or split.most > 1, planned=planned)
     made = Launch(
-        constants, num_warps(config, q.element_size()),
-        (plan.slots * kv.num_kv_heads, 1) if plan is not None and planned
-        else (tiles * kv.num_kv_heads, split.most),
-        work,
+        constants, warps, grid, work,
         (call.scale, call.softcap, min(call.left, 1 << 30), min(call.right, 1 << 30), call.max_q,
          q_tiles, split.divisor, split.least, 0 if call.table is None else call.table.stride(0)),
     )  # fmt: skip
@@ -280,12 +323,26 @@ def _split(call: AttentionCall, items: int, asked: int, plan: Plan | None) -> Sp
     return Split(splits, splits)
 
 
-def equal_parts(items: int, longest: int, device: torch.device) -> int:
-    """Parts a sequence for ``PROGRAMS_PER_SM``, each with ``MIN_SPLIT_TOKENS`` of the longest."""
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; 1 of what stands in for one."""
     if device.type != "cuda":
         return 1
-    sms = torch.cuda.get_device_properties(device).multi_processor_count
-    if items >= 2 * sms:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def equal_parts(items: int, longest: int, device: torch.device) -> int:
+    """Parts a sequence, of up to ``longest`` tokens, where ``items`` programs would take it whole.
+
+    One program on most SMs reads memory as fast as several do, and each part costs microseconds.
+    So there is one wave of parts, unless parts are long: then programs share an SM, which evens out
+    their ends.
+    """
+    if device.type != "cuda":
         return 1
-    most = min(MAX_SPLITS, triton.cdiv(longest, MIN_SPLIT_TOKENS))
-    return int(max(1, min(most, PROGRAMS_PER_SM * sms // items)))
+    sms = multiprocessors(device)
+    parts = sms // items
+    if 4 * items * parts < 3 * sms:  # too few SMs would work
+        parts += 1
+    long = min(PROGRAMS_PER_SM * sms // items, longest // LONG_PART_TOKENS)
+    most = min(MAX_SPLITS, cdiv(longest, MIN_SPLIT_TOKENS))
+    return int(max(1, min(most, max(parts, long))))

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from kvcached.errors import InvalidInput
 from kvcached.kernels._decode import span
-from kvcached.kernels._launch import handle_of, interpreted
+from kvcached.kernels._launch import Handle, handle_of, interpreted
 from kvcached.kernels._repeat import Known
 from kvcached.kernels._workspace import make_workspace
 from kvcached.kernels.checks import UNBOUNDED, AttentionCall, index_tensor
@@ -25,13 +25,16 @@ from kvcached.kernels.decode import (
     NATURAL,
     Split,
     equal_parts,
+    multiprocessors,
     tile_config,
 )
 from kvcached.kernels.quant import LARGEST
 from kvcached.layout import cdiv
 
-LIST_PROGRAMS_PER_SM = 8
+LIST_PROGRAMS_PER_SM = 16
 """Places in the list of parts; short parts fill up the end, so more than run at a time."""
+MIN_PART_TOKENS = 256
+"""Of sequences that differ in length; below it a part costs more than it saves."""
 FIXED_PART = 2048
 """Keys of a part in deterministic mode, where a result depends on its own sequence only."""
 PLANNED_ENTRIES = 8192
@@ -40,15 +43,16 @@ CLASSES = 8
 """Of lengths, halving, in which the list is ordered."""
 
 
-@triton.jit(do_not_specialize=["batch", "max_q", "left", "least", "most", "slots"])
+@triton.jit(do_not_specialize=["batch", "max_q", "left", "least", "most", "few_least", "few"])
 def plan_kernel(
-    LENS, Q_STARTS, WORK, batch, max_q, left, least, most, slots,
+    LENS, Q_STARTS, WORK, batch, max_q, left, least, most, few_least, few,
     B: tl.constexpr, E: tl.constexpr, BN: tl.constexpr, LEFT: tl.constexpr, VARLEN: tl.constexpr,
     ORDERS: tl.constexpr,
 ):  # fmt: skip
     """E entries of the list. Each program cuts all the sequences: that is cheaper than waiting.
 
-    ``least`` and the lengths of parts are counted in tiles of BN keys; ``most`` parts in all.
+    ``least`` and the lengths of parts are counted in tiles of BN keys; ``most`` parts in all, which
+    is the length of the list; of sequences of nearly one length, ``few_least`` and ``few``.
     """
     seq, entry = tl.arange(0, B), tl.program_id(0) * E + tl.arange(0, E)
     there = seq < batch
@@ -60,11 +64,14 @@ def plan_kernel(
     floor, end = span(length, queries, 0, queries, left, 0, LEFT, False)
     begin = floor // BN * BN
     tiles = tl.cdiv(tl.maximum(end - begin, 0), BN)
-    low, high = least, tl.maximum(tl.max(tiles, 0), least)
+    longest, limit = tl.max(tiles, 0), most
+    if longest * batch <= tl.sum(tl.where(there, tiles, 0), 0) // 8 * 9:
+        least, limit = few_least, few
+    low, high = least, tl.maximum(longest, least)
     while low < high:  # the smallest part with which the list suffices
         middle = (low + high) // 2
         count = tl.sum(tl.where(there, tl.maximum(tl.cdiv(tiles, middle), 1), 0), 0)
-        if count <= most:
+        if count <= limit:
             high = middle
         else:
             low = middle + 1
@@ -83,7 +90,7 @@ def plan_kernel(
     own = (nth >= 0) & (nth < parts[None, :])
     lo = begin[None, :] + nth * share[None, :] * BN
     hi = tl.minimum(lo + share[None, :] * BN, end[None, :])
-    at, valid = WORK + entry * 8, entry < slots
+    at, valid = WORK + entry * 8, entry < most
     found = tl.sum(tl.where(own, seq[None, :] + 1, 0), 1) - 1  # -1: nobody's
     tl.store(at, found, mask=valid)
     tl.store(at + 1, tl.sum(tl.where(own, lo, 0), 1), mask=valid)
@@ -106,6 +113,8 @@ class Plan:
         self.window = window
         self.fixed = fixed
         self.balanced = False
+        self._planners: dict[bool, tuple[Handle, int]] = {}
+        self._parts: dict[int, int] = {}
         rows = shape["max_batch"] * shape["max_q"] * shape["group"] * shape["num_kv_heads"]
         self.known = Known(rows, shape["device"])
         self.config = tile_config(
@@ -120,10 +129,11 @@ class Plan:
     def update(self, cache_seqlens: Any, cu_seqlens_q: Any = None) -> None:
         """Cut the sequences for these lengths (int32 ``[B]``, tokens of the query included).
 
-        Queues one kernel on the current stream and waits for nothing; call it whenever lengths
-        change, before the first layer, and inside of a captured graph if it is to follow them.
-        Without it every sequence is cut into equally many parts. Has no effect on plans that are
-        deterministic, since these cut at fixed lengths.
+        Sequences of nearly one length are cut into as many parts as without it, others so that
+        short parts fill up the end. Queues one kernel on the current stream and waits for nothing;
+        call it whenever lengths change, before the first layer, and inside of a captured graph if
+        it is to follow them. Without it every sequence is cut into equally many parts, or none. Has
+        no effect on plans for one sequence or deterministic ones, which cut at fixed lengths.
 
         Raises ``InvalidInput`` for more sequences than ``max_batch``.
         """
@@ -136,34 +146,62 @@ class Plan:
             raise InvalidInput(
                 f"a plan for at most {self.shape['max_batch']} sequences got {len(lens)}"
             )
-        if self.fixed or (device.type == "cpu" and not interpreted()):
+        alone = self.shape["max_batch"] == 1  # equal parts are the best there are
+        if alone or self.fixed or (device.type == "cpu" and not interpreted()):
             return
-        padded = triton.next_power_of_2(max(16, self.shape["max_batch"]))
-        entries = max(2, min(64, PLANNED_ENTRIES // padded))
-        tile = self.config["BN"]
-        constants = {
-            "B": padded, "E": entries, "BN": tile, "LEFT": self.window < UNBOUNDED,
-            "VARLEN": starts is not None, "ORDERS": CLASSES,
-        }  # fmt: skip
-        numbers = (len(lens), self.shape["max_q"], min(self.window, 1 << 30),
-                   cdiv(MIN_SPLIT_TOKENS, tile), self.slots, self.slots)  # fmt: skip
-        grid = cdiv(self.slots, entries)
+        numbers = self._numbers(len(lens))
         if interpreted():
-            plan_kernel[(grid,)](
+            constants = self._planner(varlen=starts is not None)
+            plan_kernel[(cdiv(self.slots, constants["E"]),)](
                 lens, lens if starts is None else starts, self.workspace.work, *numbers, **constants
             )
+        elif torch.cuda.current_device() == device.index:
+            self._launch(lens, starts, numbers)
         else:
-            types = dict.fromkeys(("LENS", "Q_STARTS", "WORK"), "*i32")
             with torch.cuda.device(device):
-                handle = handle_of(plan_kernel, types, constants, num_warps=8, device=device.index)
-                handle(
-                    grid, 1, triton.runtime.driver.active.get_current_stream(device.index),
-                    lens.data_ptr(), 0 if starts is None else starts.data_ptr(),
-                    self.workspace.work.data_ptr(), *numbers,
-                )  # fmt: skip
+                self._launch(lens, starts, numbers)
         if not self.balanced:
             self.known.clear()  # they cut into equal parts
         self.balanced = True
+
+    def _numbers(self, batch: int) -> tuple[int, ...]:
+        """The arguments of ``plan_kernel`` that are no addresses."""
+        tile = self.config["BN"]
+        return (batch, self.shape["max_q"], min(self.window, 1 << 30), cdiv(MIN_PART_TOKENS, tile),
+                self.slots, cdiv(MIN_SPLIT_TOKENS, tile), self._few(batch))  # fmt: skip
+
+    def _planner(self, *, varlen: bool) -> dict[str, Any]:
+        """The constants of ``plan_kernel``."""
+        padded = triton.next_power_of_2(max(16, self.shape["max_batch"]))
+        return {
+            "B": padded, "E": max(2, min(64, PLANNED_ENTRIES // padded)), "BN": self.config["BN"],
+            "LEFT": self.window < UNBOUNDED, "VARLEN": varlen, "ORDERS": CLASSES,
+        }  # fmt: skip
+
+    def _launch(
+        self, lens: torch.Tensor, starts: torch.Tensor | None, numbers: tuple[int, ...]
+    ) -> None:
+        """Launch ``plan_kernel`` on the current stream of the plan's device, the current one."""
+        index, varlen = self.shape["device"].index, starts is not None
+        made = self._planners.get(varlen)
+        if made is None:
+            constants = self._planner(varlen=varlen)
+            types = dict.fromkeys(("LENS", "Q_STARTS", "WORK"), "*i32")
+            handle = handle_of(plan_kernel, types, constants, num_warps=8, device=index)
+            made = self._planners[varlen] = handle, cdiv(self.slots, constants["E"])
+        handle, grid = made
+        stream = triton.runtime.driver.active.get_current_stream(index)
+        handle(grid, 1, stream, lens.data_ptr(), 0 if starts is None else starts.data_ptr(),
+               self.workspace.addresses[0], *numbers)  # fmt: skip
+
+    def _few(self, batch: int) -> int:
+        """Parts in all of a batch whose sequences are of one length."""
+        parts = self._parts.get(batch)
+        if parts is None:
+            items = max(1, batch * self.shape["num_kv_heads"])
+            parts = equal_parts(items, self.shape["max_seqlen_k"], self.shape["device"])
+            self._parts[batch] = parts
+        return min(self.slots, batch * parts)
 
     def config_for(self, call: AttentionCall) -> dict[str, int]:
         """The tiles of ``call``; raises ``InvalidInput`` if the plan was made for other calls."""
@@ -246,11 +284,9 @@ def plan_attention(
         return Plan(
             shape, max_batch * cdiv(max_seqlen_k + fixed, fixed), window=window, fixed=fixed
         )
-    places = LIST_PROGRAMS_PER_SM * _multiprocessors(where)
-    return Plan(shape, max(max_batch, places // num_kv_heads), window=window, fixed=0)
-
-
-def _multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 1
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+    if max_batch == 1:
+        slots = equal_parts(num_kv_heads, max_seqlen_k, where)
+    else:
+        places = LIST_PROGRAMS_PER_SM * multiprocessors(where) // num_kv_heads
+        slots = max(max_batch, min(places, max_batch * cdiv(max_seqlen_k, MIN_SPLIT_TOKENS)))
+    return Plan(shape, slots, window=window, fixed=0)

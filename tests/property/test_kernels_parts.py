@@ -78,10 +78,13 @@ def solve_planned(case, plan, *, update=True, rows=None):
 
 
 @few(80)
-@given(case=cases(decode=True, longest=400), slots=st.integers(1, 20), least=st.integers(1, 130))
-def test_3_a_planned_batch_equals_its_float64_twin(case, slots, least):
+@given(case=cases(decode=True, longest=400), slots=st.integers(1, 20), least=st.integers(1, 130),
+       parts=st.integers(1, 5))  # fmt: skip
+def test_3_a_planned_batch_equals_its_float64_twin(case, slots, least, parts):
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planning, "MIN_PART_TOKENS", least)
         patch.setattr(planning, "MIN_SPLIT_TOKENS", least)
+        patch.setattr(planning, "equal_parts", lambda *_: parts)
         plan = plan_for(case, slots=slots)
         assert_close(case, solve_planned(case, plan), expect(case), factor=2)
         again = solve_planned(case, plan)
@@ -94,7 +97,7 @@ def test_the_list_of_a_skewed_batch_covers_each_key_once_long_parts_first(window
     case = Case(0, torch.float16, 16, 1, 2, 64, 64, lens, (1,) * 6, {"window_size": window})
     plan = plan_for(case, slots=20)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(planning, "MIN_SPLIT_TOKENS", 1)
+        patch.setattr(planning, "MIN_PART_TOKENS", 1)
         plan.update(torch.tensor(lens, dtype=torch.int32))
     work = [row[:5] for row in plan.workspace.work.tolist() if row[0] >= 0]
     assert len(work) <= plan.slots

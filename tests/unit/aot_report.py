@@ -50,14 +50,16 @@ def shaped(dtype, dim, *, stored=None, block_size=16, paged=True, max_q=1, heads
     )  # fmt: skip
 
 
-def attend(call, *, split=True, planned=False):
+def attend(call, *, split=True, planned=False, alone=False):
     """(kernel, types, constants, warps, bytes of tiles that are to be in flight)."""
     kv = call.kv
     config = decode.tile_config(call.q.shape[1] // kv.num_kv_heads, kv.head_dim, kv.head_dim_v,
                                 call.max_q, call.q.dtype, kv.dtype)  # fmt: skip
+    warps = decode.num_warps(config, call.q.element_size())
+    if alone:
+        config, warps = decode.alone(config, call.q.element_size(), short=True)
     constants = decode.constants_of(call, config, split=split, planned=planned)
     pair = config["BN"] * decode.row_bytes(config["DP"], config["DVP"], kv.dtype)
-    warps = decode.num_warps(config, call.q.element_size())
     ahead = (config["STAGES"] - 1) * pair
     return attend_kernel, decode.types_of(call.q.dtype), constants, warps, ahead
 
@@ -91,6 +93,10 @@ def configurations():
         rows[f"attend bf16 128 {place}"] = attend(shaped(torch.bfloat16, 128, **options))
     plain = shaped(torch.bfloat16, 128)
     rows["attend bf16 128 whole"] = attend(plain, split=False)
+    rows["attend bf16 128 alone"] = attend(plain, alone=True)
+    rows["attend int8 128 alone"] = attend(
+        shaped(torch.bfloat16, 128, stored=torch.int8), alone=True
+    )
     rows["attend bf16 128 planned"] = attend(plain, planned=True)
     for name, stored in QUANTIZED.items():
         for by_row in (True,) if stored == INT4 else (True, False):

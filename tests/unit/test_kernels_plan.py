@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import weakref
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
-from kvcached.kernels import _repeat
+from kvcached.kernels import _repeat, decode, plan_attention
+from kvcached.kernels import plan as planning
 from kvcached.kernels._repeat import Known
 from kvcached.kernels.checks import check_call
 
@@ -49,6 +51,10 @@ def known(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # the index of the CPU
     monkeypatch.setattr(_repeat.triton.runtime, "driver", SimpleNamespace(active=_Driver))
     return Known(8, torch.device("cpu"))
+
+
+class _Memory:
+    addresses = (1, 2, 3, 4)
 
 
 class _Driver:
@@ -111,3 +117,81 @@ def test_the_oldest_calls_are_forgotten(known, monkeypatch):
     learned(known, second)
     assert known.launch(ordered(first), OPTIONS, with_lse=False) is None
     assert known.launch(ordered(second), OPTIONS, with_lse=False) is not None
+
+
+def test_without_a_plan_new_views_of_a_known_cache_are_known(known):
+    known = Known(None, torch.device("cpu"))
+    call = given()
+    launch = learned(known, call)
+    again = call | {name: call[name].view(4, 16, 2, 8) for name in ("k_cache", "v_cache")}
+    out, lse = known.launch(ordered(again), OPTIONS, with_lse=False)
+    want = call["k_cache"].data_ptr(), call["v_cache"].data_ptr()
+    assert launch.calls[0][6:8] == want
+    assert launch.calls[0][-4:] == (out.data_ptr(), lse.data_ptr(), 5, 6)
+    assert lse.shape == (2, 4), "nobody else writes there"
+    for change in (call["k_cache"].clone(), call["k_cache"][:3]):
+        assert known.launch(ordered(call | {"k_cache": change}), OPTIONS, with_lse=False) is None
+
+
+def test_the_memory_of_a_known_call_outlives_the_one_that_took_its_place(known):
+    call = given()
+    launch = learned(known, call)
+    launch.work = _Memory()
+    kept = weakref.ref(launch.work)
+    known.learn(ordered(call), OPTIONS, check_call(**call), launch)
+    launch.work = None
+    assert kept() is not None
+    known.clear()
+    assert kept() is None
+
+
+def test_each_stream_knows_its_own_calls_and_a_capture_none(monkeypatch):
+    stream = [5]
+    driver = SimpleNamespace(get_current_stream=lambda index: stream[0] + index)
+    monkeypatch.setattr(_repeat.triton.runtime, "driver", SimpleNamespace(active=driver))
+    monkeypatch.setattr(_repeat, "_streams", {})
+    capturing = [False]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    first = _repeat.known_here(1)
+    assert first is _repeat.known_here(1)
+    assert first is not _repeat.known_here(0)
+    stream[0] = 7
+    assert _repeat.known_here(1) is not first
+    capturing[0] = True
+    assert _repeat.known_here(1) is None
+
+
+# --- how many parts ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("items", "longest", "parts"), [
+    (8, 1024, 16), (8, 128, 2), (8, 32768, 16), (1, 1 << 20, 128),  # one program an SM
+    (128, 4096, 1), (512, 8192, 1), (1000, 1 << 17, 1), (32, 8192, 4),
+    (64, 131072, 4), (128, 8192, 2),  # parts are long
+    (90, 2048, 2), (100, 2048, 1),  # most SMs must work
+])  # fmt: skip
+def test_there_is_one_wave_of_parts_unless_they_are_long(monkeypatch, items, longest, parts):
+    monkeypatch.setattr(decode, "multiprocessors", lambda _: 132)
+    assert decode.equal_parts(items, longest, torch.device("cuda")) == parts
+
+
+def test_a_plan_compiles_its_planner_once_and_tells_it_the_parts_of_like_lengths(monkeypatch):
+    made = plan_attention(8, 4096, 32, 8, 128, torch.bfloat16, device="cpu")
+    made.slots = 200
+    monkeypatch.setattr(planning, "equal_parts", lambda items, *_: 132 // items)
+    monkeypatch.setattr(planning.triton.runtime, "driver", SimpleNamespace(active=_Driver))
+    asked, calls = [], []
+
+    def handle_of(*_, **options):
+        asked.append(options)
+        return lambda *numbers: calls.append(numbers)
+
+    monkeypatch.setattr(planning, "handle_of", handle_of)
+    lens = torch.tensor([7, 9], dtype=torch.int32)
+    for starts in (None, torch.tensor([0, 1, 2], dtype=torch.int32), None):
+        made._launch(lens, starts, made._numbers(len(lens)))
+    assert len(asked) == 2
+    assert calls[0] == calls[2]
+    grid = -(-200 // 64)
+    place = made.workspace.work.data_ptr()
+    assert calls[0] == (grid, 1, 77, lens.data_ptr(), 0, place, 2, 1, 1 << 30, 4, 200, 1, 16)
