@@ -119,15 +119,15 @@ class Problem:
         total = sum(self.blocks) * self.copies
         self.cache = open_cache(shape, total * size)
         sequence = self.cache.new_sequence()
-        self.cache.extend(sequence, total * size)
-        ids = torch.tensor(sequence.block_ids, dtype=torch.int32)
+        # All blocks there are: so none is left out between those that are used.
+        self.cache.extend(sequence, (self.cache.geometry.num_blocks - 1) * size)
+        ids = torch.tensor(sequence.block_ids, dtype=torch.int32).sort().values[:total]
         self.k, self.v = (part.view(STORED[shape.stored]) for part in self.cache.layer(0))
         generator = torch.Generator().manual_seed(0)
-        self.fill(ids.sort().values)
+        self.fill(ids)
         if shape.place == "random":
             ids = ids[torch.randperm(len(ids), generator=generator)]
         else:
-            ids = ids.sort().values
             assert int(ids[-1] - ids[0]) == len(ids) - 1, "the blocks are not consecutive"
         self.tables, self.starts = [], []
         for part in ids.split(sum(self.blocks)):

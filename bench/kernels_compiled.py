@@ -41,11 +41,13 @@ def programs(arch: int) -> dict[str, Any]:
 
 
 def reason(error: BaseException) -> str:
-    """The last line that says something, without the program around it."""
+    """The line that says what is wrong, without the program or the command around it."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip(" ^")]
-    return f"{type(error).__name__}: {' '.join(lines[-1:])[:160]}"
+    wrong = [line for line in lines if "error" in line.lower() and "/" not in line]
+    said = (wrong or [line for line in lines if "/" not in line] or [""])[-1]
+    return f"{type(error).__name__}: {said[:160]}"
 
 
 def compiled(arch: int, only: list[str]) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:

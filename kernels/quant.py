@@ -32,7 +32,9 @@ def row_scales(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
     A row of zeros gets scale 1.
     """
-    scale = x.abs().amax(-1).float() / _largest(dtype)
+    largest = x.abs().amax(-1).float()
+    # A tensor, not a number: by a number torch multiplies with the inverse on a GPU.
+    scale = largest / torch.full_like(largest, _largest(dtype))
     return torch.where(scale > 0, scale, torch.ones_like(scale))
 
 
