@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from kvcached.kernels._launch import TYPES, handle_of, interpreted
-from kvcached.kernels.quant import LARGEST
+from kvcached.kernels.quant import LARGEST, require_hardware
 
 WIDTH = 1024
 """Elements of a token that a program writes."""
@@ -222,6 +222,7 @@ def append_quant_triton(
     """Quantise checked rows to their slots; scales of three dimensions are made here."""
     if not len(slots):
         return
+    require_hardware(k_cache.dtype, k_cache.device)
     heads, per_row = k_cache.shape[2], k_scale.dim() == 3
     config = quant_config(heads, key.shape[2], value.shape[2], k_cache.dtype)
     steps = [step for scale in (k_scale, v_scale)

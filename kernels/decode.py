@@ -25,7 +25,7 @@ from kvcached.errors import InvalidInput
 from kvcached.kernels._decode import attend_kernel
 from kvcached.kernels._launch import TYPES, Handle, handle_of, interpreted
 from kvcached.kernels._workspace import workspace_of
-from kvcached.kernels.quant import INT4
+from kvcached.kernels.quant import INT4, require_hardware
 from kvcached.layout import cdiv
 
 if TYPE_CHECKING:
@@ -246,6 +246,7 @@ def prepare(call: AttentionCall, num_splits: int = 0, plan: Plan | None = None) 
     kv, q, batch = call.kv, call.q, len(call.lens)
     if q.dtype == torch.float64:
         raise InvalidInput("float64 attention runs on CPU tensors only", hint="Use float32.")
+    require_hardware(kv.dtype, q.device)
     group = q.shape[1] // kv.num_kv_heads
     config = tile_config(group, kv.head_dim, kv.head_dim_v, call.max_q, q.dtype, kv.dtype)
     if plan is not None:

@@ -25,6 +25,21 @@ LARGEST = {
     INT4: 7.0,
 }
 """The largest stored value of each dtype; the smallest is its negative."""
+FP8_CAPABILITY = 8, 9
+"""Before it a GPU does not convert fp8, and neither Triton nor the assembler makes up for it."""
+
+
+def require_hardware(dtype: torch.dtype, device: torch.device) -> None:
+    """Raise ``InvalidInput`` if a GPU has no instructions for what ``dtype`` stores."""
+    if device.type != "cuda" or not dtype.is_floating_point or dtype.itemsize > 1:
+        return
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < FP8_CAPABILITY:
+        raise InvalidInput(
+            f"a cache of {dtype} needs a GPU of compute capability "
+            f"{FP8_CAPABILITY[0]}.{FP8_CAPABILITY[1]} or more; this one has {major}.{minor}",
+            hint="int8 and int4 caches work on it.",
+        )
 
 
 def row_scales(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
