@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -52,13 +53,20 @@ def offline(model, runtime_dir, log, *, phases, engine=None, texts=None, more=No
     return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
 
 
+def free_port():
+    """A port that nobody listens on, from below those that the kernel gives to others meanwhile."""
+    while True:
+        port = random.randrange(20_000, 30_000)
+        with socket.socket() as sock, contextlib.suppress(OSError):
+            sock.bind(("127.0.0.1", port))
+            return port
+
+
 class Server:
     """One ``vllm serve``; ended with all its processes."""
 
     def __init__(self, model, runtime_dir, log, **env):
-        with socket.socket() as sock:
-            sock.bind(("127.0.0.1", 0))
-            self.port = sock.getsockname()[1]
+        self.port = free_port()
         arguments = [f"--{name.replace('_', '-')}={value}" for name, value in ENGINE.items()
                      if name != "enforce_eager"]  # fmt: skip
         self.log = log
