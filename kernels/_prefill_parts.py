@@ -11,6 +11,7 @@ import triton.language as tl
 
 from kvcached.kernels._launch import TYPES, handle_of, interpreted
 from kvcached.kernels._workspace import workspace_of
+from kvcached.kernels.decode import multiprocessors
 
 if TYPE_CHECKING:
     from kvcached.kernels.checks import AttentionCall
@@ -225,6 +226,29 @@ def launch(
     )  # fmt: skip
     stream = triton.runtime.driver.active.get_current_stream(device)
     handle.launch(*grid, stream, *handle.fixed, *given)
+
+
+def splits_of(
+    call: AttentionCall, items: int, *, programs_per_sm: int, most: int, least: int
+) -> int:
+    """Parts of each sequence: enough to fill the GPU, each with ``least`` of the longest's tokens.
+
+    A power of two, at most ``most``: few values, since each is a kernel of its own.
+    """
+    if call.q.device.type != "cuda":
+        return 1
+    programs = programs_per_sm * multiprocessors(call.q.device)
+    wanted = min(most, programs // items, call.longest // least)
+    return 1 << max(0, wanted.bit_length() - 1)
+
+
+def with_positive_scale(call: AttentionCall) -> tuple[torch.Tensor, float]:
+    """``q`` and a scale above 0 that give the same scores.
+
+    They are scaled after their maximum is found, which a negative or zero scale would upset.
+    """
+    q, scale = (call.q, call.scale) if call.scale >= 0 else (-call.q, -call.scale)
+    return q, max(scale, 1e-30)
 
 
 def merge_config(dim_v: int, splits: int, width: int) -> dict[str, int]:

@@ -57,6 +57,12 @@ class AttentionCall:
     k_scale: torch.Tensor | None = None
     v_scale: torch.Tensor | None = None
 
+    @property
+    def longest(self) -> int:
+        """An upper bound of the lengths that needs no look at the device."""
+        kv = self.kv
+        return kv.block_size * (kv.num_blocks if self.table is None else self.table.shape[1])
+
 
 def check_call(
     q: torch.Tensor,

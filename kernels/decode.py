@@ -268,7 +268,7 @@ def prepare(call: AttentionCall, num_splits: int = 0, plan: Plan | None = None) 
     warps = num_warps(config, q.element_size())
     fixed = plan is not None and plan.fixed  # then the size of the batch must not show
     if grid[0] * grid[1] <= multiprocessors(q.device) and not fixed:
-        longest = _longest(call) if plan is None else plan.shape["max_seqlen_k"]
+        longest = call.longest if plan is None else plan.shape["max_seqlen_k"]
         short = longest * tiles * kv.num_kv_heads <= SHORT_PART_TOKENS * grid[0] * grid[1]
         config, warps = alone(config, q.element_size(), short=short)
     constants = constants_of(call, config, split=planned or split.most > 1, planned=planned)
@@ -305,13 +305,6 @@ def launch(made: Launch, call: AttentionCall) -> None:
     made(addresses, call.out.data_ptr(), call.lse.data_ptr(), stream)
 
 
-def _longest(call: AttentionCall) -> int:
-    """An upper bound of the lengths that needs no look at the device."""
-    kv = call.kv
-    blocks = kv.num_blocks if call.table is None else call.table.shape[1]
-    return blocks * kv.block_size
-
-
 def _split(call: AttentionCall, items: int, asked: int, plan: Plan | None) -> Split:
     """Parts of each sequence: as asked, as planned, or enough to fill the GPU, but none tiny."""
     if asked and not 1 <= asked <= MAX_SPLITS:
@@ -320,7 +313,7 @@ def _split(call: AttentionCall, items: int, asked: int, plan: Plan | None) -> Sp
         return plan.split(items, asked)
     if asked:
         return Split(asked, asked, 1)
-    splits = equal_parts(items, _longest(call), call.q.device)
+    splits = equal_parts(items, call.longest, call.q.device)
     return Split(splits, splits)
 
 

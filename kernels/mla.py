@@ -118,6 +118,8 @@ def attend_mla(
 
     ``config`` replaces entries of ``mla_config``, for tuning.
     """
+    from kvcached.kernels._prefill_parts import splits_of
+
     kv, q = call.kv, call.q
     if kv.dtype == torch.float64:
         raise InvalidInput("float64 attention runs on CPU tensors only", hint="Use float32.")
@@ -128,7 +130,9 @@ def attend_mla(
     rows = call.max_q * q.shape[1]
     sizes = mla_config(rows, kv.head_dim, kv.head_dim_v, q.element_size()) | dict(config or {})
     items = len(call.lens) * -(-rows // sizes["BM"])
-    splits = num_splits or _splits(items, call)
+    splits = num_splits or splits_of(  # a program an SM is all it holds
+        call, items, programs_per_sm=1, most=MAX_SPLITS, least=MIN_SPLIT_TOKENS
+    )
     if not 1 <= splits <= MAX_SPLITS or splits & (splits - 1):
         raise InvalidInput(f"num_splits is {splits}, but must be a power of two <= {MAX_SPLITS}")
     _launch(call, sizes, items, splits, num_warps)
@@ -139,13 +143,18 @@ def _launch(
 ) -> None:
     from kvcached.kernels._launch import interpreted
     from kvcached.kernels._mla_kernels import mla_kernel
-    from kvcached.kernels._prefill_parts import LOG2_E, launch, merge, workspace
+    from kvcached.kernels._prefill_parts import (
+        LOG2_E,
+        launch,
+        merge,
+        with_positive_scale,
+        workspace,
+    )
 
     kv, out = call.kv, call.out
     fused = splits == 1 or is_fused(sizes, splits)
     partial, state, finished = workspace(call, splits, kv.head_dim_v, items)
-    # Scores are scaled after their maximum is found, which a negative or zero scale would upset.
-    q, scale = (call.q, call.scale) if call.scale >= 0 else (-call.q, -call.scale)
+    q, scale = with_positive_scale(call)
     assert call.table is not None  # check_mla takes nothing else
     constants = sizes | {
         "H": q.shape[1], "SPLITS": splits, "FUSED": fused, "BLOCK_SIZE": kv.block_size,
@@ -155,7 +164,7 @@ def _launch(
     launch(
         mla_kernel, (items, splits, 1), call,
         (q, kv.k_ptr, call.table, call.lens, partial, state, finished, out, call.lse,
-         max(scale, 1e-30) * LOG2_E.value, min(call.right, 1 << 30), call.max_q,
+         scale * LOG2_E.value, min(call.right, 1 << 30), call.max_q,
          call.table.stride(0), *q.stride()[:2], *out.stride()[:2], kv.block_stride,
          kv.slot_stride),
         constants, num_warps,
@@ -167,13 +176,3 @@ def _launch(
 def is_fused(sizes: Mapping[str, int], splits: int) -> bool:
     """Whether the last split of a tile merges them; 64 rows of 512 columns are too much for one."""
     return sizes["BM"] < 64 and splits <= MAX_FUSED_SPLITS
-
-
-def _splits(items: int, call: AttentionCall) -> int:
-    """A program an SM, which is all it holds, with ``MIN_SPLIT_TOKENS`` of the longest sequence."""
-    if call.q.device.type != "cuda" or call.table is None:
-        return 1
-    longest = call.table.shape[1] * call.kv.block_size
-    programs = torch.cuda.get_device_properties(call.q.device).multi_processor_count
-    wanted = min(MAX_SPLITS, programs // items, longest // MIN_SPLIT_TOKENS)
-    return 1 << max(0, int(wanted).bit_length() - 1)  # few values: each is a kernel of its own

@@ -33,7 +33,9 @@ from kvcached.kernels._prefill_parts import (
     places,
     put_partial,
     sequence_of,
+    splits_of,
     store_rows,
+    with_positive_scale,
     with_sink,
     workspace,
 )
@@ -309,12 +311,14 @@ def attend_prefill(
     plain = call.slopes is None and call.left >= UNBOUNDED
     sizes: dict[str, Any] = tile_config(
         group, kv.head_dim, kv.head_dim_v, itemsize, varlen=varlen, plain=plain,
-        longest=_longest(call),
+        longest=call.longest,
     ) | (config or {})  # fmt: skip
     sizes["TOKENS"] = sizes["BM"] // group
     tokens = sizes["TOKENS"]
     tiles = call.q.shape[0] // tokens + batch if varlen else batch * triton.cdiv(call.max_q, tokens)
-    splits = min(num_splits, MAX_SPLITS) or _splits(tiles * kv.num_kv_heads, call)
+    splits = min(num_splits, MAX_SPLITS) or splits_of(
+        call, tiles * kv.num_kv_heads, programs_per_sm=2, most=MAX_SPLITS, least=MIN_SPLIT_TOKENS
+    )
     _launch(call, sizes, tiles, splits, num_warps or warps_of(sizes, itemsize, plain=plain))
 
 
@@ -323,8 +327,7 @@ def _launch(
 ) -> None:
     kv, width = call.kv, sizes["VA"] + sizes["VB"]
     partial, state, _ = workspace(call, splits, width, 0)
-    # Scores are scaled after their maximum is found, which a negative or zero scale would upset.
-    q, scale = (call.q, call.scale) if call.scale >= 0 else (-call.q, -call.scale)
+    q, scale = with_positive_scale(call)
     size, strides = _flat(call)
     constants = sizes | {
         "SPLITS": splits, "BLOCK_SIZE": size,
@@ -339,7 +342,7 @@ def _launch(
         prefill_kernel, (tiles, kv.num_kv_heads, splits), call,
         (q, kv.k_ptr, kv.v_ptr, call.starts if call.table is None else call.table, call.lens,
          call.q_starts, call.sinks, call.slopes, partial, state, call.out, call.lse,
-         max(scale, 1e-30), call.softcap, min(call.left, 1 << 30), min(call.right, 1 << 30),
+         scale, call.softcap, min(call.left, 1 << 30), min(call.right, 1 << 30),
          len(call.lens), call.max_q, tiles, 0 if call.table is None else call.table.stride(0),
          kv.num_kv_heads, *q.stride()[:2], *call.out.stride()[:2], *strides),
         constants, num_warps,
@@ -359,18 +362,3 @@ def _flat(call: AttentionCall) -> tuple[int, tuple[int, ...]]:
     if call.table is not None or not whole:
         return kv.block_size, strides
     return 1, (kv.slot_stride, 0, kv.head_stride, kv.v_slot_stride, 0, kv.v_head_stride)
-
-
-def _longest(call: AttentionCall) -> int:
-    """An upper bound of the lengths that needs no look at the device."""
-    kv = call.kv
-    return kv.block_size * (kv.num_blocks if call.table is None else call.table.shape[1])
-
-
-def _splits(items: int, call: AttentionCall) -> int:
-    """Enough programs for two waves, each with at least ``MIN_SPLIT_TOKENS`` of the longest."""
-    if call.q.device.type != "cuda":
-        return 1
-    programs = 2 * torch.cuda.get_device_properties(call.q.device).multi_processor_count
-    wanted = min(MAX_SPLITS, int(programs) // items, _longest(call) // MIN_SPLIT_TOKENS)
-    return 1 << max(0, wanted.bit_length() - 1)  # few values: each is a kernel of its own
