@@ -89,7 +89,7 @@ class Grower:
             if short <= 0 and now < self._refused_until:
                 return True
             if short >= self._denied_blocks and now < self._denied_until:
-                return short <= 0
+                return False
             if self._grow_if_free(count - pool.num_free):
                 continue
             short = count - self._ready()  # after each question, since others may have acted

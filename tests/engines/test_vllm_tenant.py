@@ -10,7 +10,7 @@ from cache_rig import FOREVER, stop_caretaker
 
 from kvcached.broker.budget import LocalBudget
 from kvcached.engines.vllm.tenant import EngineBlocks
-from kvcached.errors import BudgetExceeded
+from kvcached.errors import BudgetExceeded, DriverError
 from kvcached.layout import Geometry
 from kvcached.testing import FakeBackend, ManualFence
 
@@ -305,3 +305,19 @@ def test_nothing_is_grown_for_those_who_may_not_start(make):
         assert tenant._blocks.num_free < 4
     with tenant.updating(step=True):
         tenant.give(ids, NONE[:8])
+
+
+def test_after_growth_that_failed_others_get_cached_memory_as_before(make, monkeypatch):
+    tenant, _ = make()
+    with tenant.scheduling():
+        ids = taken(tenant, 2)
+    with tenant.updating(step=True):
+        tenant.give(ids, ALL[:2])
+
+    def broken(_):
+        raise DriverError("no", status="CUDA_ERROR_UNKNOWN", call="cuMemCreate")
+
+    monkeypatch.setattr(tenant._blocks.grower, "prepare", broken)
+    with pytest.raises(DriverError), tenant.scheduling(4):
+        pass
+    assert tenant.reclaim(2 * PAGE) >= 2 * PAGE

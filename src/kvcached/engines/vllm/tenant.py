@@ -94,10 +94,10 @@ class EngineBlocks(ElasticBlocks):
         once if it is free: a call for each would cost the driver's time for each.
         """
         with self._lock:
-            self._matching, self._last_pass = True, time.monotonic()
-            self._patience = _BUSY_SECONDS
-            if expected > self._blocks.num_free and self.lets_in:
+            self._last_pass, self._patience = time.monotonic(), _BUSY_SECONDS
+            if self.lets_in:
                 self._blocks.grower.prepare(expected)
+            self._matching = True  # not before: growth may fail
             self.num_available = self.count_available()
             try:
                 yield
