@@ -18,25 +18,21 @@ from typing import Any
 
 import triton
 from common import RESULTS, SCHEMA_VERSION, commit
-from triton.backends import compiler
 
 ROOT = Path(__file__).resolve().parent.parent
-Target = compiler.GPUTarget
+sys.path.append(str(ROOT / "tests"))  # what the programs share lies there
 ARCHS = [90, 80, 100]
 
 
-def programs(arch: int) -> dict[str, Any]:
-    """The programs of the tests, with the architecture that they name replaced."""
-    compiler.GPUTarget = lambda backend, _arch, warp: Target(backend, arch, warp)
-    found = {}
+def programs() -> list[Any]:
+    """The programs of the tests."""
+    found = []
     for path in sorted((ROOT / "tests" / "unit").glob("aot_*.py")):
-        spec = importlib.util.spec_from_file_location(f"{path.stem}_{arch}", path)
+        spec = importlib.util.spec_from_file_location(path.stem, path)
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        if hasattr(module, "configurations"):
-            found[path.stem] = module
-    compiler.GPUTarget = Target
+        found.append(module)
     return found
 
 
@@ -53,13 +49,13 @@ def reason(error: BaseException) -> str:
 def compiled(arch: int, only: list[str]) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
     """(rows, refusals) of one architecture."""
     rows, refused = [], []
-    for module in programs(arch).values():
+    for module in programs():
         for name, one in module.configurations().items():
             if only and not any(word in name for word in only):
                 continue
             head = {"kernel": name, "arch": f"sm_{arch}"}
             try:
-                rows.append(head | module.report(*one))
+                rows.append(head | module.report(*one, arch=arch))
             except Exception as error:  # noqa: BLE001 - a refusal is a result
                 refused.append(head | {"why": reason(error)})
             print({**head, **(rows[-1] if rows else {})}, file=sys.stderr, flush=True)

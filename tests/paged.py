@@ -217,3 +217,11 @@ def cases(draw, *, options=NO_OPTIONS, decode=False, longest=150):
 
 def with_options(case, **options):
     return replace(case, options=case.options | options)
+
+
+def sized(case):
+    """``case`` with one slope and one sink for each of its query heads."""
+    heads = torch.arange(1, case.heads * case.group + 1) / (case.heads * case.group)
+    per_head = {name: None if case.options[name] is None else heads * case.options[name]
+                for name in ("alibi_slopes", "sinks")}  # fmt: skip
+    return with_options(case, **per_head)

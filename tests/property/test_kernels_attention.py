@@ -22,6 +22,7 @@ from paged import (
     cases,
     expect,
     few,
+    sized,
     solve,
     with_options,
 )
@@ -43,14 +44,6 @@ def options(draw):
         "sinks": draw(st.sampled_from([None, 0.7])),
         "softmax_scale": draw(st.sampled_from([0.05, 0.2])),
     }
-
-
-def sized(case):
-    """``case`` with one slope and one sink for each of its query heads."""
-    heads = torch.arange(1, case.heads * case.group + 1) / (case.heads * case.group)
-    per_head = {name: None if case.options[name] is None else heads * case.options[name]
-                for name in ("alibi_slopes", "sinks")}  # fmt: skip
-    return with_options(case, **per_head)
 
 
 @few(60)

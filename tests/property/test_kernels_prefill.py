@@ -22,6 +22,7 @@ from paged import (
     few,
     lengths,
     owned,
+    sized,
     slots_of,
     with_options,
 )
@@ -85,14 +86,6 @@ def choices(draw):
         "sinks": draw(st.sampled_from([None, 0.7])),
         "softmax_scale": draw(st.sampled_from([0.05, 0.2, -0.1, 0.0])),
     }
-
-
-def sized(case):
-    """``case`` with one slope and one sink for each of its query heads."""
-    heads = torch.arange(1, case.heads * case.group + 1) / (case.heads * case.group)
-    per_head = {name: None if case.options[name] is None else heads * case.options[name]
-                for name in ("alibi_slopes", "sinks")}  # fmt: skip
-    return with_options(case, **per_head)
 
 
 @few(80)

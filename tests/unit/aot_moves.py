@@ -3,16 +3,10 @@
 A program of its own: ahead-of-time compilation needs a Triton that does not interpret.
 """
 
-import json
 import re
-import subprocess
-import sys
-import tempfile
 
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from ahead_of_time import compile_for, print_reports
 
 from kvcached.kernels import _move_triton as move
 from kvcached.kernels._launch import signature_of
@@ -88,37 +82,20 @@ def configurations():
     return found
 
 
-def report(kernel, types, constants, ahead):
-    """What the sm_90 code needs: registers, stack and shared bytes, accesses of 16 bytes."""
+def report(kernel, types, constants, ahead, *, arch=90):
+    """What the code needs: registers, stack and shared bytes, accesses of 16 bytes."""
     signature = signature_of(kernel, BASES | IDS | types, constants)
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names)
                if name not in constants and (name.isupper() or "stride" in name)}  # fmt: skip
     if kernel in {append_kernel, merge_kernel}:  # compiled for explicit types: no such hints
         aligned = {}
-    compiled = triton.compile(
-        ASTSource(kernel, signature, constants, aligned),
-        target=GPUTarget("cuda", 90, 32), options={"num_warps": 4},
-    )  # fmt: skip
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage = subprocess.run(
-            [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name],
-            capture_output=True, text=True, check=True,
-        ).stdout  # fmt: skip
-    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
-    ptx = compiled.asm["ptx"]
-    return {
-        "registers": registers, "stack": stack, "shared": compiled.metadata.shared,
+    ptx, needs = compile_for(arch, kernel, signature, constants, aligned, 4)
+    return needs | {
         "wide_loads": len(re.findall(r"ld\.global[.\w:]*\.v4\.b32", ptx)),
         "wide_stores": len(re.findall(r"st\.global[.\w:]*\.v4\.b32", ptx)),
         "tiles_ahead": ahead,
     }  # fmt: skip
 
 
-def main():
-    json.dump({name: report(*one) for name, one in configurations().items()}, sys.stdout)
-
-
 if __name__ == "__main__":
-    main()
+    print_reports(configurations, report)

@@ -3,16 +3,12 @@
 A program of its own: ahead-of-time compilation needs a Triton that does not interpret.
 """
 
-import json
 import os
-import re
 import subprocess
-import sys
 import tempfile
 
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from ahead_of_time import compile_for, print_reports, wide_copies
 
 from kvcached.kernels._launch import TYPES, attributes_of, signature_of
 from kvcached.kernels._mla_kernels import mla_kernel
@@ -101,33 +97,19 @@ def waits(ptx, arch):
     return "wgmma.mma_async instructions are serialized" in said.stdout + said.stderr
 
 
-def report(kernel, dtype, constants, buffered, warps):
+def report(kernel, dtype, constants, buffered, warps, *, arch=90):
     """Registers, stack and shared bytes; instructions that matter."""
     signature = signature_of(kernel, types_of(DTYPES[dtype]), constants)
-    target = GPUTarget("cuda", 90, 32)
     aligned = attributes_of(kernel, tuple(x for x in kernel.arg_names if x in ALIGNED))
-    compiled = triton.compile(
-        ASTSource(kernel, signature, constants, aligned), target=target,
-        options={"num_warps": warps},
-    )  # fmt: skip
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage = subprocess.run(
-            [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name],
-            capture_output=True, text=True, check=True,
-        ).stdout  # fmt: skip
-    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
-    ptx = compiled.asm["ptx"]
-    return {
-        "registers": registers, "stack": stack, "shared": compiled.metadata.shared,
+    ptx, needs = compile_for(arch, kernel, signature, constants, aligned, warps)
+    return needs | {
         "buffered": buffered,
-        "wide_copies": len(re.findall(r"cp\.async\.c[ga][^;]*, 0x10", ptx)),
+        "wide_copies": wide_copies(ptx),
         "warpgroup_products": ptx.count("wgmma.mma_async"),
-        "serialized": "wgmma" in ptx and waits(ptx, target.arch),
+        "serialized": "wgmma" in ptx and waits(ptx, arch),
         "rows": constants.get("BM", 1), "itemsize": BYTES[dtype],
     }  # fmt: skip
 
 
 if __name__ == "__main__":
-    json.dump({name: report(*row) for name, row in configurations().items()}, sys.stdout)
+    print_reports(configurations, report)

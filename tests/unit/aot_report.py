@@ -3,16 +3,8 @@
 A program of its own: ahead-of-time compilation needs a Triton that does not interpret.
 """
 
-import json
-import re
-import subprocess
-import sys
-import tempfile
-
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from ahead_of_time import compile_for, print_reports, wide_copies
 
 from kvcached.kernels import decode
 from kvcached.kernels._decode import attend_kernel
@@ -107,32 +99,16 @@ def configurations():
     return rows
 
 
-def report(kernel, types, constants, warps, ahead):
-    """What the sm_90 code needs: registers, stack and shared bytes, copies ahead of use."""
+def report(kernel, types, constants, warps, ahead, *, arch=90):
+    """What the code needs: registers, stack and shared bytes, copies ahead of use."""
     signature = signature_of(kernel, types, constants)
-    compiled = triton.compile(
-        ASTSource(kernel, signature, constants, {}),
-        target=GPUTarget("cuda", 90, 32), options={"num_warps": warps},
-    )  # fmt: skip
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage = subprocess.run(
-            [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name],
-            capture_output=True, text=True, check=True,
-        ).stdout  # fmt: skip
-    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
-    return {
-        "registers": registers, "stack": stack, "shared": compiled.metadata.shared,
+    ptx, needs = compile_for(arch, kernel, signature, constants, {}, warps)
+    return needs | {
         # 16-byte copies of K and V; narrower ones fetch scales, and V of one byte an element
-        "wide_copies": len(re.findall(r"cp\.async\.c[ga][^;]*, 0x10", compiled.asm["ptx"])),
+        "wide_copies": wide_copies(ptx),
         "tiles_ahead": ahead,
     }  # fmt: skip
 
 
-def main():
-    json.dump({name: report(*one) for name, one in configurations().items()}, sys.stdout)
-
-
 if __name__ == "__main__":
-    main()
+    print_reports(configurations, report)

@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from other_python import run_python
 
 pytest.importorskip("triton")
 pytest.importorskip("torch")
 pytestmark = pytest.mark.slow
-HERE = Path(__file__).parent
 
 
 @pytest.fixture(scope="module")
 def compiled():
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, HERE / "aot_moves.py"], env=env, timeout=110,
-                          check=False, capture_output=True, text=True)  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout)
+    return json.loads(run_python(str(Path(__file__).with_name("aot_moves.py")), timeout=110))
 
 
 def test_they_need_no_stack_and_few_registers(compiled):

@@ -3,45 +3,32 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from other_python import run_python
 
 pytest.importorskip("triton")
 pytest.importorskip("torch")
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[2]
 SHARED_LIMIT = 232_448
 """Bytes of shared memory that one thread block may have on sm_90."""
-
-
-def _python(*args, timeout, **env):
-    clean = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, *args], cwd=ROOT, env=clean | env, timeout=timeout, check=False,
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-4000:]
-    return done.stdout
 
 
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("kernel", ["prefill", "mla"])
 def test_the_laws_of_the_kernel_hold_in_the_interpreter(kernel):
-    said = _python("-m", "pytest", "-q", "-p", "no:cacheprovider",
-                   f"tests/property/test_kernels_{kernel}.py",
-                   timeout=380, TRITON_INTERPRET="1")  # fmt: skip
+    said = run_python("-m", "pytest", "-q", "-p", "no:cacheprovider",
+                      f"tests/property/test_kernels_{kernel}.py",
+                      timeout=380, TRITON_INTERPRET="1")  # fmt: skip
     assert " passed" in said
     assert "skipped" not in said
 
 
 @pytest.fixture(scope="module")
 def compiled():
-    return json.loads(_python(str(Path(__file__).with_name("aot_prefill_mla.py")), timeout=280))
+    return json.loads(run_python(str(Path(__file__).with_name("aot_prefill_mla.py")), timeout=280))
 
 
 @pytest.mark.timeout(300)

@@ -6,45 +6,31 @@ Both need a Python of their own, since Triton decides at its import whether it i
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from other_python import ROOT, run_python
 
 pytest.importorskip("triton")
 pytest.importorskip("torch")
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[2]
 SHARED_LIMIT = 232_448
 """Bytes of shared memory that one thread block may have on sm_90."""
-
-
-def _python(*args, timeout, **env):
-    clean = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return subprocess.run(
-        [sys.executable, *args], cwd=ROOT, env=clean | env, timeout=timeout, check=False,
-        capture_output=True, text=True,
-    )  # fmt: skip
 
 
 @pytest.mark.timeout(400)
 def test_the_laws_of_the_kernels_hold_in_the_interpreter():
     laws = sorted(str(path) for path in (ROOT / "tests/property").glob("test_kernels_*.py")
                   if path.stem not in {"test_kernels_prefill", "test_kernels_mla"})  # fmt: skip
-    done = _python("-m", "pytest", "-q", "-p", "no:cacheprovider", *laws,
-                   timeout=380, TRITON_INTERPRET="1")  # fmt: skip
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
+    said = run_python("-m", "pytest", "-q", "-p", "no:cacheprovider", *laws,
+                      timeout=380, TRITON_INTERPRET="1")  # fmt: skip
+    assert " passed" in said
 
 
 @pytest.fixture(scope="module")
 def compiled():
-    done = _python(str(Path(__file__).with_name("aot_report.py")), timeout=280)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout)
+    return json.loads(run_python(str(Path(__file__).with_name("aot_report.py")), timeout=280))
 
 
 @pytest.mark.timeout(300)

@@ -1,0 +1,44 @@
+"""Triton kernels compiled without a GPU: what their code needs.
+
+For programs of their own (``tests/unit/aot_*.py``): it needs a Triton that does not interpret.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+
+def compile_for(arch, kernel, signature, constants, attributes, num_warps):
+    """(PTX, registers, stack and shared bytes by name) of a kernel for ``sm_<arch>``."""
+    compiled = triton.compile(
+        ASTSource(kernel, signature, constants, attributes),
+        target=GPUTarget("cuda", arch, 32), options={"num_warps": num_warps},
+    )  # fmt: skip
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run(
+            [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name],
+            capture_output=True, text=True, check=True,
+        ).stdout  # fmt: skip
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    needs = {"registers": registers, "stack": stack, "shared": compiled.metadata.shared}
+    return compiled.asm["ptx"], needs
+
+
+def wide_copies(ptx):
+    """Asynchronous copies of 16 bytes."""
+    return len(re.findall(r"cp\.async\.c[ga][^;]*, 0x10", ptx))
+
+
+def print_reports(configurations, report):
+    """The report of each configuration, for sm_90, as JSON."""
+    json.dump({name: report(*one) for name, one in configurations().items()}, sys.stdout)
