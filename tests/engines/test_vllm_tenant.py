@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 
 import numpy as np
@@ -321,3 +322,51 @@ def test_after_growth_that_failed_others_get_cached_memory_as_before(make, monke
     with pytest.raises(DriverError), tenant.scheduling(4):
         pass
     assert tenant.reclaim(2 * PAGE) >= 2 * PAGE
+
+
+def test_a_step_waits_for_a_part_of_a_claim_and_not_for_all_of_it(make):
+    tenant, _ = make(blocks=90)
+    with tenant.scheduling():
+        ids = taken(tenant, 60)
+    with tenant.updating(step=True):
+        tenant.give(ids, ALL[:60])
+    tenant.turns.part_bytes = 4 * PAGE
+    left, done = [], threading.Event()
+
+    def step():
+        with tenant.scheduling():
+            left.append(tenant._blocks.num_cached)
+            assert not tenant.lets_in, "what is given back would go to a new request"
+        done.set()
+
+    evicted, thread = tenant._blocks.on_evict, threading.Thread(target=step)
+
+    def on_evict(ids):
+        evicted(ids)
+        if not thread.ident:
+            thread.start()
+            while not tenant.turns._waiting:
+                time.sleep(0.001)
+
+    tenant.on_evict(on_evict)
+    assert tenant.reclaim(60 * PAGE) >= 55 * PAGE
+    assert done.wait(10)
+    assert 0 < left[0] < 60
+    assert tenant.lets_in
+    thread.join(10)
+
+
+def test_a_debt_is_paid_in_parts(make):
+    tenant, _ = make(blocks=90)
+    with tenant.scheduling():
+        ids = taken(tenant, 40)
+    tenant.reclaim(100 * PAGE, patient=True)
+    tenant.turns.part_bytes = 8 * PAGE
+    with tenant.updating(step=True):
+        tenant.give(ids, ALL[:40])
+    after_one = tenant._blocks.num_cached
+    assert 0 < after_one < 40
+    tenant.turns.part_bytes = 100 * PAGE
+    with tenant.updating(step=False):
+        pass
+    assert tenant._blocks.num_cached == 0

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kvcached.elastic import ElasticBlocks
+from kvcached.engines.vllm.turns import Turns
 from kvcached.errors import KvcachedError
 from kvcached.memory.base import Fence
 
@@ -86,6 +87,17 @@ class EngineBlocks(ElasticBlocks):
         self.num_available = self.count_available()
         """As ``count_available`` says, between its calls."""
 
+    def _prepare(self) -> None:
+        """See ``ElasticBlocks._prepare``."""
+        self.turns = Turns(self._lock)
+
+    def close(self) -> None:
+        """See ``ElasticBlocks.close``."""
+        if self.state == "open":
+            ms = 1e3 * self.turns.longest_wait
+            _log.info("%s: a step waited %.2f ms at most for memory given back", self.name, ms)
+        super().close()
+
     @contextmanager
     def scheduling(self, expected: int = 0) -> Iterator[None]:
         """Around one pass of the scheduler: no cached block goes that it may have matched.
@@ -93,7 +105,7 @@ class EngineBlocks(ElasticBlocks):
         ``expected``: blocks that it may take for requests that start. Memory for them is grown at
         once if it is free: a call for each would cost the driver's time for each.
         """
-        with self._lock:
+        with self.turns.step():
             self._last_pass, self._patience = time.monotonic(), _BUSY_SECONDS
             if self.lets_in:
                 self._blocks.grower.prepare(expected)
@@ -109,7 +121,7 @@ class EngineBlocks(ElasticBlocks):
     @contextmanager
     def updating(self, *, step: bool) -> Iterator[None]:
         """Around what changes blocks between passes; ``step``: a step's result is taken in."""
-        with self._lock:
+        with self.turns.step():
             if step:
                 self.steps_done += 1
             yield
@@ -117,12 +129,19 @@ class EngineBlocks(ElasticBlocks):
             self.num_available = self.count_available()
 
     def _settle(self) -> None:
-        """Retire fences, and pay what is owed. The engine goes on if the memory cannot be had."""
+        """Retire fences, and pay of what is owed what takes no time to speak of.
+
+        The engine goes on if the memory cannot be given back.
+        """
         may_evict = not self._matching  # a request may end while the scheduler looks
+
+        def some(nbytes: int) -> int:
+            return self._blocks.reclaim(nbytes, may_evict=may_evict)
+
         try:
             self._blocks.poll_fences()
             if self._owed and not self._closed:
-                given = self._blocks.reclaim(self._owed, may_evict=may_evict)
+                given = self.turns.part(min(self._owed, self.turns.part_bytes), some)
                 self._owed = max(0, self._owed - given)
         except KvcachedError:  # nobody here has asked for it; the next growth meets it again
             _log.exception("%s: memory could not be given back", self.name)
@@ -140,9 +159,14 @@ class EngineBlocks(ElasticBlocks):
 
         ``patient`` means that we hold more than our share, and who asks less than its own. What
         could not be given is owed: it goes back as requests end, and none is let in meanwhile.
+        Between two parts a step that waits for the lock may have it.
         """
+
+        def some(most: int) -> int:
+            return ElasticBlocks.reclaim(self, most, patient=False)
+
         with self._lock:
-            freed = super().reclaim(nbytes, patient=False)
+            freed = self.turns.give(nbytes, some)
             if patient:
                 self._owed = max(0, nbytes - freed)
                 self._owed_until = self._blocks.clock() + _DEBT_SECONDS
@@ -153,7 +177,7 @@ class EngineBlocks(ElasticBlocks):
         """Whether new requests may start: not while others wait for their share of the memory."""
         if self._owed and self._blocks.clock() > self._owed_until:
             self._owed = 0
-        return not self._owed
+        return not self._owed and not self.turns.giving
 
     # --- blocks ----------------------------------------------------------------------------------
 

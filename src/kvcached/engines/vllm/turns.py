@@ -1,0 +1,82 @@
+"""``Turns``: memory is given back in small parts, and a step that waits goes between two of them.
+
+Both need the tenant's lock. Unmapping costs the driver's time for each extent, and eviction vLLM's
+for each block: a neighbour's claim for gigabytes would hold a running step up for many milliseconds.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+_PART_SECONDS = 0.0005
+"""What one part is to take: a step waits for one, and perhaps for the call that it is in."""
+_FIRST_PART, _LEAST_PART = 64 << 20, 2 << 20
+_MOMENT_SECONDS = 0.001
+"""Long enough for a thread that waits for the lock to get it."""
+
+
+class Turns:
+    """Who may have ``lock``: the scheduler's thread, or the one that gives memory back."""
+
+    def __init__(self, lock: threading.RLock) -> None:
+        self._lock, self._free = lock, threading.Condition(lock)
+        self._waiting = 0
+        self.giving = False
+        """Whether memory is being given back, perhaps between two parts."""
+        self.part_bytes = _FIRST_PART
+        """Most bytes of the next part."""
+        self.longest_wait = 0.0
+        """Seconds that a step has waited, at most."""
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """The lock, for the scheduler's thread; nobody starts another part meanwhile."""
+        began = time.perf_counter()
+        self._waiting += 1  # by one thread only
+        try:
+            self._lock.acquire()
+        finally:
+            self._waiting -= 1
+        self.longest_wait = max(self.longest_wait, time.perf_counter() - began)
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+    def give(self, nbytes: int, some: Callable[[int], int]) -> int:
+        """Give back ``nbytes`` by calls of ``some``, which gets the most it should give.
+
+        Ends when that gives less. Holds the lock, and releases it between parts for who waits.
+        """
+        freed, before = 0, self.giving
+        self.giving = True
+        try:
+            while True:
+                asked = min(nbytes - freed, self.part_bytes)
+                given = self.part(asked, some)
+                freed += given
+                if given < asked or freed >= nbytes:
+                    return freed
+                if self._waiting:
+                    self._free.wait(_MOMENT_SECONDS)
+        finally:
+            self.giving = before
+
+    def part(self, asked: int, some: Callable[[int], int]) -> int:
+        """One part; the next is larger or smaller by the time that it took."""
+        began = time.perf_counter()
+        given = some(asked)
+        took = time.perf_counter() - began
+        if took > _PART_SECONDS:
+            self.part_bytes = max(_LEAST_PART, self.part_bytes // 2)
+        elif took < _PART_SECONDS / 4 and given >= self.part_bytes:
+            self.part_bytes *= 2
+        return given
+
+    def check(self) -> None:
+        """Assert that nobody is left at the door."""
+        assert self._waiting >= 0, "Turns: more steps came in than waited"
+        assert self.part_bytes >= _LEAST_PART, "Turns: parts of nothing"

@@ -1,0 +1,92 @@
+"""``Turns``: a step that waits goes between two parts of what is given back."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvcached.engines.vllm.turns import Turns
+
+
+@pytest.fixture
+def turns():
+    made = Turns(threading.RLock())
+    yield made
+    made.check()
+
+
+def test_a_step_goes_between_two_parts(turns):
+    lock, order, inside = turns._lock, [], threading.Event()
+
+    def step():
+        with turns.step():
+            order.append("step")
+
+    def some(most):
+        order.append("part")
+        if len(order) == 1:
+            thread.start()
+            while not turns._waiting:
+                time.sleep(0.001)
+        inside.set()
+        return most
+
+    thread = threading.Thread(target=step)
+    with lock:
+        assert turns.give(3 * turns.part_bytes, some) == 3 * (64 << 20)
+    thread.join(10)
+    assert order.index("step") == 1, "the step waited for more than one part"
+    assert turns.longest_wait > 0
+
+
+def test_nobody_is_let_in_while_memory_is_given_back(turns):
+    seen = []
+    with turns._lock:
+        turns.give(1 << 20, lambda most: seen.append(turns.giving) or most)
+    assert seen == [True]
+    assert not turns.giving
+
+
+def test_an_error_ends_it(turns):
+    def some(most):
+        raise OSError("refused")
+
+    with turns._lock, pytest.raises(OSError, match="refused"):
+        turns.give(1 << 20, some)
+    assert not turns.giving
+
+
+def test_parts_follow_the_time_that_they_take(turns):
+    first = turns.part_bytes
+
+    def slow(most):
+        time.sleep(0.002)
+        return most
+
+    turns.part(first, slow)
+    assert turns.part_bytes == first // 2
+    for _ in range(20):
+        turns.part(turns.part_bytes, slow)
+    assert turns.part_bytes == 2 << 20
+    turns.part(turns.part_bytes, lambda most: most)
+    assert turns.part_bytes >= 2 << 20
+
+
+@given(wanted=st.integers(0, 1 << 34), has=st.integers(0, 1 << 34))
+def test_all_that_there_is_and_no_more_is_given(wanted, has):
+    turns, left, asked = Turns(threading.RLock()), [has], []
+
+    def some(most):
+        asked.append(most)
+        part = min(most, left[0])
+        left[0] -= part
+        return part
+
+    with turns._lock:
+        assert turns.give(wanted, some) == min(wanted, has)
+    assert all(most <= wanted for most in asked)
+    turns.check()
