@@ -1,6 +1,6 @@
 """Real vLLM, stock beside elastic, in one run: ``bench/results/vllm.json``, the table last.
 
-    python bench/gpu_vllm.py [tokens attention sleep throughput bursts ...]
+    python bench/gpu_vllm.py [tokens attention sleep throughput bursts peer ...]
 
 Needs a GPU and vLLM in the environment, and this package installed beside it (vLLM finds its
 plug-in by entry point). Models are real shapes with dummy weights, and SmolLM2 where tokens are
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -51,7 +52,10 @@ def add(ident: str, value: float, unit: str, target: float | None, **more: Any) 
                  "repeats": more.pop("repeats", 1)} | more)  # fmt: skip
 
 
-def engine(name: str, *, elastic: bool, env: dict[str, str] | None = None, **options: Any) -> Any:
+def engine(
+    name: str, *, elastic: bool, env: dict[str, str] | None = None, seconds: float = 300,
+    **options: Any,
+) -> Any:  # fmt: skip
     """Run one engine; its result."""
     if RECORDED:
         return json.loads((RECORDED / f"{name}.json").read_text(encoding="utf-8"))
@@ -63,10 +67,15 @@ def engine(name: str, *, elastic: bool, env: dict[str, str] | None = None, **opt
     more = {"KVCACHED": "strict" if elastic else "0"} | (env or {})
     log = LOGS / f"{name}.log"
     with log.open("w", encoding="utf-8") as file:
-        done = subprocess.run(command, check=False, stdout=file, stderr=file, timeout=300,
-                              env=os.environ | more)  # fmt: skip
-    if done.returncode:
-        raise RuntimeError(f"{name}: {log.read_text(encoding='utf-8')[-2000:]}")
+        child = subprocess.Popen(command, stdout=file, stderr=file, env=os.environ | more,
+                                 start_new_session=True)  # fmt: skip
+        try:
+            status = child.wait(seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(child.pid, signal.SIGKILL)  # its engine core too: it would keep the memory
+            status = f"no result within {seconds:.0f} s; killed"
+    if status:
+        raise RuntimeError(f"{name}: {status}: {log.read_text(encoding='utf-8')[-2000:]}")
     return json.loads(out.read_text(encoding="utf-8"))
 
 
@@ -88,18 +97,22 @@ def share(text: str) -> float:
 
 
 def tokens() -> None:
-    """Greedy tokens of both, with kernels whose result does not depend on the batch."""
+    """Greedy tokens of both, with kernels whose result does not depend on the batch.
+
+    Where they differ, stock runs once more: how far it agrees with itself says what that means.
+    """
     shown: dict[str, str] = {}
+    again: dict[str, str] = {}
     for backend, runner in RUNNERS:
         env = {"VLLM_BATCH_INVARIANT": "1", "VLLM_USE_V2_MODEL_RUNNER": runner}
-        runs = [
-            engine(f"tokens_{backend}_{runner}_{elastic}", elastic=elastic, env=env,
-                   engine=SMALL | {"attention_backend": backend}, **TOKENS)
-            for elastic in (False, True)
-        ]  # fmt: skip
-        shown[f"{backend} V{1 + int(runner)}"] = same(*runs)
+        name, label = f"tokens_{backend}_{runner}", f"{backend} V{1 + int(runner)}"
+        options = {"env": env, "engine": SMALL | {"attention_backend": backend}} | TOKENS
+        stock = engine(f"{name}_False", elastic=False, **options)
+        shown[label] = same(stock, engine(f"{name}_True", elastic=True, **options))
+        if share(shown[label]) < 1:
+            again[label] = same(stock, engine(f"{name}_again", elastic=False, **options))
     add("tokens_identical", min(map(share, shown.values())), "share", 1.0, repeats=200,
-        requests=shown)  # fmt: skip
+        requests=shown, stock_again=again)  # fmt: skip
 
 
 def attention() -> None:
@@ -121,9 +134,6 @@ def attention() -> None:
         add(f"attention_{backend.lower()}", share(shown[backend]), "share", None, repeats=200,
             requests=shown[backend], requests_per_s=rates[backend],
             peers={"stock again": share(shown["FLASH_ATTN, stock again"])})  # fmt: skip
-        if backend == "FLASH_ATTN":  # as the second stock engine, it finds all compiled
-            add("start_ratio", run["start_s"] / again["start_s"], "x", 1.0,
-                peers={"stock s": again["start_s"], "elastic s": run["start_s"]})  # fmt: skip
 
 
 def sleep() -> None:
@@ -147,7 +157,11 @@ def sleep() -> None:
 
 
 def throughput() -> None:
-    """One 8B-shaped model at 64 and 512 requests, twice each; equal capacity."""
+    """One 8B-shaped model at 64 and 512 requests, twice each; equal capacity.
+
+    Stock runs a second time, after elastic: its spread, and how long it takes to start when all is
+    compiled, as it is for the elastic one.
+    """
     kv = 40 * GIB
     options = {
         "shape": "llama-3.1-8b", "phases": os.environ.get("PHASES", "64,512,64,512"), "settle": 1.5,
@@ -157,14 +171,17 @@ def throughput() -> None:
     }  # fmt: skip
     stock = engine("throughput_stock", elastic=False, **options)
     ours = engine("throughput_elastic", elastic=True, **options)
+    again = engine("throughput_stock_again", elastic=False, **options)
+    add("start_ratio", ours["start_s"] / again["start_s"], "x", 1.0,
+        peers={"stock s": again["start_s"], "elastic s": ours["start_s"]})  # fmt: skip
     pairs = [(a, b) for s, o in zip(stock["phases"], ours["phases"], strict=True)
              for a, b in zip(s["hashes"], o["hashes"], strict=True)]  # fmt: skip
     add("throughput_tokens_identical", sum(a == b for a, b in pairs) / len(pairs), "share", 1.0,
         repeats=len(pairs))  # fmt: skip
     for count in (64, 512):
         rates = [[p["requests_per_s"] for p in run["phases"] if p["requests"] == count]
-                 for run in (stock, ours)]  # fmt: skip
-        medians = [statistics.median(r) for r in rates]
+                 for run in (stock, ours, again)]  # fmt: skip
+        medians = [statistics.median(r) for r in (rates[0] + rates[2], rates[1])]
         last = [[p for p in run["phases"] if p["requests"] == count][-1] for run in (stock, ours)]
         latency = {
             key: {"stock": last[0].get(key), "elastic": last[1].get(key)}
@@ -172,8 +189,11 @@ def throughput() -> None:
         }  # fmt: skip
         add(f"throughput_ratio_{count}", medians[1] / medians[0], "x", 0.995,
             repeats=len(rates[0]),
-            requests_per_s={"stock": rates[0], "elastic": rates[1]}, latency=latency,
-            peers={"stock requests/s": medians[0], "elastic requests/s": medians[1]})  # fmt: skip
+            requests_per_s=dict(zip(("stock", "elastic", "stock again"), rates, strict=True)),
+            latency=latency,
+            peers={"stock requests/s": medians[0], "elastic requests/s": medians[1],
+                   "stock again over stock": statistics.median(rates[2]) /
+                   statistics.median(rates[0])})  # fmt: skip
     end = ours["phases"][-1]
     report = end["tenants"][0]["report"]
     add("idle_over_floor", report["backed_bytes"] / max(1, report["split_floor_bytes"] +
@@ -243,7 +263,52 @@ def aftermath(run: Any) -> None:
         add("idle_over_floor_reclaimed",
             sum(r["backed_bytes"] for r in left) / sum(r["split_floor_bytes"] for r in left), "x",
             1.02, left=reclaim["left"], kept=reclaim["kept"])  # fmt: skip
+    if loaded := run.get("under_load"):
+        waits = run["step_waited_ms"]
+        add("step_wait_ms_max", max(waits, default=float("nan")), "ms", 2, repeats=len(waits),
+            waits=waits, **loaded)  # fmt: skip
     add("kill_ms", kill["ms"], "ms", 500, **{k: v for k, v in kill.items() if k != "ms"})
+
+
+def peer() -> None:
+    """Upstream (``kvcached`` of the package index) on this vLLM, beside stock and ours.
+
+    ``PEER`` names the folder that ``bench/peers/upstream_kvcached.py build`` made.
+    """
+    place = Path(os.environ["PEER"])
+    built = json.loads((place / "peer.json").read_text(encoding="utf-8"))
+    (place / "start").mkdir(exist_ok=True)
+    (place / "start" / "sitecustomize.py").write_text(  # its .pth works in a site folder only
+        f"import site\nsite.addsitedir({built['source']!r})\n", encoding="utf-8"
+    )
+    options = {
+        "shape": "llama-3.2-1b", "phases": "8,128,128", "seconds": 150,
+        "engine": {"dtype": "bfloat16", "max_model_len": 4096, "max_num_seqs": 128,
+                   "gpu_memory_utilization": 0.6},
+    }  # fmt: skip
+    paths = [str(place / "start"), built["source"], built["site"], os.environ["PYTHONPATH"]]
+    # Without a variable of ours, and without the plug-ins: ours has the same module name.
+    theirs = {"PYTHONPATH": os.pathsep.join(paths), "VLLM_PLUGINS": "", "ENABLE_KVCACHED": "true"}
+    runs: dict[str, Any] = {"stock": engine("peer_stock", elastic=False, **options),
+                            "ours": engine("peer_ours", elastic=True, **options)}  # fmt: skip
+    for runner in ("0", "1"):
+        env = theirs | {"VLLM_USE_V2_MODEL_RUNNER": runner}
+        try:
+            runs[f"V{1 + int(runner)}"] = engine(
+                f"peer_{runner}", elastic=False, env=env, **options
+            )
+        except RuntimeError as error:  # the error that it gives is its row
+            runs[f"V{1 + int(runner)}"] = str(error)
+    last = {name: run if isinstance(run, str) else run["phases"][-1] for name, run in runs.items()}
+    rates = {name: phase["requests_per_s"] for name, phase in last.items()
+             if not isinstance(phase, str)}  # fmt: skip
+    add("peer_upstream", max((r for n, r in rates.items() if n[0] == "V"), default=0.0),
+        "requests/s", None, peer=place.name, peers=rates, start_s={
+            name: run["start_s"] for name, run in runs.items() if not isinstance(run, str)},
+        gib={name: {"after start": run["used_gib_after_start"],
+                    "idle": last[name]["used_gib_idle"]}
+             for name, run in runs.items() if not isinstance(run, str)},
+        errors={name: text for name, text in last.items() if isinstance(text, str)})  # fmt: skip
 
 
 PARTS = {
@@ -252,6 +317,7 @@ PARTS = {
     "sleep": sleep,
     "throughput": throughput,
     "bursts": bursts,
+    "peer": peer,
 }
 
 

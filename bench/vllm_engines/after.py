@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import threading
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvcached.broker.admin import list_tenants
@@ -70,6 +72,49 @@ def reclaim(total: int) -> dict[str, Any]:
         return {"kept": kept, "claims": rows, "left": reports()}
     finally:
         neighbour.close()
+
+
+def under_load(fleet: Fleet, total: int) -> dict[str, Any]:
+    """A neighbour claims an eighth of all memory again and again while the engines serve.
+
+    How long its claims take, and what the engines' requests feel of it; the engines themselves say
+    in their logs how long a step of theirs has waited (``waited``).
+    """
+    begin = time.time() + 0.5
+    times = [n / RATE for n in range(int(LOAD_S * RATE))]
+    for index in range(len(fleet.children)):
+        fleet.tell(index, begin=begin, times=times)
+    time.sleep(begin + LOAD_S / 2 - time.time())
+    claims, at = [], time.time()
+    while time.time() < begin + LOAD_S:
+        neighbour = Neighbour()  # each time anew: it would keep its lease for a while
+        try:
+            began = time.perf_counter()
+            with neighbour.lock:
+                neighbour.budget.claim(total // 8)
+            claims.append(round((time.perf_counter() - began) * 1e3, 3))
+        except KvcachedError:
+            claims.append(None)
+        finally:
+            neighbour.close()
+        time.sleep(0.1)
+    rows = [row for engine in fleet.answers() for row in engine["rows"]]
+    through = [r for r in rows if r["sent"] + r["total_s"] > at]
+    earlier = [r for r in rows if r["sent"] + r["total_s"] < at]
+    return {
+        "claims_ms": claims, "failed": [r["failed"] for r in rows if "failed" in r],
+        "longest_gap_ms": longest_gap(through), "longest_gap_ms_before": longest_gap(earlier),
+    }  # fmt: skip
+
+
+def waited(logs: list[Path]) -> list[float]:
+    """Milliseconds that a step of each engine waited at most, by its log; 0.5 if it says nothing.
+
+    Less than that is not worth a line to it; nor is what is not half as much again.
+    """
+    texts = [log.read_text(encoding="utf-8", errors="replace") for log in logs]
+    return [max([0.5, *map(float, re.findall(r"a step waited ([0-9.]+) ms", text))])
+            for text in texts]  # fmt: skip
 
 
 def longest_gap(rows: list[dict[str, Any]]) -> float:

@@ -131,7 +131,8 @@ class Fleet:
         with Path(f"{self.options.out}.{index}.log").open("w", encoding="utf-8") as log:
             return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                     stderr=log, text=True,
-                                    env=env | {"KVCACHED_NAME": f"engine-{index}"})  # fmt: skip
+                                    env=env | {"KVCACHED_NAME": f"engine-{index}",
+                                           "VLLM_LOGGING_STREAM": "ext://sys.stderr"})  # fmt: skip
 
     def ready(self) -> None:
         """Wait until each can serve."""
@@ -203,10 +204,15 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             found["tenants"] = tenants()
             found["reclaim"] = after.reclaim(options.total)
             write()
+            found["under_load"] = after.under_load(fleet, options.total)
+            write()
             found["kill"] = after.kill(fleet, victim=len(fleet.children) - 1)
             write()
     finally:
         fleet.close()
+        logs = [Path(f"{options.out}.{index}.log") for index in range(options.engines)]
+        found["step_waited_ms"] = after.waited(logs)
+        write()
     return found
 
 

@@ -14,7 +14,7 @@ from kvcached.engines.vllm.turns import Turns
 
 @pytest.fixture
 def turns():
-    made = Turns(threading.RLock())
+    made = Turns(threading.RLock(), "engine")
     yield made
     made.check()
 
@@ -78,7 +78,7 @@ def test_parts_follow_the_time_that_they_take(turns):
 
 @given(wanted=st.integers(0, 1 << 34), has=st.integers(0, 1 << 34))
 def test_all_that_there_is_and_no_more_is_given(wanted, has):
-    turns, left, asked = Turns(threading.RLock()), [has], []
+    turns, left, asked = Turns(threading.RLock(), "engine"), [has], []
 
     def some(most):
         asked.append(most)
@@ -90,3 +90,14 @@ def test_all_that_there_is_and_no_more_is_given(wanted, has):
         assert turns.give(wanted, some) == min(wanted, has)
     assert all(most <= wanted for most in asked)
     turns.check()
+
+
+def test_a_long_wait_is_told_once(turns, caplog):
+    caplog.set_level("INFO")
+    for waited in (0.0001, 0.003, 0.0031, 0.004, 0.009):
+        turns._note(waited)
+    assert [record.getMessage() for record in caplog.records] == [
+        "engine: a step waited 3.00 ms for memory to be given back",
+        "engine: a step waited 9.00 ms for memory to be given back",
+    ]
+    assert turns.longest_wait == 0.009

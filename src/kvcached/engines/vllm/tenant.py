@@ -89,14 +89,7 @@ class EngineBlocks(ElasticBlocks):
 
     def _prepare(self) -> None:
         """See ``ElasticBlocks._prepare``."""
-        self.turns = Turns(self._lock)
-
-    def close(self) -> None:
-        """See ``ElasticBlocks.close``."""
-        if self.state == "open":
-            ms = 1e3 * self.turns.longest_wait
-            _log.info("%s: a step waited %.2f ms at most for memory given back", self.name, ms)
-        super().close()
+        self.turns = Turns(self._lock, self.name)
 
     @contextmanager
     def scheduling(self, expected: int = 0) -> Iterator[None]:

@@ -6,29 +6,35 @@ for each block: a neighbour's claim for gigabytes would hold a running step up f
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+_log = logging.getLogger("kvcached.vllm")
 _PART_SECONDS = 0.0005
 """What one part is to take: a step waits for one, and perhaps for the call that it is in."""
 _FIRST_PART, _LEAST_PART = 64 << 20, 2 << 20
+_WORTH_A_LINE_SECONDS = 0.0005
 _MOMENT_SECONDS = 0.001
 """Long enough for a thread that waits for the lock to get it."""
 
 
 class Turns:
-    """Who may have ``lock``: the scheduler's thread, or the one that gives memory back."""
+    """Who may have ``lock``: the scheduler's thread, or the one that gives memory back.
 
-    def __init__(self, lock: threading.RLock) -> None:
-        self._lock, self._free = lock, threading.Condition(lock)
+    ``name`` is the engine's, for the log.
+    """
+
+    def __init__(self, lock: threading.RLock, name: str) -> None:
+        self._lock, self._free, self._name = lock, threading.Condition(lock), name
         self._waiting = 0
         self.giving = False
         """Whether memory is being given back, perhaps between two parts."""
         self.part_bytes = _FIRST_PART
         """Most bytes of the next part."""
-        self.longest_wait = 0.0
+        self._said = self.longest_wait = 0.0
         """Seconds that a step has waited, at most."""
 
     @contextmanager
@@ -40,11 +46,20 @@ class Turns:
             self._lock.acquire()
         finally:
             self._waiting -= 1
-        self.longest_wait = max(self.longest_wait, time.perf_counter() - began)
         try:
+            self._note(time.perf_counter() - began)
             yield
         finally:
             self._lock.release()
+
+    def _note(self, waited: float) -> None:
+        """Say so if a step has waited longer than any before, by half at least: few lines."""
+        if waited > self.longest_wait:
+            if waited > max(_WORTH_A_LINE_SECONDS, 1.5 * self._said):
+                self._said = waited
+                _log.info("%s: a step waited %.2f ms for memory to be given back", self._name,
+                          1e3 * waited)  # fmt: skip
+            self.longest_wait = waited
 
     def give(self, nbytes: int, some: Callable[[int], int]) -> int:
         """Give back ``nbytes`` by calls of ``some``, which gets the most it should give.
