@@ -1,7 +1,7 @@
 """``Turns``: memory is given back in small parts, and a step that waits goes between two of them.
 
 Both need the tenant's lock. Unmapping costs the driver's time for each extent, and eviction vLLM's
-for each block: without this a neighbour's claim for gigabytes held a step up for as long as it took.
+for each block: a neighbour's claim for gigabytes held a step up for as long as all of it took.
 """
 
 from __future__ import annotations
