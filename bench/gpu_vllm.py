@@ -1,6 +1,6 @@
 """Real vLLM, stock beside elastic, in one run: ``bench/results/vllm.json``, the table last.
 
-    python bench/gpu_vllm.py [tokens attention sleep throughput bursts peer ...]
+    python bench/gpu_vllm.py [tokens attention sleep layouts throughput bursts peer ...]
 
 Needs a GPU and vLLM in the environment, and this package installed beside it (vLLM finds its
 plug-in by entry point). Models are real shapes with dummy weights, and SmolLM2 where tokens are
@@ -13,87 +13,40 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
 import statistics
 import subprocess
 import sys
-import tempfile
 import traceback
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, commit
+from common import commit
+from vllm_run import (
+    GIB,
+    HERE,
+    LOGS,
+    OUT,
+    ROWS,
+    SMALL,
+    Recorded,
+    add,
+    engine,
+    read_recorded,
+    same,
+    share,
+)
 
-GIB = 1 << 30
-HERE = Path(__file__).resolve().parent / "vllm_engines"
-OUT = Path(os.environ.get("OUT") or RESULTS)
-LOGS = Path(tempfile.mkdtemp(prefix="vllm-logs-"))
-RECORDED: Path | None = None
-"""A folder of raw figures to make the rows of, in place of running engines."""
-ROWS: list[dict[str, Any]] = []
 BACKENDS = os.environ.get("BACKENDS", "FLASH_ATTN,TRITON_ATTN,CUSTOM").split(",")
 """Attention backends. CUSTOM is ours: it needs the plug-in, and its results depend on the batch."""
 RUNNERS = [(backend, runner) for backend in BACKENDS if backend != "CUSTOM"
            for runner in os.environ.get("RUNNERS", "1,0").split(",")]  # fmt: skip
 """Attention backend, and whether it is the V2 model runner."""
-SMALL = {"dtype": "bfloat16", "max_model_len": 4096, "max_num_seqs": 64,
-         "kv_cache_memory_bytes": 4 * GIB, "gpu_memory_utilization": 0.1}  # fmt: skip
 TOKENS = {"shape": "smollm2", "phases": "100,100", "prompt": 400, "output": 128, "settle": 0}
 """200 requests of a model that has learnt something, greedy."""
 PEAKS, SLOPE = os.environ.get("PEAKS", "16,24,32,40"), os.environ.get("SLOPE", "4")
 TOTAL = int(float(os.environ.get("TOTAL_GIB", "3")) * GIB)
 """Of the bursts: requests a second at the peak, their rise a second, memory for all caches."""
-
-
-def add(ident: str, value: float, unit: str, target: float | None, **more: Any) -> None:
-    """One row."""
-    ROWS.append({"id": ident, "value": round(value, 4), "unit": unit, "target": target,
-                 "repeats": more.pop("repeats", 1)} | more)  # fmt: skip
-
-
-def engine(
-    name: str, *, elastic: bool, env: dict[str, str] | None = None, seconds: float = 300,
-    **options: Any,
-) -> Any:  # fmt: skip
-    """Run one engine; its result."""
-    if RECORDED:
-        return json.loads((RECORDED / f"{name}.json").read_text(encoding="utf-8"))
-    out = OUT / "vllm" / f"{name}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, str(HERE / "engine.py"), "--out", str(out)]
-    for key, value in options.items():
-        command += [f"--{key}", json.dumps(value) if isinstance(value, dict) else str(value)]
-    more = {"KVCACHED": "strict" if elastic else "0"} | (env or {})
-    log = LOGS / f"{name}.log"
-    with log.open("w", encoding="utf-8") as file:
-        child = subprocess.Popen(command, stdout=file, stderr=file, env=os.environ | more,
-                                 start_new_session=True)  # fmt: skip
-        try:
-            status = child.wait(seconds)
-        except subprocess.TimeoutExpired:
-            os.killpg(child.pid, signal.SIGKILL)  # its engine core too: it would keep the memory
-            status = f"no result within {seconds:.0f} s; killed"
-    if status:
-        raise RuntimeError(f"{name}: {status}: {log.read_text(encoding='utf-8')[-2000:]}")
-    return json.loads(out.read_text(encoding="utf-8"))
-
-
-def hashes(run: Any) -> list[str]:
-    """One for each request's tokens."""
-    return [h for phase in run["phases"] for h in phase["hashes"]]
-
-
-def same(a: Any, b: Any) -> str:
-    """How many requests of two runs got the same tokens: ``"200 of 200"``."""
-    pairs = list(zip(hashes(a), hashes(b), strict=True))
-    return f"{sum(x == y for x, y in pairs)} of {len(pairs)}"
-
-
-def share(text: str) -> float:
-    """Of ``same``."""
-    equal, _, total = text.split()
-    return int(equal) / int(total)
 
 
 def tokens() -> None:
@@ -204,6 +157,51 @@ def throughput() -> None:
                               "elastic, prefixes kept": end["used_gib_idle"]})  # fmt: skip
 
 
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "blocks of 64": {"shape": "small", "block_size": 64},
+    "blocks of 256": {"shape": "small", "block_size": 256},
+    "fp8 cache": {"shape": "small", "kv_cache_dtype": "fp8", "attention_backend": "TRITON_ATTN"},
+    "windows beside full attention (Gemma-3)": {"shape": "gemma3"},
+    "windows, sinks, experts (gpt-oss)": {"shape": "gpt-oss"},
+    "windows alone (Mistral)": {"shape": "mistral"},
+    "MLA (DeepSeek-V2)": {"shape": "deepseek"},
+    "TP=2": {"shape": "small", "tensor_parallel_size": 2},
+}
+"""What is compared beside the shapes of the other parts; models are small, with seeded weights."""
+
+
+def layouts() -> None:
+    """Greedy tokens of stock and elastic engines over other layouts, models and ranks."""
+    import torch
+
+    shown: dict[str, str] = {}
+    for label, changes in LAYOUTS.items():
+        chosen = os.environ.get("LAYOUTS")
+        if chosen and not any(word in label for word in chosen.split(",")):
+            continue
+        if (
+            not Recorded.folder
+            and changes.get("tensor_parallel_size", 1) > torch.cuda.device_count()
+        ):
+            continue
+        engine_options = SMALL | {k: v for k, v in changes.items() if k != "shape"}
+        options = {"shape": changes["shape"], "phases": "4,24,8", "prompt": 500, "output": 96,
+                   "settle": 0, "seconds": 120, "engine": engine_options | {
+                       "max_model_len": 1024, "kv_cache_memory_bytes": GIB}}  # fmt: skip
+        name = "layout_" + "".join(c if c.isalnum() else "_" for c in label)
+        try:
+            runs = [engine(f"{name}_{elastic}", elastic=elastic, **options)
+                    for elastic in (False, True)]  # fmt: skip
+            shown[label] = same(*runs)
+            if share(shown[label]) < 1:
+                again = same(runs[0], engine(f"{name}_again", elastic=False, **options))
+                shown[label] += f" (stock again {again})"
+        except RuntimeError as error:
+            shown[label] = f"failed: {str(error)[-600:]}"
+    equal = [share(" ".join(text.split()[:3])) for text in shown.values() if text[0].isdigit()]
+    add("layouts_identical", min(equal, default=0.0), "share", 1.0, repeats=36, requests=shown)
+
+
 def ttft(burst: Any) -> list[float]:
     """All times to first token of one burst, sorted."""
     return sorted(row["ttft_s"] for e in burst["engines"] for row in e["rows"])
@@ -233,8 +231,8 @@ def bursts() -> None:
 def fleet(mode: str) -> Any:
     """The raw figures of one mode."""
     out = OUT / "vllm" / f"burst_{mode}.json"
-    if RECORDED:
-        return json.loads((RECORDED / out.name).read_text(encoding="utf-8"))
+    if Recorded.folder:
+        return read_recorded(out.name)
     out.parent.mkdir(parents=True, exist_ok=True)
     arguments = {"dtype": "bfloat16", "max_model_len": 4096, "max_num_seqs": 256,
                  "gpu_memory_utilization": 0.3, "enable_prefix_caching": True,
@@ -315,6 +313,7 @@ PARTS = {
     "tokens": tokens,
     "attention": attention,
     "sleep": sleep,
+    "layouts": layouts,
     "throughput": throughput,
     "bursts": bursts,
     "peer": peer,
@@ -347,8 +346,7 @@ def main() -> int:
     parser.add_argument("--recorded", help="raw figures of an earlier run, to make the rows of")
     parser.add_argument("--device", help="with --recorded: what the run was on")
     options = parser.parse_args()
-    global RECORDED
-    RECORDED = Path(options.recorded) if options.recorded else None
+    Recorded.folder = Path(options.recorded) if options.recorded else None
     failed = []
     for name in options.parts or PARTS:
         try:

@@ -38,7 +38,7 @@ def workload(options: argparse.Namespace, model: str, seed: int, count: int) -> 
     """The prompts of a phase: language for a model that knows one, else random tokens."""
     if options.shape == "smollm2":  # about 16 tokens a sentence, after 180 that all begin with
         return prompts.as_ids(Path(model), count, max(1, (options.prompt - 180) // 16), seed)
-    vocab = models.SHAPES[options.shape][-1]
+    vocab = 512 if options.shape in models.HYBRID else models.SHAPES[options.shape][-1]
     made = prompts_of(count, options.prompt, vocab, seed)
     prefix = prompts_of(1, options.repeat_prefix, vocab, 7)[0]["prompt_token_ids"]
     for prompt in made:

@@ -24,6 +24,44 @@ SEEDED = {"small": 0.04, "tiny": 0.08}
 """Standard deviation of the weights: so large that each token depends on the whole context."""
 
 
+HYBRID = "gemma3", "gpt-oss", "deepseek", "mistral"
+"""Small ones of other kinds, with seeded weights: windows beside full attention, with sinks, MLA,
+windows alone. Windows are shorter than the prompts, so that blocks fall out of them."""
+_COMMON = {
+    "hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8, "vocab_size": 512,
+    "max_position_embeddings": 4096, "initializer_range": 0.08, "tie_word_embeddings": False,
+    "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 1,
+}  # fmt: skip
+_KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma3": ("gemma3_text", {
+        "num_hidden_layers": 6, "num_key_value_heads": 2, "head_dim": 64, "sliding_window": 64,
+        "query_pre_attn_scalar": 64, "tie_word_embeddings": True}),
+    "gpt-oss": ("gpt_oss", {
+        "num_hidden_layers": 4, "num_key_value_heads": 2, "head_dim": 64, "sliding_window": 64,
+        "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "deepseek": ("deepseek_v2", {
+        "num_hidden_layers": 3, "num_key_value_heads": 8, "q_lora_rank": None,
+        "kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128,
+        "first_k_dense_replace": 3, "n_routed_experts": 4, "n_shared_experts": 1,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 128, "n_group": 1, "topk_group": 1}),
+    "mistral": ("mistral", {
+        "num_hidden_layers": 4, "num_key_value_heads": 2, "head_dim": 64, "sliding_window": 64}),
+}  # fmt: skip
+
+
+def make_kind(kind: str, folder: Path) -> dict[str, Any]:
+    """Write a model of ``HYBRID`` with seeded weights; the arguments with which vLLM loads it."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    name, changes = _KINDS[kind]
+    config = AutoConfig.for_model(name, **_COMMON | changes)
+    model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
+    model.save_pretrained(folder)
+    return {"model": str(folder), "skip_tokenizer_init": True, "seed": 0}
+
+
 def config_of(shape: str, **changes: Any) -> dict[str, Any]:
     """A Hugging Face configuration."""
     hidden, inter, layers, heads, kv_heads, dim, vocab = SHAPES[shape]
@@ -42,6 +80,8 @@ def make(shape: str, folder: Path, **changes: Any) -> dict[str, Any]:
     """Write the model; the arguments with which vLLM loads it."""
     if shape == "smollm2":
         return {"model": str(smollm2()), "skip_tokenizer_init": True, "seed": 0}
+    if shape in HYBRID:
+        return make_kind(shape, folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = config_of(shape, **changes)
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
