@@ -1,0 +1,38 @@
+"""Layers with windows beside layers without (Gemma-3): tokens, and blocks that fall out of windows."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from real_vllm import rig, tiny_llama
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
+
+PHASES = [(4, 64), (12, 64)]
+
+
+def prompts():
+    """Token ids, since the model has no tokenizer: longer than its windows of 64 tokens."""
+    rng = random.Random(0)
+    return [
+        [{"prompt_token_ids": [rng.randrange(2, 512) for _ in range(300)]} for _ in range(count)]
+        for count, _ in PHASES
+    ]
+
+
+def test_windows_beside_full_attention(tmp_path, run_dir):
+    arguments = tiny_llama.bench_module("models").make("gemma3", tmp_path / "gemma3")
+    model = arguments.pop("model")
+    engine = arguments | {"enable_prefix_caching": False}
+    del engine["seed"]  # the rig's own
+    stock, ours = (
+        rig.offline(model, run_dir, run_dir / f"log{mode}", phases=PHASES, engine=engine,
+                    texts=prompts(), KVCACHED=mode, KVCACHED_CHECK="1")
+        for mode in ("0", "strict")
+    )  # fmt: skip
+    for a, b in zip(stock["phases"], ours["phases"], strict=True):
+        assert a["tokens"] == b["tokens"]
+        assert len({tuple(tokens) for tokens in a["tokens"]}) == len(a["tokens"])
+    report = ours["phases"][-1]["tenants"][0]["report"]
+    assert report["backed_bytes"] == report["in_use_bytes"], "something was kept for nobody"
