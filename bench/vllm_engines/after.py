@@ -91,7 +91,7 @@ def under_load(fleet: Fleet, total: int) -> dict[str, Any]:
         try:
             began = time.perf_counter()
             with neighbour.lock:
-                neighbour.budget.claim(total // 8)
+                neighbour.budget.claim(total // 8, seconds=2.0)
             claims.append(round((time.perf_counter() - began) * 1e3, 3))
         except KvcachedError:
             claims.append(None)

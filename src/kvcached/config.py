@@ -251,11 +251,17 @@ def plugin_mode(environ: Mapping[str, str] | None = None) -> str:
     return "on" if _flag(text) else "off"
 
 
+_ENGINE_HANDLE = "32MiB"
+"""About what a request of a few hundred tokens takes. A larger one still holds blocks of other
+requests when most of its own have ended, and nothing of it can be given back."""
+
+
 def engine_config(environ: Mapping[str, str] | None = None) -> Config:
     """``Config.from_env``, and what the C++ project of the same name calls otherwise.
 
     ``KVCACHED_GPU_UTILIZATION`` (a fraction) stands for ``KVCACHED_LIMIT``, and
-    ``KVCACHED_IPC_NAME`` for ``KVCACHED_NAME``, unless ours are set.
+    ``KVCACHED_IPC_NAME`` for ``KVCACHED_NAME``, unless ours are set. Memory comes in smaller pieces
+    than elsewhere: those of a request are empty when it ends, and can go to others.
     """
     env = dict(os.environ if environ is None else environ)
     name = re.sub(r"[^a-z0-9._-]", "-", env.get("KVCACHED_IPC_NAME", "").lower()).strip("-._")
@@ -264,4 +270,5 @@ def engine_config(environ: Mapping[str, str] | None = None) -> Config:
     share = env.get("KVCACHED_GPU_UTILIZATION", "")
     if re.fullmatch(r"0?\.[0-9]+|1(\.0*)?", share):
         env.setdefault("KVCACHED_LIMIT", f"{float(share) * 100:g}%")
+    env.setdefault("KVCACHED_MAX_HANDLE", _ENGINE_HANDLE)
     return Config.from_env(env)

@@ -68,14 +68,14 @@ class LedgerMachine(RuleBasedStateMachine):
         return tenant.ident
 
     @rule(tenant=tenants, need=st.integers(1, 400), more=BYTES,
-          room=st.none() | st.integers(-100, 200))  # fmt: skip
-    def claim(self, tenant, need, more, room):
+          room=st.none() | st.integers(-100, 200), stays=st.booleans())  # fmt: skip
+    def claim(self, tenant, need, more, room, stays):
         if self.is_live(tenant) and not any(t == tenant for t, _ in self.pending):
             if room is not None:  # as the broker does: it looks when a claim comes in
                 self.look(room)
             request = len(self.held) * 1000 + int(self.now * 1000)
             self.pending[tenant, request] = need
-            self.ledger.claim(tenant, request, need, need + more, self.now)
+            self.ledger.claim(tenant, request, need, need + more, self.now, stays=stays)
             self.pump()
 
     @rule(tenant=tenants, nbytes=BYTES)

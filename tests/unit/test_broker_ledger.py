@@ -1,39 +1,13 @@
 from __future__ import annotations
 
 import pytest
+from ledger_rig import add, claim, holds, ledger_of
 
 from kvcached.broker.ceiling import OOM_S
 from kvcached.broker.lease import Grant, Reclaim, Report
 from kvcached.broker.ledger import ASK_S, BLIND_S, CLAIM_S, GRACE_S, Ledger
 from kvcached.broker.plan import reserve_bytes
 from kvcached.broker.protocol import LATE, REFUSED
-
-
-def ledger_of(capacity=1000, **tenants):
-    """A ledger with tenants of the given leases; names are attributes of the result."""
-    ledger = Ledger(capacity, 0.0)
-    for name, lease in tenants.items():
-        setattr(ledger, name, add(ledger, name, lease=lease))
-    return ledger
-
-
-def add(ledger, name, *, lease=0, floor=0, weight=1.0, limit=1 << 40, now=0.0):
-    return ledger.join(
-        name, now, limit=limit, floor=floor, weight=weight, lease=lease, instance=name
-    )
-
-
-def holds(tenant, *, spare=0, cached=0, age=1.0, in_use=None):
-    """Set the report of a tenant whose lease is all backed."""
-    used = tenant.lease - spare - cached if in_use is None else in_use
-    tenant.report = Report(spare + cached + used, cached, spare, used, age if cached else 0.0)
-
-
-def claim(ledger, tenant, need, want=0, now=0.0, request=7):
-    ledger.claim(tenant.ident, request, need, want, now)
-    effects = ledger.pump(now)
-    ledger.check()
-    return effects
 
 
 def test_free_capacity_is_granted_in_batches_but_not_beyond_the_limit():
@@ -128,10 +102,17 @@ def test_who_is_above_its_share_leaves_room_for_a_split():
 def test_claims_are_served_in_turn_but_a_floor_needs_no_turn():
     ledger = ledger_of(a=0, b=900, c=0)
     holds(ledger.b, cached=900)
-    assert [type(e) for e in claim(ledger, ledger.a, 500, request=1)] == [Reclaim]
+    assert [type(e) for e in claim(ledger, ledger.a, 300, request=1)] == [Reclaim]
     assert claim(ledger, ledger.c, 50, request=2) == []  # would fit, but a is first
     ledger.c.floor = 50
     assert ledger.pump(0.0)[-1] == Grant(ledger.c.ident, 2, 50, 0)
+
+
+def test_claims_within_a_share_come_before_those_that_came_first():
+    ledger = ledger_of(a=0, b=900, c=0)
+    holds(ledger.b, cached=900)
+    claim(ledger, ledger.a, 500, request=1)
+    assert claim(ledger, ledger.c, 50, request=2)[0] == Grant(ledger.c.ident, 2, 50, 0)
 
 
 def test_floors_of_others_are_kept_free_and_are_never_reclaimed():

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvcached.broker.plan import Holding, fair_shares, plan_reclaim
+from kvcached.broker.plan import Holding, ask_blindly, fair_shares, plan_reclaim
 
 
 def holding(tenant, *, spare=0, cached=0, split=0, age=1.0, above_floor=1 << 40, above_share=0):
@@ -34,6 +34,18 @@ def test_older_prefixes_go_first_across_tenants():
     asks = plan_reclaim([holding(1, cached=100, age=100.0), holding(2, cached=100, age=50.0)], 90)
     assert sum(asks.values()) == 90
     assert asks[1] > asks[2] > 0
+
+
+def test_whose_reports_show_nothing_are_asked_for_what_is_above_their_share_first():
+    def rows():
+        return [holding(1, above_floor=90), holding(2, above_floor=80, above_share=30),
+                holding(3, above_floor=70, above_share=50)]  # fmt: skip
+
+    assert ask_blindly(rows(), 40) == {3: 40}
+    assert ask_blindly(rows(), 70) == {3: 50, 2: 20}
+    assert ask_blindly(rows(), 100) == {3: 50, 2: 30, 1: 20}
+    assert ask_blindly(rows(), 1000) == {1: 90, 2: 80, 3: 70}
+    assert ask_blindly(rows(), 0) == {}
 
 
 def test_fair_shares():

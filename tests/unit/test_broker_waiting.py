@@ -107,6 +107,18 @@ def test_who_does_not_wait_is_told_of_the_refusal_by_the_next_claim(pair):
     assert wait_until(lambda: refusal_of(b, 40 * MIB) is False)
 
 
+def test_who_does_not_wait_gets_its_share_when_what_others_use_ends(pair):
+    a, b = pair
+    a.use(90 * MIB)  # in use: it cannot give
+    with pytest.raises(BudgetExceeded) as first:
+        b.budget.claim(40 * MIB, seconds=0)
+    assert first.value.pending
+    a.drop(50 * MIB)
+    assert wait_until(lambda: b.budget.lease_bytes >= 40 * MIB)
+    b.budget.claim(40 * MIB, seconds=0)
+    b.budget.give_back(40 * MIB)
+
+
 def refusal_of(tenant, nbytes):
     """Whether the answer to a claim is still to come."""
     with pytest.raises(BudgetExceeded) as refused:

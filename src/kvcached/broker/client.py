@@ -125,14 +125,15 @@ class BrokerBudget:
         """See ``Budget.claim``. Waits up to 2.5 s for others to give back; not if ``transient``."""
         self._require_usable()
         checked_size("claim", nbytes)
-        seconds = _CLAIM_S if seconds is None else seconds
+        kind = p.OK if seconds is None else p.STAYS  # who bounds the wait goes on without it
+        seconds = _CLAIM_S if seconds is None else min(seconds, _CLAIM_S)
         with self._changed:
             self._busy_at = time.monotonic()
             if self._fits(nbytes, transient=transient):
                 self._claimed += nbytes
             elif not transient:
-                self._wait_for(nbytes, time.monotonic() + min(seconds, _CLAIM_S))
-            elif self._ask(nbytes, _GOODBYE_S, transient=True, batch=False) is not None:
+                self._wait_for(nbytes, time.monotonic() + seconds, kind)
+            elif self._ask(nbytes, _GOODBYE_S, p.TRANSIENT, batch=False) is not None:
                 raise self._refused(nbytes, "nothing is free, not even for a moment")
 
     def claim_if_free(self, nbytes: int, *, ask: bool) -> bool:
@@ -144,7 +145,7 @@ class BrokerBudget:
                 self._claimed += nbytes
                 return True
             ask = ask and not self._session.pressure
-            return ask and self._ask(nbytes, _GOODBYE_S, transient=True) is None
+            return ask and self._ask(nbytes, _GOODBYE_S, p.TRANSIENT) is None
 
     def give_back(self, nbytes: int) -> None:
         """See ``Budget.give_back``."""
@@ -207,7 +208,7 @@ class BrokerBudget:
 
     # --- claims -----------------------------------------------------------------------------------
 
-    def _wait_for(self, nbytes: int, deadline: float) -> None:
+    def _wait_for(self, nbytes: int, deadline: float, kind: int) -> None:
         """Claim ``nbytes`` as soon as the lease covers it; ``BudgetExceeded`` if it never does."""
         while True:
             self._require_usable()
@@ -216,7 +217,7 @@ class BrokerBudget:
             if self._fits(nbytes):
                 self._claimed += nbytes
                 return
-            status = self._ask(nbytes, max(0.0, deadline - time.monotonic()))
+            status = self._ask(nbytes, max(0.0, deadline - time.monotonic()), kind)
             if status is None:
                 return
             if status == p.REFUSED:
@@ -233,15 +234,14 @@ class BrokerBudget:
         return self._claimed + nbytes <= most
 
     def _ask(
-        self, nbytes: int, seconds: float, *, transient: bool = False, batch: bool = True
+        self, nbytes: int, seconds: float, kind: int = p.OK, *, batch: bool = True
     ) -> int | None:
         """Ask for a lease (``batch``: more than needed). ``None``: claimed; or status, ``LOST``."""
         need = self._claimed + nbytes - self._lease
         most = max(_MAX_BATCH, self.limit_bytes // 32)
         most = min(2 * need + self._lease // 8, most, self.limit_bytes - self._lease)
         want = max(need, most) if batch else need
-        answer, new = self._waiting.add(nbytes, transient=transient)
-        kind = p.TRANSIENT if transient else p.OK
+        answer, new = self._waiting.add(nbytes, transient=kind == p.TRANSIENT)
         try:
             claim = Message(Op.CLAIM, answer.request, status=kind, values=(need, want))
             if new and not self._session.send(claim):

@@ -78,12 +78,12 @@ class Tenant:
 class Claim:
     """A claim that waits."""
 
-    __slots__ = ("asked", "deadline", "need", "request", "tenant", "transient", "want")
+    __slots__ = ("asked", "deadline", "need", "request", "stays", "tenant", "transient", "want")
 
     def __init__(self, tenant: int, request: int, need: int, want: int, deadline: float) -> None:
         self.tenant, self.request, self.need, self.want = tenant, request, need, want
         self.deadline = deadline
-        self.transient = False
+        self.transient = self.stays = False
         self.asked: set[int] = set()
         """Who was asked for all that it could be, whatever it had reported."""
 

@@ -15,8 +15,10 @@ from kvcached.broker.ceiling import Ceiling
 from kvcached.broker.lease import DRAINING, LIVE, REVOKED, Ask, Claim, Grant, Reclaim, Tenant
 from kvcached.broker.plan import (
     Holding,
+    ask_blindly,
     ask_for_more,
     fair_shares,
+    holding_of,
     plan_reclaim,
     reserve_bytes,
 )
@@ -133,15 +135,16 @@ class Ledger:
 
     def claim(
         self, ident: int, request: int, need: int, want: int, now: float, *,
-        transient: bool = False,
+        transient: bool = False, stays: bool = False,
     ) -> None:  # fmt: skip
         """Queue a claim; ``pump`` answers it, now or later.
 
         ``transient``: at once, from what is free or not at all. It is part of giving more back, so
-        neither its limit nor those who wait, maybe for it, stand in its way.
+        neither its limit nor those who wait, maybe for it, stand in its way. ``stays``: nobody is
+        held up by it, so it may wait for what others have in use.
         """
         claim = Claim(ident, request, need, max(need, want), now + CLAIM_S)
-        claim.transient = transient
+        claim.transient, claim.stays = transient, stays
         self.queue.append(claim)
 
     def give_back(self, ident: int, nbytes: int) -> bool:
@@ -215,18 +218,26 @@ class Ledger:
         if not self.in_grace(now):
             self.missing = set()
         waiting: list[Claim] = []
-        for claim in self.queue:
+        due = hopeless = False
+        shares = self.shares(now) if self.queue else {}
+        # Those that leave their tenant within its share come first, then all as they came.
+        for claim in sorted(self.queue, key=lambda c: self._is_over(c.tenant, c.need, shares)):
             done = self._try(claim, now, first=not waiting)
             if done is not None:
                 effects.append(done)
                 continue
-            if not waiting and not self.in_grace(now):
+            if waiting:
+                hopeless = due and self._is_over(claim.tenant, claim.need, shares)
+            elif not self.in_grace(now):
                 asks = self._ask_for(claim, now)
-                if not asks and not self._something_under_way():
-                    effects.append(Grant(claim.tenant, claim.request, 0, REFUSED))
-                    continue
                 effects.extend(asks)
-            waiting.append(claim)
+                under_way = bool(asks) or self._something_under_way()
+                due = not under_way and self._is_due(claim, shares)
+                hopeless = not (under_way or due)
+            if hopeless:
+                effects.append(Grant(claim.tenant, claim.request, 0, REFUSED))
+            else:
+                waiting.append(claim)
         self.queue = waiting
         return effects
 
@@ -269,6 +280,14 @@ class Ledger:
     def _note_over_commitment(self) -> None:
         self.over_committed = self.leased > self.capacity
 
+    def _is_due(self, claim: Claim, shares: dict[int, int]) -> bool:
+        """Whether a claim that stays is for the tenant's share, and others hold more than theirs.
+
+        They have been asked, and give when what they have in use ends.
+        """
+        over = any(t.lease > shares[t.ident] for t in self.live() if t.ident != claim.tenant)
+        return claim.stays and over and not self._is_over(claim.tenant, claim.need, shares)
+
     def _try(self, claim: Claim, now: float, *, first: bool) -> Grant | None:
         """Answer a claim if that is possible now. Those behind the first wait, to be fair."""
         tenant = self.tenants[claim.tenant]
@@ -276,7 +295,7 @@ class Ledger:
             nbytes = self._at_once(claim, tenant, now)
             tenant.lease += nbytes
             return Grant(claim.tenant, claim.request, nbytes, 0 if nbytes else REFUSED)
-        over = self._is_over(tenant, claim.need, now)
+        over = self._is_over(claim.tenant, claim.need, self.shares(now))
         reserve = self._reserve_beside(tenant)
         kept = reserve if over else 0
         if tenant.lease + claim.need > min(tenant.limit, self._most(tenant, now) - kept):
@@ -301,7 +320,7 @@ class Ledger:
         free = 0 if self.in_grace(now) else self.available(tenant, now)
         if free < claim.need:
             return 0
-        if len(self.queue) > 1 or self._is_over(tenant, claim.want, now):
+        if len(self.queue) > 1 or self._is_over(claim.tenant, claim.want, self.shares(now)):
             return claim.need
         return max(claim.need, min(claim.want, free - self._reserve_beside(tenant)))
 
@@ -310,9 +329,9 @@ class Ledger:
         others = sum(t.report.split_floor for t in self.live() if t is not tenant)
         return min(reserve_bytes(self.capacity), others)
 
-    def _is_over(self, tenant: Tenant, need: int, now: float) -> bool:
+    def _is_over(self, ident: int, need: int, shares: dict[int, int]) -> bool:
         """Whether ``need`` more would take a tenant above its fair share."""
-        return tenant.lease + need > self.shares(now)[tenant.ident]
+        return self.tenants[ident].lease + need > shares[ident]
 
     def _most(self, tenant: Tenant, now: float) -> int:
         """What ``tenant`` could hold if all others gave what they can. Asks are spared beyond."""
@@ -336,13 +355,14 @@ class Ledger:
         holdings = self._holdings(claim.tenant, shares, over=over)
         asks = plan_reclaim(holdings, missing)
         missing -= sum(asks.values())
-        for other in holdings:  # plan_reclaim has lowered above_floor by what it asks
-            blind = self.tenants[other.tenant].blind_until <= now
-            if missing > 0 and blind and other.tenant not in claim.asked and other.above_floor:
-                claim.asked.add(other.tenant)
-                self.tenants[other.tenant].blind_until = now + BLIND_S
-                part = min(missing, other.above_floor)
-                asks[other.tenant] = asks.get(other.tenant, 0) + part
+        blind = [
+            other for other in holdings
+            if other.tenant not in claim.asked and self.tenants[other.tenant].blind_until <= now
+        ]  # fmt: skip
+        for ident, part in ask_blindly(blind, missing).items():
+            claim.asked.add(ident)
+            self.tenants[ident].blind_until = now + BLIND_S
+            asks[ident] = asks.get(ident, 0) + part
         ask_for_more(holdings, asks, claim.want - claim.need, over=over)
         return [
             self._ask(t, nbytes, now, patient=not over and self.tenants[t].lease > shares[t])
@@ -355,29 +375,10 @@ class Ledger:
 
     def _holdings(self, claimer: int, shares: dict[int, int], *, over: bool) -> list[Holding]:
         return [
-            self._holding(tenant, shares[tenant.ident], over=over)
+            holding_of(tenant, shares[tenant.ident], over=over)
             for tenant in self.live()
             if tenant.ident != claimer and not tenant.late and tenant.lease > tenant.asked
         ]
-
-    @staticmethod
-    def _holding(tenant: Tenant, share: int, *, over: bool) -> Holding:
-        report, rest = tenant.report, tenant.lease - tenant.asked
-        kinds = [max(0, tenant.lease - report.backed), 0, 0]
-        if report != tenant.spent:
-            kinds[0] += report.spare
-            kinds[1] = report.cached
-        if report != tenant.spent and (report.idle or (report.pauses and not over)):
-            kinds[2] = report.backed - report.spare - report.cached - report.split_floor
-        asked = tenant.asked
-        for index, kind in enumerate(kinds):  # what is asked for already comes off in that order
-            kinds[index] = max(0, kind - asked)
-            asked = max(0, asked - kind)
-        return Holding(
-            tenant.ident, spare=kinds[0], cached=kinds[1], split=kinds[2],
-            oldest_s=report.oldest_cached_s,
-            above_floor=rest - tenant.floor, above_share=rest - share,
-        )  # fmt: skip
 
     def _ask(self, ident: int, nbytes: int, now: float, *, patient: bool) -> Reclaim:
         request = self._next

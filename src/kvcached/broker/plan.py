@@ -8,6 +8,10 @@ first, down to that share, and then everybody, down to the floor. Nobody gives b
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kvcached.broker.lease import Tenant
 
 MAX_RESERVE = 256 << 20
 
@@ -32,6 +36,26 @@ class Holding:
         setattr(self, kind, getattr(self, kind) - nbytes)
         self.above_floor -= nbytes
         self.above_share = max(0, self.above_share - nbytes)
+
+
+def holding_of(tenant: Tenant, share: int, *, over: bool) -> Holding:
+    """What ``tenant`` could give by its report; ``over``: to somebody above its own share."""
+    report, rest = tenant.report, tenant.lease - tenant.asked
+    kinds = [max(0, tenant.lease - report.backed), 0, 0]
+    if report != tenant.spent:
+        kinds[0] += report.spare
+        kinds[1] = report.cached
+    if report != tenant.spent and (report.idle or (report.pauses and not over)):
+        kinds[2] = report.backed - report.spare - report.cached - report.split_floor
+    asked = tenant.asked
+    for index, kind in enumerate(kinds):  # what is asked for already comes off in that order
+        kinds[index] = max(0, kind - asked)
+        asked = max(0, asked - kind)
+    return Holding(
+        tenant.ident, spare=kinds[0], cached=kinds[1], split=kinds[2],
+        oldest_s=report.oldest_cached_s,
+        above_floor=rest - tenant.floor, above_share=rest - share,
+    )  # fmt: skip
 
 
 def fair_shares(capacity: int, tenants: Iterable[tuple[int, int, float, int]]) -> dict[int, int]:
@@ -60,6 +84,23 @@ def plan_reclaim(holdings: Sequence[Holding], shortfall: int) -> dict[int, int]:
                 if part:
                     asks[holding.tenant] = asks.get(holding.tenant, 0) + part
             shortfall -= sum(parts)
+    return asks
+
+
+def ask_blindly(holdings: Sequence[Holding], missing: int) -> dict[int, int]:
+    """Bytes to ask of tenants whose reports show nothing: those above their share first.
+
+    ``plan_reclaim`` has taken off what it asks already.
+    """
+    asks: dict[int, int] = {}
+    for allowance in ("above_share", "above_floor"):
+        for holding in sorted(holdings, key=lambda h: -h.above_share):
+            part = min(missing, getattr(holding, allowance))
+            if part > 0:
+                asks[holding.tenant] = asks.get(holding.tenant, 0) + part
+                holding.above_floor -= part
+                holding.above_share = max(0, holding.above_share - part)
+                missing -= part
     return asks
 
 

@@ -82,6 +82,8 @@ OK, REFUSED, LATE, NAME_TAKEN, UNKNOWN_NAME, NOT_ALLOWED, BAD_MESSAGE, BUSY, CLO
 )
 TRANSIENT = 1
 """Status of a CLAIM: for a moment only, so the limit does not count and nobody is asked."""
+STAYS = 2
+"""Status of a CLAIM: its owner goes on without it, so it may wait until what others use ends."""
 
 
 class Message(NamedTuple):

@@ -223,12 +223,13 @@ class Service:
 
     def _claim(self, peer: Peer, message: Message, _fds: list[int], now: float) -> None:
         need, want = message.values
-        ident, transient = self._own(peer), message.status == p.TRANSIENT
+        ident, kind = self._own(peer), message.status
         if sum(claim.tenant == ident for claim in self.ledger.queue) >= _MAX_CLAIMS:
             refusal = Message(Op.GRANT, message.request, self._epoch, p.REFUSED, (0,))
             peer.send(refusal)
             return
-        self.ledger.claim(ident, message.request, need, want, now, transient=transient)
+        self.ledger.claim(ident, message.request, need, want, now,
+                          transient=kind == p.TRANSIENT, stays=kind == p.STAYS)  # fmt: skip
 
     def _give_back(self, peer: Peer, message: Message, _fds: list[int], _now: float) -> None:
         if not self.ledger.give_back(self._own(peer), message.values[0]):
