@@ -1,4 +1,4 @@
-"""Layers with windows beside layers without (Gemma-3): tokens, and blocks that fall out of windows."""
+"""Layers with windows beside layers without (Gemma-3): tokens, and blocks that leave windows."""
 
 from __future__ import annotations
 
