@@ -165,6 +165,14 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "windows, sinks, experts (gpt-oss)": {"shape": "gpt-oss"},
     "windows alone (Mistral)": {"shape": "mistral"},
     "MLA (DeepSeek-V2)": {"shape": "deepseek"},
+    "drafts by n-grams": {
+        "shape": "small",
+        "speculative_config": {
+            "method": "ngram",
+            "num_speculative_tokens": 4,
+            "prompt_lookup_max": 3,
+        },
+    },
     "TP=2": {"shape": "small", "tensor_parallel_size": 2},
 }
 """What is compared beside the shapes of the other parts; models are small, with seeded weights."""
@@ -187,7 +195,9 @@ def layouts() -> None:
         engine_options = SMALL | {k: v for k, v in changes.items() if k != "shape"}
         options = {"shape": changes["shape"], "phases": "4,24,8", "prompt": 500, "output": 96,
                    "settle": 0, "seconds": 120, "engine": engine_options | {
-                       "max_model_len": 1024, "kv_cache_memory_bytes": GIB}}  # fmt: skip
+                       "max_model_len": 1024, "kv_cache_memory_bytes": GIB,
+                       "compilation_config": {"cudagraph_capture_sizes": [1, 4, 8, 16, 24, 32]},
+                   }}  # fmt: skip
         name = "layout_" + "".join(c if c.isalnum() else "_" for c in label)
         try:
             runs = [engine(f"{name}_{elastic}", elastic=elastic, **options)
