@@ -33,7 +33,10 @@ def read_recorded(name: str) -> Any:
     """Raw figures of an earlier run; ``None``: engines are to be run."""
     if Recorded.folder is None:
         return None
-    return json.loads((Recorded.folder / name).read_text(encoding="utf-8"))
+    try:
+        return json.loads((Recorded.folder / name).read_text(encoding="utf-8"))
+    except FileNotFoundError:  # as an engine that failed
+        raise RuntimeError(f"{name}: nothing was recorded") from None
 
 
 def add(ident: str, value: float, unit: str, target: float | None, **more: Any) -> None:
