@@ -292,7 +292,7 @@ def peer() -> None:
     options = {
         "shape": "llama-3.2-1b", "phases": "8,128,128", "seconds": 150,
         "engine": {"dtype": "bfloat16", "max_model_len": 4096, "max_num_seqs": 128,
-                   "gpu_memory_utilization": 0.6},
+                   "gpu_memory_utilization": 0.35},
     }  # fmt: skip
     paths = [str(place / "start"), built["source"], built["site"], os.environ["PYTHONPATH"]]
     # Without a variable of ours, and without the plug-ins: ours has the same module name.

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +52,16 @@ _KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def make_kind(kind: str, folder: Path) -> dict[str, Any]:
-    """Write a model of ``HYBRID`` with seeded weights; the arguments with which vLLM loads it."""
+    """Write a model of ``HYBRID`` with seeded weights; the arguments with which vLLM loads it.
+
+    In a process of its own: torch's threads would be in the way of a fork, as vLLM starts engines.
+    """
+    command = [sys.executable, __file__, kind, str(folder)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return {"model": str(folder), "skip_tokenizer_init": True, "seed": 0}
+
+
+def _write_kind(kind: str, folder: str) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -59,7 +70,6 @@ def make_kind(kind: str, folder: Path) -> dict[str, Any]:
     config = AutoConfig.for_model(name, **_COMMON | changes)
     model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
     model.save_pretrained(folder)
-    return {"model": str(folder), "skip_tokenizer_init": True, "seed": 0}
 
 
 def config_of(shape: str, **changes: Any) -> dict[str, Any]:
@@ -133,3 +143,7 @@ def smollm2() -> Path:
 
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return model_directory(None, home)
+
+
+if __name__ == "__main__":
+    _write_kind(*sys.argv[1:])
