@@ -1,22 +1,29 @@
-"""Compiled kernels, kept by what they were compiled for, and called with addresses as integers.
+"""Compiled kernels, kept by what they were compiled for, and launched by the CUDA driver.
 
-Triton's own launch looks at every argument to find the kernel, and asks the driver about every
-tensor. Here the caller knows: a kernel is compiled for explicit types and constants, the same that
-the ahead-of-time tests compile, and its handle is called with integers. So a launch costs about a
-microsecond of the host, and the base of a cache may be unmapped.
+Triton's own launch looks at every argument to find the kernel, asks the driver about every tensor,
+and compiles a C function for every signature, so it needs a C compiler where the program runs.
+Here the caller knows: a kernel is compiled for explicit types, constants and a named GPU, the same
+that the ahead-of-time tests compile; its code is loaded and launched through ``cuda.bindings``
+(``memory.cuda``), and its arguments are integers. So the base of a cache may be unmapped, and
+nothing but Triton's compiler, which comes with its own assembler, is needed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from types import SimpleNamespace
+import ctypes
+import functools
+import struct
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 import triton
+from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kvcached.errors import InvalidInput
+from kvcached.errors import BackendUnavailable, InvalidInput
+from kvcached.memory.cuda import load_driver
+from kvcached.memory.driver import Calls
 
 TYPES = {
     torch.float64: "fp64",
@@ -26,11 +33,19 @@ TYPES = {
     torch.float8_e4m3fn: "fp8e4nv",
     torch.float8_e5m2: "fp8e5",
     torch.int8: "i8",
+    torch.int16: "i16",
     torch.uint8: "u8",
     torch.int32: "i32",
     torch.int64: "i64",
 }
 """Triton's names of element types."""
+_CODES = {"i1": "?", "i8": "b", "i16": "h", "i32": "i", "i64": "q", "u8": "B", "u16": "H",
+          "u32": "I", "u64": "Q", "fp32": "f", "fp64": "d"}  # fmt: skip
+"""How ``struct`` writes an argument of a type; pointers are ``Q``."""
+_SCRATCH = "QQ"
+"""Triton's last two arguments: scratch memory of the kernel and of a profiler."""
+_DEFAULT_SHARED = 48 << 10
+"""Bytes of shared memory of a program that need not be asked for."""
 
 
 def interpreted() -> bool:
@@ -51,30 +66,183 @@ def attributes_of(kernel: Any, aligned: tuple[str, ...]) -> dict[tuple[int], lis
     return {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
 
 
-class Handle:
-    """A compiled kernel on one device: ``handle(grid_x, grid_y, stream, *arguments)``.
+def format_of(kinds: Iterable[str]) -> str:
+    """The ``struct`` format of arguments of Triton's types, each at its natural alignment."""
+    return "@" + "".join("Q" if kind[0] == "*" else _CODES[kind] for kind in kinds)
 
-    Arguments are those that are no constants, in order; integers for pointers. ``launch(x, y, z,
-    stream, *fixed, *arguments)`` is what it calls.
+
+try:
+    _raw_stream: Callable[[int], int] = torch._C._cuda_getCurrentRawStream  # noqa: SLF001
+except AttributeError:  # a torch without CUDA, or a later one
+
+    def _raw_stream(device: int) -> int:
+        return int(torch.cuda.current_stream(device).cuda_stream)
+
+
+def stream_of(device: int) -> int:
+    """Torch's current stream of device number ``device``, as the driver's handle."""
+    return _raw_stream(device)
+
+
+class Packet:
+    """Memory of the arguments of one launch at a time, and where the driver reads each.
+
+    Arguments are written to ``values``; behind them are Triton's two scratch areas, null.
+    ``address`` is that of the array that tells the driver where each argument lies.
     """
 
-    __slots__ = ("compiled", "fixed", "launch")
+    __slots__ = ("_kept", "address", "values")
 
-    def __init__(self, compiled: Any, types: Mapping[str, str]) -> None:
-        run = compiled.run  # loads the kernel onto the current device
-        if run.global_scratch_size or run.profile_scratch_size:
-            raise InvalidInput(f"{compiled.name} needs scratch memory, which no caller brings")
-        self.compiled = compiled
-        # Triton's launcher takes the constants too, and looks at each: a third of its time.
-        given = {name: kind for name, kind in types.items() if kind != "constexpr"}
-        source = SimpleNamespace(constants={}, signature=given, fn=compiled.src.fn)
-        self.launch = triton.runtime.driver.active.launcher_cls(source, compiled.metadata).launch
-        # cooperative, dependent launch, two scratch areas, sizes, metadata and hooks of profilers
-        self.fixed = (compiled.function, run.launch_cooperative_grid, run.launch_pdl, None, None,
-                      compiled.packed_metadata, None, None, None)  # fmt: skip
+    def __init__(self, layout: str) -> None:
+        self.values = bytearray(struct.calcsize(layout + _SCRATCH))
+        view = (ctypes.c_char * len(self.values)).from_buffer(self.values)
+        start = ctypes.addressof(view)
+        places = [start + offset for offset in offsets_of(layout + _SCRATCH)]
+        array = (ctypes.c_void_p * len(places))(*places)
+        self._kept = view, array
+        self.address = ctypes.addressof(array)
 
-    def __call__(self, grid_x: int, grid_y: int, stream: int, *arguments: Any) -> None:
-        self.launch(grid_x, grid_y, 1, stream, *self.fixed, *arguments)
+
+@functools.cache
+def offsets_of(layout: str) -> tuple[int, ...]:
+    """Where each value of a ``struct`` format without repeats lies."""
+    return tuple(
+        struct.calcsize(layout[: end + 1]) - struct.calcsize("@" + layout[end])
+        for end in range(1, len(layout))
+    )
+
+
+@functools.cache
+def driver_calls() -> Calls:
+    """The driver's functions; ``BackendUnavailable`` without ``cuda.bindings``."""
+    return Calls(load_driver())
+
+
+@functools.cache
+def _context(device: int) -> Any:
+    """The primary context of a device, the one that torch uses; kept for the process."""
+    calls = driver_calls()
+    calls.init()
+    return calls("cuDevicePrimaryCtxRetain", *calls("cuDeviceGet", device))[0]
+
+
+class Handle:
+    """A compiled kernel on one device: ``handle(grid, stream, *arguments)``.
+
+    ``grid`` are the programs in x, y and z, ``stream`` a handle of the driver. Arguments are those
+    that are no constants, in order; integers for pointers. The device must be the current one.
+    Raises ``DriverError`` if the driver refuses the launch. May be called by several threads.
+    """
+
+    __slots__ = ("_attributes", "_calls", "_function", "_idle", "_pack", "_run", "_streams",
+                 "_success", "compiled", "device", "layout", "name", "shared",
+                 "threads")  # fmt: skip
+
+    def __init__(self, compiled: Any, types: Mapping[str, str], device: int) -> None:
+        needs = compiled.metadata
+        if needs.global_scratch_size or needs.profile_scratch_size:
+            raise InvalidInput(f"{needs.name} needs scratch memory, which no caller brings")
+        self._calls = calls = driver_calls()
+        self.compiled, self.device, self.name = compiled, device, needs.name
+        self.threads, self.shared = 32 * needs.num_warps, needs.shared
+        self.layout = format_of(kind for kind in types.values() if kind != "constexpr")
+        self._pack = struct.Struct(self.layout).pack_into
+        self._idle: list[Packet] = []
+        self._streams: dict[int, Any] = {}
+        self._success, driver = calls.success, _functions(calls)
+        self._run = driver.cuLaunchKernel
+        self._attributes = [_early_start(driver)] if needs.launch_pdl else []
+        with calls.in_context(_context(device)):
+            self._function = _loaded(calls, compiled.asm["cubin"], needs, device)
+
+    def __call__(self, grid: Sequence[int], stream: int, *arguments: Any) -> None:
+        try:
+            packet = self._idle.pop()
+        except IndexError:
+            packet = Packet(self.layout)
+        try:
+            self._pack(packet.values, 0, *arguments)
+        except struct.error as error:
+            raise InvalidInput(f"{self.name} cannot take its arguments: {error}") from error
+        if 0 not in grid:
+            self.launch((*grid, 1, 1)[:3], stream, packet.address)
+        self._idle.append(packet)
+
+    def launch(self, grid: tuple[int, ...], stream: int, arguments: int) -> None:
+        """Launch ``grid`` of three numbers; ``arguments`` is a ``Packet``'s address."""
+        on = self._streams.get(stream)
+        if on is None:
+            on = self._streams[stream] = _functions(self._calls).CUstream(stream)
+        if self._attributes:
+            result = self._run_early(grid, on, arguments)
+        else:
+            result = self._run(
+                self._function, *grid, self.threads, 1, 1, self.shared, on, arguments, 0
+            )
+        if result[0] is self._success:
+            return
+        if _status(result) == "CUDA_ERROR_INVALID_CONTEXT" and _give_context(self):
+            self.launch(grid, stream, arguments)
+            return
+        self._calls.check(result, f"cuLaunchKernel of {self.name}", grid)
+
+    def _run_early(self, grid: tuple[int, ...], stream: Any, arguments: int) -> tuple[Any, ...]:
+        """Launch before the kernel in front has ended; this one waits for it by itself."""
+        driver = _functions(self._calls)
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = grid
+        config.blockDimX, config.blockDimY, config.blockDimZ = self.threads, 1, 1
+        config.sharedMemBytes, config.hStream = self.shared, stream
+        config.attrs, config.numAttrs = self._attributes, len(self._attributes)
+        result: tuple[Any, ...] = driver.cuLaunchKernelEx(config, self._function, arguments, 0)
+        return result
+
+
+def _functions(calls: Calls) -> Any:
+    """The driver, of which ``Driver`` names only what the memory backend calls."""
+    return calls.driver
+
+
+def _status(result: tuple[Any, ...]) -> str:
+    return str(getattr(result[0], "name", result[0]))
+
+
+def _give_context(handle: Handle) -> bool:
+    """Give a thread that never used a GPU the context of torch; whether it had none."""
+    calls = driver_calls()
+    (context,) = calls("cuCtxGetCurrent")
+    if int(context):
+        return False
+    calls("cuCtxSetCurrent", _context(handle.device))
+    return True
+
+
+def _early_start(driver: Any) -> Any:
+    attribute = driver.CUlaunchAttribute()
+    kinds = driver.CUlaunchAttributeID
+    attribute.id = kinds.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    attribute.value.programmaticStreamSerializationAllowed = 1
+    return attribute
+
+
+def _loaded(calls: Calls, cubin: bytes, needs: Any, device: int) -> Any:
+    """The function of a cubin on the current context, with the shared memory that it needs."""
+    driver = _functions(calls)
+    module = calls("cuModuleLoadData", cubin)[0]
+    (function,) = calls("cuModuleGetFunction", module, needs.name.encode())
+    if needs.shared <= _DEFAULT_SHARED:
+        return function
+    most = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
+    (limit,) = calls("cuDeviceGetAttribute", most, *calls("cuDeviceGet", device))
+    if needs.shared > limit:
+        raise BackendUnavailable(
+            f"{needs.name} needs {needs.shared} bytes of shared memory, but the GPU has {limit}",
+            hint="Smaller head dims or float16 need less.",
+        )
+    calls("cuFuncSetCacheConfig", function, driver.CUfunc_cache.CU_FUNC_CACHE_PREFER_SHARED)
+    dynamic = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    calls("cuFuncSetAttribute", function, dynamic, needs.shared)
+    return function
 
 
 _handles: dict[tuple[Any, ...], Handle] = {}
@@ -85,20 +253,49 @@ def handle_of(
     types: Mapping[str, str],
     constants: Mapping[str, Any],
     *,
-    num_warps: int,
     device: int,
     aligned: tuple[str, ...] = (),
+    **options: int,
 ) -> Handle:
     """The compiled kernel for ``types`` of pointers and scalars and for ``constants``.
 
-    Arguments named by ``aligned`` are multiples of 16. Compiles at the first call, for the current
-    device, which must be number ``device``.
+    Arguments named by ``aligned`` are multiples of 16; ``options`` (``num_warps``, ``launch_pdl``)
+    are the compiler's. Compiles at the first call, for device number ``device``.
     """
-    key = (kernel, device, num_warps, aligned, tuple(types.items()), tuple(constants.items()))
+    key = (kernel, device, aligned, tuple(types.items()), tuple(constants.items()),
+           tuple(options.items()))  # fmt: skip
     handle = _handles.get(key)
     if handle is None:
         signature = signature_of(kernel, types, constants)
         source = ASTSource(kernel, signature, dict(constants), attributes_of(kernel, aligned))
-        compiled = triton.compile(source, options={"num_warps": num_warps})
-        handle = _handles[key] = Handle(compiled, signature)
+        major, minor = torch.cuda.get_device_capability(device)
+        # Named, because Triton would build a C library to ask the driver what GPU there is.
+        target = GPUTarget("cuda", 10 * major + minor, 32)
+        compiled = triton.compile(source, target=target, options=options)
+        handle = _handles[key] = Handle(compiled, signature, device)
     return handle
+
+
+def run(
+    kernel: Any, grid: tuple[int, ...], arguments: Sequence[Any], constants: Mapping[str, Any],
+    types: Mapping[str, str], device: torch.device, num_warps: int = 4,
+) -> None:  # fmt: skip
+    """Launch on the current stream of ``device``, compiled for what the arguments are.
+
+    ``arguments`` are those that are no constants, in order: tensors, or numbers. What is a multiple
+    of 16 is compiled as such, unless the kernel says ``do_not_specialize``, and numbers that need
+    64 bits get them. For kernels that run seldom: a launch that is known costs less.
+    """
+    if interpreted():
+        kernel[grid](*arguments, **constants, num_warps=num_warps)
+        return
+    given = [x.data_ptr() if isinstance(x, torch.Tensor) else x for x in arguments]
+    params = [param for param in kernel.params if param.name not in constants]
+    aligned = tuple(
+        param.name for param, x in zip(params, given, strict=True)
+        if x % 16 == 0 and not param.do_not_specialize
+    )  # fmt: skip
+    wide = {param.name: "i64" for param, x in zip(params, given, strict=True) if x >> 31}
+    handle = handle_of(kernel, wide | dict(types), constants, device=device.index, aligned=aligned,
+                       num_warps=num_warps)  # fmt: skip
+    handle(grid, stream_of(device.index), *given)

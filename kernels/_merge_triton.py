@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kvcached.kernels._launch import handle_of, interpreted
+from kvcached.kernels._launch import handle_of, interpreted, stream_of
 
 MOST = 4
 """Results that one launch merges."""
@@ -111,6 +111,5 @@ def merge_triton(
             return lse
         device = out.device.index
         handle = handle_of(merge_kernel, MERGE_TYPES, config, num_warps=4, device=device)
-        stream = triton.runtime.driver.active.get_current_stream(device)
-        handle(programs, 1, stream, *(x.data_ptr() for x in tensors), *numbers)
+        handle((programs,), stream_of(device), *(x.data_ptr() for x in tensors), *numbers)
     return lse

@@ -1,7 +1,7 @@
 """Moving blocks and rows on a GPU: one Triton kernel each for copies, compaction and gathering.
 
-Bases are integers, since the first block of an elastic cache may be unmapped: Triton's launcher
-asks the driver about pointers, never about integers. Blocks that no id names are not touched.
+Bases are integers, since the first block of an elastic cache may be unmapped. Blocks that no id
+names are not touched.
 """
 
 from __future__ import annotations
@@ -13,10 +13,16 @@ import torch
 import triton
 import triton.language as tl
 
+from kvcached.kernels._launch import TYPES, run
+
 WIDTH = 2048
 """Units that a program moves: 8 KiB where addresses are aligned to 4 bytes or more."""
 ENTRIES = 256
 """Entries of a block table that a program rewrites: few, or they would need more registers."""
+MOVE_TYPES = dict.fromkeys(("DST", "SRC", "A", "B", "K", "V"), "i64") | dict.fromkeys(
+    ("TO", "FROM", "SOURCES", "TARGETS", "TABLE", "STARTS"), "*i32"
+)
+"""Triton's types of the arguments of these kernels that do not follow from their values."""
 _UNITS = {16: (tl.int32, 4), 4: (tl.int32, 4), 2: (tl.int16, 2), 1: (tl.int8, 1)}
 
 
@@ -232,12 +238,14 @@ def copy_entries(
         align = _alignment(*bases, *strides, form.run)
         unit = _UNITS[align][1]
         pieces = triton.cdiv(form.nbytes // unit, WIDTH)
-        copy_kernel[(count * pieces,)](
-            *bases, absent if to is None else to, absent if frm is None else frm, pieces,
-            form.nbytes // align, *(stride // align for stride in strides),
-            RUN=form.run // unit, INNER=form.inner, NESTED=form.inner * form.outer > 1,
-            BY_TO=to is not None, BY_FROM=frm is not None, **_settings(align),
-        )  # fmt: skip
+        numbers = (pieces, form.nbytes // align, *(stride // align for stride in strides))
+        constants = _settings(align) | {
+            "RUN": form.run // unit, "INNER": form.inner, "NESTED": form.inner * form.outer > 1,
+            "BY_TO": to is not None, "BY_FROM": frm is not None,
+        }  # fmt: skip
+        run(copy_kernel, (count * pieces,),
+            (*bases, absent if to is None else to, absent if frm is None else frm, *numbers),
+            constants, MOVE_TYPES, dst.device if dst.is_cuda else src.device)  # fmt: skip
 
 
 def compact(
@@ -271,15 +279,16 @@ def compact(
     programs = moves * pieces + triton.cdiv(rows * columns, ENTRIES)
     if not programs or not moves:
         return
-    compact_kernel[(programs,)](
-        bases[0], bases[-1], sources, targets,
-        sources if table is None else table, moves, moves.bit_length(), pieces,
-        *(bounds[0] if bounds else (0, 0, 0, 0)), *(bounds[-1] if bounds else (0, 0, 0, 0)),
-        rows, columns, stride,
-        A_RUN=a.run // unit, A_INNER=a.inner, A_NESTED=a.inner * a.outer > 1,
-        B_RUN=b.run // unit, B_INNER=b.inner, B_NESTED=b.inner * b.outer > 1,
-        TWO=len(pools) > 1, ENTRIES=ENTRIES, **_settings(align),
-    )  # fmt: skip
+    constants = _settings(align) | {
+        "A_RUN": a.run // unit, "A_INNER": a.inner, "A_NESTED": a.inner * a.outer > 1,
+        "B_RUN": b.run // unit, "B_INNER": b.inner, "B_NESTED": b.inner * b.outer > 1,
+        "TWO": len(pools) > 1, "ENTRIES": ENTRIES,
+    }  # fmt: skip
+    run(compact_kernel, (programs,),
+        (bases[0], bases[-1], sources, targets, sources if table is None else table,
+         moves, moves.bit_length(), pieces, *(bounds[0] if bounds else (0, 0, 0, 0)),
+         *(bounds[-1] if bounds else (0, 0, 0, 0)), rows, columns, stride),
+        constants, MOVE_TYPES, sources.device)  # fmt: skip
 
 
 def gather_rows(
@@ -296,10 +305,14 @@ def gather_rows(
     size = k_cache.element_size()
     numbers = [x.data_ptr() for x in tensors]
     width = min(1024, triton.next_power_of_2(heads * max(dim, v_cache.shape[-1])))
-    gather_kernel[triton.cdiv(rows, 4), triton.cdiv(heads * max(dim, v_cache.shape[-1]), width)](
-        numbers[0], numbers[1], table, starts, out_k, out_v, rows, batch, batch.bit_length(),
-        heads, table.stride(0), *k_cache.stride()[:3], *v_cache.stride()[:3],
-        *out_k.stride()[:2], *out_v.stride()[:2],
-        D=dim, DV=v_cache.shape[-1], ROWS=4, WIDTH=width, BLOCK_SIZE=block_size,
-        ALIGN=16 if (numbers[0] | numbers[1]) % 16 == 0 else size,
-    )  # fmt: skip
+    grid = triton.cdiv(rows, 4), triton.cdiv(heads * max(dim, v_cache.shape[-1]), width)
+    constants = {
+        "D": dim, "DV": v_cache.shape[-1], "ROWS": 4, "WIDTH": width, "BLOCK_SIZE": block_size,
+        "ALIGN": 16 if (numbers[0] | numbers[1]) % 16 == 0 else size,
+    }  # fmt: skip
+    run(gather_kernel, grid,
+        (numbers[0], numbers[1], table, starts, out_k, out_v, rows, batch, batch.bit_length(),
+         heads, table.stride(0), *k_cache.stride()[:3], *v_cache.stride()[:3],
+         *out_k.stride()[:2], *out_v.stride()[:2]),
+        constants, MOVE_TYPES | dict.fromkeys(("OUT_K", "OUT_V"), f"*{TYPES[bits]}"),
+        k_cache.device)  # fmt: skip

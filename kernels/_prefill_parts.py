@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kvcached.kernels._launch import TYPES, handle_of, interpreted
+from kvcached.kernels._launch import TYPES, handle_of, interpreted, stream_of
 from kvcached.kernels._workspace import workspace_of
 from kvcached.kernels.decode import multiprocessors
 
@@ -224,8 +224,7 @@ def launch(
         kernel, types_of(call.q.dtype), constants, num_warps=num_warps, device=device,
         aligned=tuple(aligned),
     )  # fmt: skip
-    stream = triton.runtime.driver.active.get_current_stream(device)
-    handle.launch(*grid, stream, *handle.fixed, *given)
+    handle(grid, stream_of(device), *given)
 
 
 def splits_of(

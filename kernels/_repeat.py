@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-import triton
+
+from kvcached.kernels._launch import stream_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
+    from kvcached.kernels._launch import Handle
     from kvcached.kernels.checks import AttentionCall
     from kvcached.kernels.decode import Launch
 
@@ -53,11 +53,10 @@ def _key(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[Any, ...]:
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    run: Callable[..., None]
+    run: Handle
     keys: weakref.ref[torch.Tensor]
     values: weakref.ref[torch.Tensor]
     grid: tuple[int, ...]
-    fixed: tuple[Any, ...]
     addresses: tuple[int, int]
     work: tuple[int, ...]
     tail: tuple[Any, ...]
@@ -82,7 +81,6 @@ class Known:
         self._unread = None
         if rows is not None:
             self._unread = torch.empty(rows, dtype=torch.float32, device=device)
-        self._stream: Any = None
 
     def _key(self, tensors: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[Any, ...]:
         _, keys, values, *_ = tensors
@@ -104,10 +102,9 @@ class Known:
             return
         if len(self._calls) >= MOST_KNOWN:
             self._calls.clear()
-        self._stream = triton.runtime.driver.active.get_current_stream
         self._calls[self._key(tensors, options)] = _Call(
-            made.handle.launch, weakref.ref(tensors[1]), weakref.ref(tensors[2]), made.grid,
-            made.handle.fixed, (call.kv.k_ptr, call.kv.v_ptr), made.work.addresses, made.tail,
+            made.handle, weakref.ref(tensors[1]), weakref.ref(tensors[2]), made.grid,
+            (call.kv.k_ptr, call.kv.v_ptr), made.work.addresses, made.tail,
             tuple(call.out.shape), made.work,
         )  # fmt: skip
 
@@ -136,7 +133,7 @@ class Known:
         if with_lse or lse is None:
             lse = torch.empty(found.shape[:2], dtype=torch.float32, device=self._device)
         found.run(
-            *found.grid, 1, self._stream(index), *found.fixed, q.data_ptr(), *found.addresses,
+            found.grid, stream_of(index), q.data_ptr(), *found.addresses,
             (starts if table is None else table).data_ptr(), lens.data_ptr(),
             0 if cu is None else cu.data_ptr(), 0 if mask is None else mask.data_ptr(),
             0 if sinks is None else sinks.data_ptr(), 0 if slopes is None else slopes.data_ptr(),
@@ -157,7 +154,7 @@ def known_here(index: int) -> Known | None:
     """
     if torch.cuda.is_current_stream_capturing():
         return None
-    stream = triton.runtime.driver.active.get_current_stream(index)
+    stream = stream_of(index)
     known = _streams.get((index, stream))
     if known is None:
         known = _streams[index, stream] = Known(None, torch.device("cuda", index))

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kvcached.kernels._launch import TYPES, handle_of, interpreted
+from kvcached.kernels._launch import TYPES, handle_of, interpreted, stream_of
 from kvcached.kernels.quant import LARGEST, require_hardware
 
 WIDTH = 1024
@@ -168,13 +168,12 @@ def append_config(
 
 
 @functools.lru_cache(maxsize=1024)
-def _prepared(device: int | None, *shape: Any) -> tuple[Any, ...]:
+def _prepared(device: Any, *shape: Any) -> tuple[Any, ...]:
     """(pieces, tokens of a program, constants, compiled handle) of a shape."""
     config = append_config(*shape)
     pieces = triton.cdiv(config["HEADS"] * max(config["D"], config["DV"]), config["WIDTH"])
     handle = None
     if not interpreted():
-        assert device is not None  # CPU tensors come here in the interpreter only
         handle = handle_of(append_kernel, APPEND_TYPES, config, num_warps=4, device=device)
     return pieces, config["TOKENS"], config, handle
 
@@ -201,8 +200,8 @@ def append_triton(
     if handle is None:
         append_kernel[programs, pieces](*places, slots, tokens, **config)
         return
-    stream = triton.runtime.driver.active.get_current_stream(key.device.index)
-    handle(programs, pieces, stream, *places, slots.data_ptr(), tokens)
+    stream = stream_of(key.device.index)
+    handle((programs, pieces), stream, *places, slots.data_ptr(), tokens)
 
 
 def quant_config(heads: int, dim: int, dim_v: int, dtype: torch.dtype) -> dict[str, Any]:
@@ -246,5 +245,4 @@ def append_quant_triton(
     types = QUANT_TYPES | {"KEY": f"*{TYPES[key.dtype]}", "VALUE": f"*{TYPES[value.dtype]}"}
     handle = handle_of(append_quant_kernel, types, constants, num_warps=4, device=device,
                        aligned=aligned)  # fmt: skip
-    stream = triton.runtime.driver.active.get_current_stream(device)
-    handle(len(slots), programs, stream, *given)
+    handle((len(slots), programs), stream_of(device), *given)

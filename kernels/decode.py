@@ -18,12 +18,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-import triton
 import triton.language as tl
 
 from kvcached.errors import InvalidInput
 from kvcached.kernels._decode import attend_kernel
-from kvcached.kernels._launch import TYPES, Handle, handle_of, interpreted
+from kvcached.kernels._launch import TYPES, Handle, handle_of, interpreted, stream_of
 from kvcached.kernels._workspace import workspace_of
 from kvcached.kernels.quant import INT4, require_hardware
 from kvcached.layout import cdiv
@@ -224,7 +223,7 @@ class Launch:
     def __call__(self, addresses: Iterable[int], out: int, lse: int, stream: int) -> None:
         """Launch on ``stream`` with addresses of Q, K, V ... V_SCALE, of the output and the LSE."""
         assert self.handle is not None  # compiled in ``prepare``
-        self.handle(*self.grid, stream, *addresses, *self.work.addresses, out, lse, *self.tail)
+        self.handle(self.grid, stream, *addresses, *self.work.addresses, out, lse, *self.tail)
 
 
 def attend_triton(
@@ -301,8 +300,7 @@ def launch(made: Launch, call: AttentionCall) -> None:
     assert table is not None  # the checks take one of the two
     addresses = (call.q.data_ptr(), call.kv.k_ptr, call.kv.v_ptr, table.data_ptr(),
                  *(0 if x is None else x.data_ptr() for x in tensors))  # fmt: skip
-    stream = triton.runtime.driver.active.get_current_stream(call.q.device.index)
-    made(addresses, call.out.data_ptr(), call.lse.data_ptr(), stream)
+    made(addresses, call.out.data_ptr(), call.lse.data_ptr(), stream_of(call.q.device.index))
 
 
 def _split(call: AttentionCall, items: int, asked: int, plan: Plan | None) -> Split:

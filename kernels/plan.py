@@ -16,7 +16,7 @@ import triton.language as tl
 
 from kvcached.errors import InvalidInput
 from kvcached.kernels._decode import span
-from kvcached.kernels._launch import Handle, handle_of, interpreted
+from kvcached.kernels._launch import Handle, handle_of, interpreted, stream_of
 from kvcached.kernels._repeat import Known
 from kvcached.kernels._workspace import make_workspace
 from kvcached.kernels.checks import UNBOUNDED, AttentionCall, index_tensor
@@ -190,9 +190,8 @@ class Plan:
             handle = handle_of(plan_kernel, types, constants, num_warps=8, device=index)
             made = self._planners[varlen] = handle, cdiv(self.slots, constants["E"])
         handle, grid = made
-        stream = triton.runtime.driver.active.get_current_stream(index)
-        handle(grid, 1, stream, lens.data_ptr(), 0 if starts is None else starts.data_ptr(),
-               self.workspace.addresses[0], *numbers)  # fmt: skip
+        places = lens.data_ptr(), 0 if starts is None else starts.data_ptr()
+        handle((grid,), stream_of(index), *places, self.workspace.addresses[0], *numbers)
 
     def _few(self, batch: int) -> int:
         """Parts in all of a batch whose sequences are of one length."""

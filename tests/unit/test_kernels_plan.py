@@ -25,7 +25,7 @@ class Recorder:
 
     def __init__(self):
         self.calls = []
-        self.handle = SimpleNamespace(launch=lambda *a: self.calls.append(a), fixed=("kernel",))
+        self.handle = lambda *a: self.calls.append(a)
 
 
 def given(**changes):
@@ -49,18 +49,12 @@ def ordered(call):
 @pytest.fixture
 def known(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # the index of the CPU
-    monkeypatch.setattr(_repeat.triton.runtime, "driver", SimpleNamespace(active=_Driver))
+    monkeypatch.setattr(_repeat, "stream_of", lambda _: 77)
     return Known(8, torch.device("cpu"))
 
 
 class _Memory:
     addresses = (1, 2, 3, 4)
-
-
-class _Driver:
-    @staticmethod
-    def get_current_stream(_index):
-        return 77
 
 
 def learned(known, call):
@@ -79,7 +73,7 @@ def test_a_known_call_is_launched_with_the_addresses_of_its_own_tensors(known):
             ("q", "k_cache", "v_cache", "page_table", "cache_seqlens")]  # fmt: skip
     ends = out.data_ptr(), lse.data_ptr()
     absent = (0,) * 6
-    assert launch.calls == [(8, 4, 1, 77, "kernel", *want, *absent, 1, 2, 3, 4, *ends, 5, 6)]
+    assert launch.calls == [((8, 4), 77, *want, *absent, 1, 2, 3, 4, *ends, 5, 6)]
     assert (out.shape, lse.shape) == ((2, 4, 8), (2, 4))
 
 
@@ -126,7 +120,7 @@ def test_without_a_plan_new_views_of_a_known_cache_are_known(known):
     again = call | {name: call[name].view(4, 16, 2, 8) for name in ("k_cache", "v_cache")}
     out, lse = known.launch(ordered(again), OPTIONS, with_lse=False)
     want = call["k_cache"].data_ptr(), call["v_cache"].data_ptr()
-    assert launch.calls[0][6:8] == want
+    assert launch.calls[0][3:5] == want
     assert launch.calls[0][-4:] == (out.data_ptr(), lse.data_ptr(), 5, 6)
     assert lse.shape == (2, 4), "nobody else writes there"
     for change in (call["k_cache"].clone(), call["k_cache"][:3]):
@@ -147,8 +141,7 @@ def test_the_memory_of_a_known_call_outlives_the_one_that_took_its_place(known):
 
 def test_each_stream_knows_its_own_calls_and_a_capture_none(monkeypatch):
     stream = [5]
-    driver = SimpleNamespace(get_current_stream=lambda index: stream[0] + index)
-    monkeypatch.setattr(_repeat.triton.runtime, "driver", SimpleNamespace(active=driver))
+    monkeypatch.setattr(_repeat, "stream_of", lambda index: stream[0] + index)
     monkeypatch.setattr(_repeat, "_streams", {})
     capturing = [False]
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
@@ -179,7 +172,7 @@ def test_a_plan_compiles_its_planner_once_and_tells_it_the_parts_of_like_lengths
     made = plan_attention(8, 4096, 32, 8, 128, torch.bfloat16, device="cpu")
     made.slots = 200
     monkeypatch.setattr(planning, "equal_parts", lambda items, *_: 132 // items)
-    monkeypatch.setattr(planning.triton.runtime, "driver", SimpleNamespace(active=_Driver))
+    monkeypatch.setattr(planning, "stream_of", lambda _: 77)
     asked, calls = [], []
 
     def handle_of(*_, **options):
@@ -194,4 +187,4 @@ def test_a_plan_compiles_its_planner_once_and_tells_it_the_parts_of_like_lengths
     assert calls[0] == calls[2]
     grid = -(-200 // 64)
     place = made.workspace.work.data_ptr()
-    assert calls[0] == (grid, 1, 77, lens.data_ptr(), 0, place, 2, 1, 1 << 30, 4, 200, 1, 16)
+    assert calls[0] == ((grid,), 77, lens.data_ptr(), 0, place, 2, 1, 1 << 30, 4, 200, 1, 16)

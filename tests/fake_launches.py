@@ -1,0 +1,125 @@
+"""``FakeLaunches``: the part of the CUDA driver that loads and launches kernels; it keeps them."""
+
+# ruff: noqa: N802 - the functions bear the driver's names
+from __future__ import annotations
+
+import ctypes
+import struct
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+from kvcached.testing.fake_device import CUresult
+
+
+@dataclass(frozen=True)
+class Launched:
+    """What a kernel was launched with; ``early`` is before the one in front has ended."""
+
+    function: tuple
+    grid: tuple[int, ...]
+    threads: int
+    shared: int
+    stream: int
+    arguments: tuple
+    scratch: tuple
+    early: bool = False
+
+
+class FakeLaunches:
+    """Stands in for ``cuda.bindings.driver``.
+
+    Functions are ``(name, number)``; ``layout_of(function)`` is the ``struct`` format of what one
+    takes.
+    """
+
+    CUresult = CUresult
+    CUdevice_attribute = SimpleNamespace(CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN=97)
+    CUfunc_cache = SimpleNamespace(CU_FUNC_CACHE_PREFER_SHARED=1)
+    CUfunction_attribute = SimpleNamespace(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES=8)
+    CUlaunchAttributeID = SimpleNamespace(CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION=6)
+    CUstream = int
+    CUlaunchConfig = SimpleNamespace
+
+    def __init__(self, layout_of, shared_limit=232_448):
+        self.layout_of = layout_of
+        self.shared_limit = shared_limit
+        self.launches = []
+        self.images = []
+        self.dynamic = {}
+        self.contexts = []
+        self.fail_with = []
+        """Statuses of the next launches."""
+
+    def __getattr__(self, name):
+        if name in {"cuFuncSetCacheConfig", "cuInit"}:
+            return lambda *_: (CUresult.CUDA_SUCCESS,)
+        raise AttributeError(name)
+
+    def CUlaunchAttribute(self):
+        return SimpleNamespace(value=SimpleNamespace())
+
+    def cuDriverGetVersion(self):
+        return CUresult.CUDA_SUCCESS, 13_000
+
+    def cuDeviceGet(self, ordinal):
+        return CUresult.CUDA_SUCCESS, ordinal
+
+    def cuDeviceGetAttribute(self, attribute, _device):
+        assert attribute == 97
+        return CUresult.CUDA_SUCCESS, self.shared_limit
+
+    def cuDevicePrimaryCtxRetain(self, device):
+        return CUresult.CUDA_SUCCESS, 1000 + (device or 0)
+
+    def cuCtxPushCurrent(self, context):
+        self.contexts.append(context)
+        return (CUresult.CUDA_SUCCESS,)
+
+    def cuCtxPopCurrent(self):
+        return CUresult.CUDA_SUCCESS, self.contexts.pop()
+
+    def cuCtxGetCurrent(self):
+        return CUresult.CUDA_SUCCESS, self.contexts[-1] if self.contexts else 0
+
+    def cuCtxSetCurrent(self, context):
+        self.contexts[-1:] = [context]
+        return (CUresult.CUDA_SUCCESS,)
+
+    def cuModuleLoadData(self, image):
+        assert self.contexts, "no context is current"
+        self.images.append(image)
+        return CUresult.CUDA_SUCCESS, image
+
+    def cuModuleGetFunction(self, image, name):
+        assert name in image, "the code has no such kernel"
+        return CUresult.CUDA_SUCCESS, (name.decode(), len(self.images))
+
+    def cuFuncSetAttribute(self, function, attribute, value):
+        assert attribute == 8
+        self.dynamic[function] = value
+        return (CUresult.CUDA_SUCCESS,)
+
+    def cuLaunchKernel(self, function, x, y, z, bx, by, bz, shared, stream, places, extra):
+        assert (by, bz, extra) == (1, 1, 0)
+        status = self.fail_with.pop(0) if self.fail_with else CUresult.CUDA_SUCCESS
+        if status is CUresult.CUDA_SUCCESS:
+            self._record(function, (x, y, z), bx, shared, stream, places, early=False)
+        return (status,)
+
+    def cuLaunchKernelEx(self, config, function, places, extra):
+        assert extra == 0
+        assert (config.numAttrs, config.attrs[0].id) == (1, 6)
+        grid = config.gridDimX, config.gridDimY, config.gridDimZ
+        self._record(function, grid, config.blockDimX, config.sharedMemBytes, config.hStream,
+                     places, early=True)  # fmt: skip
+        return (CUresult.CUDA_SUCCESS,)
+
+    def _record(self, function, grid, threads, shared, stream, places, *, early):
+        layout = self.layout_of(function) + "QQ"
+        addresses = (ctypes.c_void_p * (len(layout) - 1)).from_address(places)
+        values = [
+            struct.unpack("@" + code, ctypes.string_at(at, struct.calcsize("@" + code)))[0]
+            for code, at in zip(layout[1:], addresses, strict=True)
+        ]
+        self.launches.append(Launched(function, grid, threads, shared, int(stream),
+                                      tuple(values[:-2]), tuple(values[-2:]), early))  # fmt: skip
