@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from kvcached.kernels import ops, reference
     from kvcached.kernels.append import concat_and_cache_mla, reshape_and_cache
     from kvcached.kernels.attention import attn_with_kvcache
+    from kvcached.kernels.binding import BoundCall, bind
     from kvcached.kernels.cascade import Level, cascade_attention
     from kvcached.kernels.merge import merge_state, merge_states
     from kvcached.kernels.mla import mla_with_kvcache
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "attn_with_kvcache": "attention",
+    "BoundCall": "binding",
+    "bind": "binding",
     "reshape_and_cache": "append",
     "concat_and_cache_mla": "append",
     "Level": "cascade",
@@ -46,10 +49,12 @@ _HOMES = {
     "KVView": "view",
 }
 __all__ = [
+    "BoundCall",
     "KVView",
     "Level",
     "Plan",
     "attn_with_kvcache",
+    "bind",
     "cascade_attention",
     "compact_pages",
     "concat_and_cache_mla",

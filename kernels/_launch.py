@@ -87,18 +87,28 @@ def stream_of(device: int) -> int:
 class Packet:
     """Memory of the arguments of one launch at a time, and where the driver reads each.
 
-    Arguments are written to ``values``; behind them are Triton's two scratch areas, null.
-    ``address`` is that of the array that tells the driver where each argument lies.
+    Arguments are written to ``values``, as ``layout`` (a ``struct`` format) says; behind them are
+    Triton's two scratch areas, null. ``places`` tells where each argument lies, and ``address`` is
+    that of the same list for the driver. Given the ``places`` of another packet, the arguments are
+    those at ``at`` of it, and the others lie there.
     """
 
-    __slots__ = ("_kept", "address", "values")
+    __slots__ = ("_kept", "address", "places", "values")
 
-    def __init__(self, layout: str) -> None:
-        self.values = bytearray(struct.calcsize(layout + _SCRATCH))
+    def __init__(
+        self, layout: str, places: Sequence[int] | None = None, at: Sequence[int] = ()
+    ) -> None:
+        if places is None:
+            layout += _SCRATCH
+        self.values = bytearray(struct.calcsize(layout))
         view = (ctypes.c_char * len(self.values)).from_buffer(self.values)
-        start = ctypes.addressof(view)
-        places = [start + offset for offset in offsets_of(layout + _SCRATCH)]
-        array = (ctypes.c_void_p * len(places))(*places)
+        own = [ctypes.addressof(view) + offset for offset in offsets_of(layout)]
+        self.places = own
+        if places is not None:
+            self.places = list(places)
+            for i, place in zip(at, own, strict=True):
+                self.places[i] = place
+        array = (ctypes.c_void_p * len(self.places))(*self.places)
         self._kept = view, array
         self.address = ctypes.addressof(array)
 

@@ -9,7 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
-from kvcached.kernels._launch import TYPES, handle_of, interpreted, stream_of
+from kvcached.kernels._bound import Launch, launch_of
+from kvcached.kernels._launch import TYPES
 from kvcached.kernels._workspace import workspace_of
 from kvcached.kernels.decode import multiprocessors
 
@@ -203,28 +204,13 @@ def types_of(dtype: torch.dtype) -> dict[str, str]:
 def launch(
     kernel: Any, grid: tuple[int, int, int], call: AttentionCall, arguments: tuple[Any, ...],
     constants: dict[str, Any], num_warps: int,
-) -> None:  # fmt: skip
-    """Run a kernel on the current stream with its arguments that are no constants, in order.
+) -> Launch:  # fmt: skip
+    """The launch of a kernel with its arguments that are no constants, in order.
 
-    These are tensors, numbers, or ``None`` for a pointer that the kernel does not use. They come
-    first in the kernel. Strides are arguments: as constants they cost registers, for tiles spill.
+    Strides are arguments: as constants they cost registers, for tiles spill.
     """
-    if interpreted():
-        some = [call.lens if x is None else x for x in arguments]
-        kernel[grid](*some, **constants, num_warps=num_warps)
-        return
-    device = call.q.device.index
-    given = [x.data_ptr() if isinstance(x, torch.Tensor) else x or 0 for x in arguments]
-    aligned = [
-        name
-        for name, x in zip(kernel.arg_names, given, strict=False)
-        if name in ALIGNED and not x % 16
-    ]
-    handle = handle_of(
-        kernel, types_of(call.q.dtype), constants, num_warps=num_warps, device=device,
-        aligned=tuple(aligned),
-    )  # fmt: skip
-    handle(grid, stream_of(device), *given)
+    return launch_of(kernel, grid, arguments, constants, types_of(call.q.dtype), call.q.device,
+                     num_warps, ALIGNED)  # fmt: skip
 
 
 def splits_of(
@@ -257,11 +243,11 @@ def merge_config(dim_v: int, splits: int, width: int) -> dict[str, int]:
             "SPLITS": splits, "PADDED": padded, "AT_ONCE": min(32, padded)}  # fmt: skip
 
 
-def merge(call: AttentionCall, partial: Any, state: Any, splits: int, width: int) -> None:
-    """Launch ``merge_kernel`` over ``call.out [T, Hq, Dv]``."""
+def merge(call: AttentionCall, partial: Any, state: Any, splits: int, width: int) -> Launch:
+    """The launch of ``merge_kernel`` over ``call.out [T, Hq, Dv]``."""
     tokens, heads, dim_v = call.out.shape
     constants = merge_config(dim_v, splits, width) | {"HAS_SINKS": call.sinks is not None}
-    launch(
+    return launch(
         merge_kernel, (tokens, heads, triton.cdiv(dim_v, constants["COLUMNS"])), call,
         (partial, state, call.sinks, call.out, call.lse, heads, *call.out.stride()[:2]), constants,
         num_warps=4,
@@ -269,13 +255,13 @@ def merge(call: AttentionCall, partial: Any, state: Any, splits: int, width: int
 
 
 def workspace(
-    call: AttentionCall, splits: int, width: int, items: int
+    call: AttentionCall, splits: int, width: int, items: int, *, shared: bool = True
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """Partial sums, (top, total) pairs and counters, which start, and end, at zero."""
+    """Partial sums, (top, total) pairs and counters; see ``workspace_of``."""
     if splits == 1:
         return None, None, None
     rows = call.lse.numel() * splits
-    work = workspace_of(items, rows * width, rows, call.q.device)
+    work = workspace_of(items, rows * width, rows, call.q.device, shared=shared)
     return work.partial, work.state, work.finished
 
 

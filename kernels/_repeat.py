@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from kvcached.kernels._bound import Bound
 from kvcached.kernels._launch import stream_of
 
 if TYPE_CHECKING:
-    from kvcached.kernels._launch import Handle
+    from collections.abc import Sequence
+
+    from kvcached.kernels._bound import Launch
     from kvcached.kernels.checks import AttentionCall
-    from kvcached.kernels.decode import Launch
 
 MOST_KNOWN = 1 << 14
 """Calls remembered: layers times batch sizes of a large model. Then all are forgotten."""
@@ -33,7 +35,9 @@ def _cache_key(x: torch.Tensor) -> tuple[Any, ...]:
     return x.data_ptr(), x.dtype, x.shape, x.stride(), x.get_device()
 
 
-def _key(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[Any, ...]:
+def _key(
+    tensors: tuple[Any, ...], options: tuple[Any, ...], addresses: list[int]
+) -> tuple[Any, ...]:
     """What a call is known by. Spelled out, since this is most of what a launch costs."""
     q, _, _, table, starts, lens, cu, mask, sinks, slopes, k_scale, v_scale, out = tensors
     place = starts if table is None else table
@@ -41,32 +45,38 @@ def _key(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[Any, ...]:
         others = None
     else:
         others = tuple(map(_described, (cu, mask, sinks, slopes, k_scale, v_scale)))
+    together = 0
+    for address in addresses:
+        together |= address
     return (
-        options, q.data_ptr() & 15, table is None, starts is None, others,
+        options, table is None, starts is None, others,
+        # Kernels are compiled for what is a multiple of 16.
+        tuple(address & 15 for address in addresses) if together & 15 else None,
         q.dtype, q.shape, q.stride(), q.get_device(),
         place.dtype, place.shape, place.stride(), place.get_device(),
         lens.dtype, lens.shape, lens.stride(), lens.get_device(),
-        None if out is None
-        else (out.data_ptr() & 15, out.dtype, out.shape, out.stride(), out.get_device()),
+        None if out is None else (out.dtype, out.shape, out.stride(), out.get_device()),
     )  # fmt: skip
+
+
+def _addresses(tensors: tuple[Any, ...]) -> list[int]:
+    """Of the tensors that may be others at each call, in the order of the kernels, but the ends."""
+    q, _, _, table, starts, lens, *others, _ = tensors
+    found = [q.data_ptr(), (starts if table is None else table).data_ptr(), lens.data_ptr()]
+    found += [x.data_ptr() for x in others if x is not None]
+    return found
 
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    run: Handle
+    steps: list[Bound]
     keys: weakref.ref[torch.Tensor]
     values: weakref.ref[torch.Tensor]
-    grid: tuple[int, ...]
-    addresses: tuple[int, int]
-    work: tuple[int, ...]
-    tail: tuple[Any, ...]
     shape: tuple[int, ...]
-    kept: Any
-    """Owner of the memory at ``work``: the stream's own may be replaced by a larger one."""
 
 
 class Known:
-    """The calls that a plan, or a stream without one, has seen, each with its launch.
+    """The calls that a plan, or a stream without one, has seen, each with its launches.
 
     ``tensors`` are those of ``attn_with_kvcache``: q, caches of K and V, table, starts, then the
     others in the order of the kernel, and the output; ``options`` is all else that it is given.
@@ -76,36 +86,54 @@ class Known:
 
     def __init__(self, rows: int | None, device: torch.device) -> None:
         self._calls: dict[Any, _Call] = {}
+        self._seen: set[Any] = set()
         self._device = device
         self._index = device.index
         self._unread = None
         if rows is not None:
             self._unread = torch.empty(rows, dtype=torch.float32, device=device)
 
-    def _key(self, tensors: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[Any, ...]:
+    def _key(
+        self, tensors: tuple[Any, ...], options: tuple[Any, ...], addresses: list[int]
+    ) -> tuple[Any, ...]:
         _, keys, values, *_ = tensors
         if self._unread is None:
-            return _cache_key(keys), _cache_key(values), _key(tensors, options)
-        return id(keys), id(values), _key(tensors, options)
+            caches = _cache_key(keys), None if values is keys else _cache_key(values)
+            return caches, _key(tensors, options, addresses)
+        return id(keys), id(values), _key(tensors, options, addresses)
 
     def clear(self) -> None:
         """Forget all calls."""
         self._calls.clear()
+        self._seen.clear()
 
     def learn(
-        self, tensors: tuple[Any, ...], options: tuple[Any, ...], call: AttentionCall, made: Launch
-    ) -> None:
-        """Remember the launch of ``call``, unless the checks made other tensors of those given."""
+        self, tensors: tuple[Any, ...], options: tuple[Any, ...], call: AttentionCall,
+        steps: Sequence[Launch],
+    ) -> None:  # fmt: skip
+        """Remember the launches of ``call`` if other tensors may take the place of those given.
+
+        Without a plan, what is seen once may never come again (prompts of just that length), and is
+        only remembered the second time.
+        """
+        given = bindable(call, steps)
         used = (call.table, call.starts, call.lens, call.q_starts, call.masks, call.sinks,
                 call.slopes, call.k_scale, call.v_scale)  # fmt: skip
-        if made.handle is None or any(a is not b for a, b in zip(used, tensors[3:-1], strict=True)):
+        if given is None or any(a is not b for a, b in zip(used, tensors[3:-1], strict=True)):
             return
-        if len(self._calls) >= MOST_KNOWN:
-            self._calls.clear()
-        self._calls[self._key(tensors, options)] = _Call(
-            made.handle, weakref.ref(tensors[1]), weakref.ref(tensors[2]), made.grid,
-            (call.kv.k_ptr, call.kv.v_ptr), made.work.addresses, made.tail,
-            tuple(call.out.shape), made.work,
+        addresses = _addresses(tensors)
+        if tensors[-1] is not None:
+            addresses.append(call.out.data_ptr())
+        key = self._key(tensors, options, addresses)
+        if len(self._calls) + len(self._seen) >= MOST_KNOWN:
+            self.clear()
+        if self._unread is None and key not in self._seen:
+            self._seen.add(key)
+            return
+        self._seen.discard(key)
+        self._calls[key] = _Call(
+            [Bound(step, given) for step in steps], weakref.ref(tensors[1]),
+            weakref.ref(tensors[2]), tuple(call.out.shape),
         )  # fmt: skip
 
     def launch(
@@ -115,33 +143,46 @@ class Known:
 
         The LSE is only good if it was asked for.
         """
+        out = tensors[-1]
         try:
-            found = self._calls.get(self._key(tensors, options))
+            addresses = _addresses(tensors)
+            if out is not None:
+                addresses.append(out.data_ptr())
+            found = self._calls.get(self._key(tensors, options, addresses))
         except (AttributeError, TypeError):  # no tensors: the checks know better what to say
             return None
         index = self._index
         if found is None or torch.cuda.current_device() != index:
             return None  # the long way sets the device
-        q, keys, values, table, starts, lens, cu, mask, sinks, slopes, k_scale, v_scale, out = (
-            tensors
-        )
+        q, keys, values, *_ = tensors
         if self._unread is not None and (found.keys() is not keys or found.values() is not values):
             return None  # another tensor got the id of one that is gone
         if out is None:
             out = torch.empty(found.shape, dtype=q.dtype, device=self._device)
+            addresses.append(out.data_ptr())
         lse = self._unread
         if with_lse or lse is None:
             lse = torch.empty(found.shape[:2], dtype=torch.float32, device=self._device)
-        found.run(
-            found.grid, stream_of(index), q.data_ptr(), *found.addresses,
-            (starts if table is None else table).data_ptr(), lens.data_ptr(),
-            0 if cu is None else cu.data_ptr(), 0 if mask is None else mask.data_ptr(),
-            0 if sinks is None else sinks.data_ptr(), 0 if slopes is None else slopes.data_ptr(),
-            0 if k_scale is None else k_scale.data_ptr(),
-            0 if v_scale is None else v_scale.data_ptr(),
-            *found.work, out.data_ptr(), lse.data_ptr(), *found.tail,
-        )  # fmt: skip
+        addresses.append(lse.data_ptr())
+        stream = stream_of(index)
+        for step in found.steps:
+            step(stream, addresses)
         return out, lse
+
+
+def bindable(call: AttentionCall, steps: Sequence[Launch]) -> list[torch.Tensor] | None:
+    """The tensors of ``call`` that others may replace, as the kernels take them.
+
+    ``None`` if the launches do not take all of them as they are, or one of them as two arguments.
+    """
+    places = call.starts if call.table is None else call.table
+    given = [x for x in (call.q, places, call.lens, call.q_starts, call.masks, call.sinks,
+                         call.slopes, call.k_scale, call.v_scale, call.out, call.lse)
+             if x is not None]  # fmt: skip
+    ids = {id(x) for x in given}
+    taken = {id(x) for step in steps for x in step.arguments}
+    fits = len(ids) == len(given) and ids <= taken
+    return given if fits and all(step.handle is not None for step in steps) else None
 
 
 _streams: dict[tuple[int, int], Known] = {}

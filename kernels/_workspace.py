@@ -51,14 +51,17 @@ def make_workspace(
 _kept: dict[tuple[int, int], Workspace] = {}
 
 
-def workspace_of(items: int, elements: int, rows: int, device: torch.device) -> Workspace:
+def workspace_of(
+    items: int, elements: int, rows: int, device: torch.device, *, shared: bool = True
+) -> Workspace:
     """A workspace for a launch on the current stream.
 
     Launches of one stream run one after another, so they share one that grows as needed. A captured
     graph may be replayed on any stream, beside others: while capturing, the memory is the graph's
-    own, which costs it a fill with zeros; a ``Plan`` costs nothing.
+    own, which costs it a fill with zeros; a ``Plan`` costs nothing. What is not ``shared`` is the
+    caller's own too.
     """
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+    if not shared or device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return make_workspace(items, elements, rows, device)
     key = device.index, torch.cuda.current_stream(device).cuda_stream
     kept = _kept.get(key)

@@ -12,7 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-from kvcached.kernels._launch import TYPES, handle_of, interpreted, stream_of
+from kvcached.kernels._bound import Launch, launch_of
+from kvcached.kernels._launch import TYPES, handle_of, interpreted
 from kvcached.kernels.quant import LARGEST, require_hardware
 
 WIDTH = 1024
@@ -178,30 +179,23 @@ def _prepared(device: Any, *shape: Any) -> tuple[Any, ...]:
     return pieces, config["TOKENS"], config, handle
 
 
-def append_triton(
-    key: torch.Tensor,
-    value: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
+def append_launches(
+    key: torch.Tensor, value: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
     slots: torch.Tensor,
-) -> None:
-    """Write checked rows of the caches' dtype to their slots."""
+) -> list[Launch]:  # fmt: skip
+    """The launch that writes checked rows of the caches' dtype to their slots, if there are any."""
     tokens = len(slots)
     if not tokens:
-        return
-    places = key.data_ptr(), value.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr()
-    aligned = (places[0] | places[1] | places[2] | places[3]) % 16 == 0
+        return []
+    aligned = (key.data_ptr() | value.data_ptr() | k_cache.data_ptr() | v_cache.data_ptr()) % 16
     pieces, together, config, handle = _prepared(
         key.device.index, key.element_size(), tokens <= FEW_TOKENS,
         (*k_cache.shape[1:], v_cache.shape[3]), key.stride()[:2] + value.stride()[:2],
-        k_cache.stride()[:3] + v_cache.stride()[:3], 16 if aligned else key.element_size(),
+        k_cache.stride()[:3] + v_cache.stride()[:3], key.element_size() if aligned else 16,
     )  # fmt: skip
-    programs = -(-tokens // together)
-    if handle is None:
-        append_kernel[programs, pieces](*places, slots, tokens, **config)
-        return
-    stream = stream_of(key.device.index)
-    handle((programs, pieces), stream, *places, slots.data_ptr(), tokens)
+    arguments = key, value, k_cache.data_ptr(), v_cache.data_ptr(), slots, tokens
+    grid = -(-tokens // together), pieces
+    return [Launch(append_kernel, grid, arguments, config, 4, APPEND_TYPES, handle)]
 
 
 def quant_config(heads: int, dim: int, dim_v: int, dtype: torch.dtype) -> dict[str, Any]:
@@ -214,35 +208,26 @@ def quant_config(heads: int, dim: int, dim_v: int, dtype: torch.dtype) -> dict[s
             "LIMIT": LARGEST[dtype]}  # fmt: skip
 
 
-def append_quant_triton(
+def append_quant_launches(
     key: torch.Tensor, value: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
     slots: torch.Tensor, k_scale: torch.Tensor, v_scale: torch.Tensor,
-) -> None:  # fmt: skip
-    """Quantise checked rows to their slots; scales of three dimensions are made here."""
+) -> list[Launch]:  # fmt: skip
+    """The launch that quantises checked rows; scales of three dimensions are made by it."""
     if not len(slots):
-        return
+        return []
     require_hardware(k_cache.dtype, k_cache.device)
     heads, per_row = k_cache.shape[2], k_scale.dim() == 3
     config = quant_config(heads, key.shape[2], value.shape[2], k_cache.dtype)
     steps = [step for scale in (k_scale, v_scale)
              for step in [0, 0, 0, *scale.stride()][-3:]]  # fmt: skip
     constants = config | {"BLOCK_SIZE": k_cache.shape[1], "PER_ROW": per_row}
-    programs = triton.cdiv(heads, config["HEADS"])
-    places = [x.data_ptr() for x in (key, value, k_cache, v_cache, k_scale, v_scale, slots)]
-    numbers = (*key.stride()[:2], *value.stride()[:2], *k_cache.stride()[:3],
-               *v_cache.stride()[:3], *steps, heads)  # fmt: skip
-    if interpreted():
-        append_quant_kernel[len(slots), programs](
-            key, value, *places[2:6], slots, *numbers, **constants
-        )
-        return
-    device = key.device.index
-    given = (*places, *numbers)
-    # Compiled for what is a multiple of 16: such rows are read and written by whole vectors.
-    aligned = tuple(
-        name for name, x in zip(append_quant_kernel.arg_names, given, strict=False) if x % 16 == 0
-    )
+    arguments = (
+        key, value, *(x.data_ptr() for x in (k_cache, v_cache, k_scale, v_scale)), slots,
+        *key.stride()[:2], *value.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3],
+        *steps, heads,
+    )  # fmt: skip
     types = QUANT_TYPES | {"KEY": f"*{TYPES[key.dtype]}", "VALUE": f"*{TYPES[value.dtype]}"}
-    handle = handle_of(append_quant_kernel, types, constants, num_warps=4, device=device,
-                       aligned=aligned)  # fmt: skip
-    handle((len(slots), programs), stream_of(device), *given)
+    # Compiled for what is a multiple of 16: such rows are read and written by whole vectors.
+    every = frozenset(append_quant_kernel.arg_names[: len(arguments)])
+    grid = len(slots), triton.cdiv(heads, config["HEADS"])
+    return [launch_of(append_quant_kernel, grid, arguments, constants, types, key.device, 4, every)]

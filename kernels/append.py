@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,6 +14,9 @@ from kvcached.kernels import quant
 from kvcached.kernels._simd import move_bytes
 from kvcached.kernels.checks import index_tensor
 from kvcached.kernels.move import check_rows
+
+if TYPE_CHECKING:
+    from kvcached.kernels._bound import Launch
 
 _SKIP = -1
 _KINDS = {
@@ -56,6 +60,39 @@ def reshape_and_cache(
     On the CPU a slot that is named twice or does not exist raises ``InvalidInput``, and then
     nothing is written; on a GPU slots are not read back, so there the caller answers for them.
     """
+    call = check_append(key, value, k_cache, v_cache, slot_mapping, kv_cache_dtype, k_scale,
+                        v_scale)  # fmt: skip
+    if _on_gpu(call.k_cache):
+        device = call.k_cache.device
+        with torch.cuda.device(device if device.type == "cuda" else -1):  # launches are there
+            for step in prepare(call):
+                step()
+        return
+    slots = call.slots.numpy()
+    _check_slots(slots, call.k_cache)
+    _write_cpu(key, call.k_cache, slots, k_scale)
+    _write_cpu(value, call.v_cache, slots, v_scale)
+
+
+@dataclass(frozen=True, slots=True)
+class AppendCall:
+    """The checked arguments of ``reshape_and_cache``; caches have the dtype that they store."""
+
+    key: torch.Tensor
+    value: torch.Tensor
+    k_cache: torch.Tensor
+    v_cache: torch.Tensor
+    slots: torch.Tensor
+    k_scale: torch.Tensor | None
+    v_scale: torch.Tensor | None
+
+
+def check_append(
+    key: torch.Tensor, value: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
+    slot_mapping: Any, kv_cache_dtype: str = "auto", k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+) -> AppendCall:  # fmt: skip
+    """Check all that can be seen without reading memory; raises ``InvalidInput``."""
     k_cache, v_cache = _stored_as(kv_cache_dtype, k_cache), _stored_as(kv_cache_dtype, v_cache)
     _check_pair(key, value, k_cache, v_cache)
     slots = index_tensor("slot_mapping", slot_mapping, 1, k_cache.device)
@@ -72,12 +109,17 @@ def reshape_and_cache(
             raise InvalidInput(f"{name} has stride {rows.stride(-1)} in its last dimension, not 1")
     if len({scale.dim() == 3 for scale in (k_scale, v_scale) if scale is not None}) > 1:
         raise InvalidInput("k_scale and v_scale must both be given, or both be made by row")
-    if _on_gpu(k_cache):
-        _write_triton(key, value, k_cache, v_cache, slots, k_scale, v_scale)
-        return
-    _check_slots(slots.numpy(), k_cache)
-    for _, rows, cache, scale in sides:
-        _write_cpu(rows, cache, slots.numpy(), scale)
+    return AppendCall(key, value, k_cache, v_cache, slots, k_scale, v_scale)
+
+
+def prepare(call: AppendCall) -> list[Launch]:
+    """The launch of a checked call on a GPU, if it has rows."""
+    from kvcached.kernels._write_triton import append_launches, append_quant_launches
+
+    rows = call.key, call.value, call.k_cache, call.v_cache, call.slots
+    if call.k_scale is None or call.v_scale is None:
+        return append_launches(*rows)
+    return append_quant_launches(*rows, call.k_scale, call.v_scale)
 
 
 def concat_and_cache_mla(
@@ -92,6 +134,17 @@ def concat_and_cache_mla(
 
     ``kv_cache [num_blocks, block_size, R + P]`` of the rows' dtype, fp8 or int8; ``scale`` is then
     one float32, of shape ``()`` or ``[1]``. All else as in ``reshape_and_cache``.
+    """
+    reshape_and_cache(*split_latents(kv_c, k_pe, kv_cache, slot_mapping, kv_cache_dtype, scale))
+
+
+def split_latents(
+    kv_c: torch.Tensor, k_pe: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: Any,
+    kv_cache_dtype: str = "auto", scale: torch.Tensor | None = None,
+) -> tuple[Any, ...]:  # fmt: skip
+    """The arguments of ``reshape_and_cache`` for rows whose front is the key, and rest the value.
+
+    Raises ``InvalidInput``.
     """
     if kv_cache.dim() != 3 or kv_c.dim() != 2 or k_pe.dim() != 2:
         raise InvalidInput(
@@ -108,10 +161,8 @@ def concat_and_cache_mla(
         )
     one = None if scale is None else scale.reshape(())
     cache = kv_cache.unsqueeze(2)
-    reshape_and_cache(
-        kv_c.unsqueeze(1), k_pe.unsqueeze(1), cache[..., :latent], cache[..., latent:],
-        slot_mapping, kv_cache_dtype, one, one,
-    )  # fmt: skip
+    return (kv_c.unsqueeze(1), k_pe.unsqueeze(1), cache[..., :latent], cache[..., latent:],
+            slot_mapping, kv_cache_dtype, one, one)  # fmt: skip
 
 
 def _stored_as(kind: str, cache: torch.Tensor) -> torch.Tensor:
@@ -184,20 +235,6 @@ def _refuse_scale(name: str, scale: torch.Tensor | None) -> None:
 def _on_gpu(tensor: torch.Tensor) -> bool:
     """Whether Triton writes it; the tests of its interpreter say yes for CPU tensors."""
     return bool(tensor.is_cuda)
-
-
-def _write_triton(
-    key: torch.Tensor, value: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
-    slots: torch.Tensor, k_scale: torch.Tensor | None, v_scale: torch.Tensor | None,
-) -> None:  # fmt: skip
-    from kvcached.kernels import _write_triton as triton
-
-    device = k_cache.device
-    with torch.cuda.device(device if device.type == "cuda" else -1):  # it launches on the current
-        if k_scale is None or v_scale is None:
-            triton.append_triton(key, value, k_cache, v_cache, slots)
-        else:
-            triton.append_quant_triton(key, value, k_cache, v_cache, slots, k_scale, v_scale)
 
 
 def _check_slots(slots: Any, cache: torch.Tensor) -> None:

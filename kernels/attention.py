@@ -13,6 +13,7 @@ from kvcached.errors import InvalidInput
 from kvcached.kernels.checks import AttentionCall, check_call
 
 if TYPE_CHECKING:
+    from kvcached.kernels._bound import Launch
     from kvcached.kernels._repeat import Known
     from kvcached.kernels.plan import Plan
 
@@ -70,7 +71,7 @@ def attn_with_kvcache(
     tensors = (q, k_cache, v_cache, page_table, cache_start, cache_seqlens, cu_seqlens_q,
                custom_mask, sinks, alibi_slopes, k_descale, v_descale, out)  # fmt: skip
     options = max_seqlen_q, softmax_scale, causal, window_size, softcap, num_splits
-    known = _known(q, plan) if k is None and v is None else None
+    known = known_for(q, plan) if k is None and v is None else None
     done = known and known.launch(tensors, options, with_lse=return_softmax_lse)
     if not done:
         call = _checked(tensors, options, k, v)
@@ -79,8 +80,8 @@ def attn_with_kvcache(
     return done if return_softmax_lse else done[0]
 
 
-def _known(q: Any, plan: Plan | None) -> Known | None:
-    """Where the launches of calls like this one are remembered."""
+def known_for(q: Any, plan: Plan | None) -> Known | None:
+    """Where the launches of calls with this ``q`` and ``plan`` are remembered."""
     if plan is not None:
         return plan.known
     if not isinstance(q, torch.Tensor) or not q.is_cuda:
@@ -114,16 +115,26 @@ def _run(
 
         attend(call)
         return
-    from kvcached.kernels.decode import attend_triton
-    from kvcached.kernels.prefill import attend_prefill, suits_prefill
+    with torch.cuda.device(call.kv.device):  # kernels are launched on the current one
+        steps = prepare(call, num_splits, plan)
+        for step in steps:
+            step()
+    if known is not None and steps:
+        known.learn(*given, call, steps)
 
-    with torch.cuda.device(call.kv.device):  # Triton launches on the current one
-        if plan is None and suits_prefill(call):
-            attend_prefill(call, num_splits)
-            return
-        made = attend_triton(call, num_splits, plan)
-    if known is not None and made is not None:
-        known.learn(*given, call, made)
+
+def prepare(
+    call: AttentionCall, num_splits: int = 0, plan: Plan | None = None, *, shared: bool = True
+) -> list[Launch]:
+    """The launches of a checked call on a GPU, of the kernel that serves it best.
+
+    Their memory for parts is the plan's, or that of the current stream, or not ``shared``.
+    """
+    from kvcached.kernels import decode, prefill
+
+    if plan is None and prefill.suits_prefill(call):
+        return prefill.prepare(call, num_splits, shared=shared)
+    return decode.prepare(call, num_splits, plan, shared=shared)
 
 
 def _refuse_on_cpu(call: AttentionCall) -> None:

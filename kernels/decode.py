@@ -21,16 +21,14 @@ import torch
 import triton.language as tl
 
 from kvcached.errors import InvalidInput
+from kvcached.kernels._bound import Launch, launch_of
 from kvcached.kernels._decode import attend_kernel
-from kvcached.kernels._launch import TYPES, Handle, handle_of, interpreted, stream_of
+from kvcached.kernels._launch import TYPES, interpreted
 from kvcached.kernels._workspace import workspace_of
 from kvcached.kernels.quant import INT4, require_hardware
 from kvcached.layout import cdiv
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from kvcached.kernels._workspace import Workspace
     from kvcached.kernels.checks import AttentionCall
     from kvcached.kernels.plan import Plan
 
@@ -209,39 +207,21 @@ def types_of(dtype: torch.dtype) -> dict[str, str]:
     } | dict.fromkeys(floats, "*fp32") | dict.fromkeys(ints, "*i32")  # fmt: skip
 
 
-@dataclass(slots=True)
-class Launch:
-    """All of a launch that does not change from call to call with equal shapes."""
-
-    constants: dict[str, Any]
-    warps: int
-    grid: tuple[int, int]
-    work: Workspace
-    tail: tuple[Any, ...]
-    handle: Handle | None = None
-
-    def __call__(self, addresses: Iterable[int], out: int, lse: int, stream: int) -> None:
-        """Launch on ``stream`` with addresses of Q, K, V ... V_SCALE, of the output and the LSE."""
-        assert self.handle is not None  # compiled in ``prepare``
-        self.handle(self.grid, stream, *addresses, *self.work.addresses, out, lse, *self.tail)
+def attend_triton(call: AttentionCall, num_splits: int = 0, plan: Plan | None = None) -> None:
+    """Run a checked ``call`` in Triton; writes ``call.out`` and ``call.lse``. See ``prepare``."""
+    for step in prepare(call, num_splits, plan):
+        step()
 
 
-def attend_triton(
-    call: AttentionCall, num_splits: int = 0, plan: Plan | None = None
-) -> Launch | None:
-    """Run a checked ``call`` in Triton; writes ``call.out`` and ``call.lse``.
+def prepare(
+    call: AttentionCall, num_splits: int = 0, plan: Plan | None = None, *, shared: bool = True
+) -> list[Launch]:
+    """The launch of a checked ``call``, if it has queries: tiles, parts, memory for them.
 
-    Returns the launch, which fits calls with equal shapes, or ``None`` for a call of no queries.
+    That is the plan's, or without one the current stream's, or the launch's own if not ``shared``.
     """
     if not call.q.shape[0]:
-        return None
-    made = prepare(call, num_splits, plan)
-    launch(made, call)
-    return made
-
-
-def prepare(call: AttentionCall, num_splits: int = 0, plan: Plan | None = None) -> Launch:
-    """Decide on tiles and parts, find the workspace and, on a GPU, the compiled kernel."""
+        return []
     kv, q, batch = call.kv, call.q, len(call.lens)
     if q.dtype == torch.float64:
         raise InvalidInput("float64 attention runs on CPU tensors only", hint="Use float32.")
@@ -258,7 +238,8 @@ def prepare(call: AttentionCall, num_splits: int = 0, plan: Plan | None = None) 
     if plan is None:
         items = tiles * kv.num_kv_heads
         parts = items * split.most if split.most > 1 else 0
-        work = workspace_of(items, parts * config["ROWS"] * width, parts * config["ROWS"], q.device)
+        rows = parts * config["ROWS"]
+        work = workspace_of(items, rows * width, rows, q.device, shared=shared)
     else:
         work = plan.workspace
     grid = (tiles * kv.num_kv_heads, split.most)
@@ -271,36 +252,15 @@ def prepare(call: AttentionCall, num_splits: int = 0, plan: Plan | None = None) 
         short = longest * tiles * kv.num_kv_heads <= SHORT_PART_TOKENS * grid[0] * grid[1]
         config, warps = alone(config, q.element_size(), short=short)
     constants = constants_of(call, config, split=planned or split.most > 1, planned=planned)
-    made = Launch(
-        constants, warps, grid, work,
-        (call.scale, call.softcap, min(call.left, 1 << 30), min(call.right, 1 << 30), call.max_q,
-         q_tiles, split.divisor, split.least, 0 if call.table is None else call.table.stride(0)),
-    )  # fmt: skip
-    if not interpreted():
-        device = q.device.index
-        made.handle = handle_of(
-            attend_kernel, types_of(q.dtype), constants, num_warps=made.warps, device=device
-        )
-    return made
-
-
-def launch(made: Launch, call: AttentionCall) -> None:
-    """Run ``made`` for the tensors of ``call``, which have the shapes that it was made for."""
     table = call.starts if call.table is None else call.table
-    tensors = (call.lens, call.q_starts, call.masks, call.sinks, call.slopes, call.k_scale,
-               call.v_scale)  # fmt: skip
-    if made.handle is None:
-        absent = call.lens  # a pointer is needed even for what the kernel does not read
-        attend_kernel[made.grid](
-            call.q, call.kv.k_ptr, call.kv.v_ptr, table,
-            *(absent if x is None else x for x in tensors), *made.work.tensors,
-            call.out, call.lse, *made.tail, **made.constants, num_warps=made.warps,
-        )  # fmt: skip
-        return
-    assert table is not None  # the checks take one of the two
-    addresses = (call.q.data_ptr(), call.kv.k_ptr, call.kv.v_ptr, table.data_ptr(),
-                 *(0 if x is None else x.data_ptr() for x in tensors))  # fmt: skip
-    made(addresses, call.out.data_ptr(), call.lse.data_ptr(), stream_of(call.q.device.index))
+    arguments = (
+        q, kv.k_ptr, kv.v_ptr, table, call.lens, call.q_starts, call.masks, call.sinks, call.slopes,
+        call.k_scale, call.v_scale, *work.tensors, call.out, call.lse,
+        call.scale, call.softcap, min(call.left, 1 << 30), min(call.right, 1 << 30), call.max_q,
+        q_tiles, split.divisor, split.least, 0 if call.table is None else call.table.stride(0),
+    )  # fmt: skip
+    return [launch_of(attend_kernel, grid, arguments, constants, types_of(q.dtype), q.device,
+                      warps)]  # fmt: skip
 
 
 def _split(call: AttentionCall, items: int, asked: int, plan: Plan | None) -> Split:

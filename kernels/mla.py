@@ -14,10 +14,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kvcached.errors import InvalidInput
+from kvcached.kernels.attention import known_for
 from kvcached.kernels.checks import AttentionCall, check_call
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from kvcached.kernels._bound import Launch
 
 MAX_FUSED_SPLITS = 8
 """Of few rows. More are merged by a launch of their own, with a program for each row."""
@@ -56,15 +59,25 @@ def mla_with_kvcache(
     """
     if plan is not None:
         raise InvalidInput("plan is not supported yet", hint="Leave plan=None.")
+    tensors = (q, kv_cache, kv_cache, page_table, None, cache_seqlens, *(None,) * 6, out)
+    options = "mla", head_dim_v, softmax_scale, causal
+    known = known_for(q, None)
+    done = known and known.launch(tensors, options, with_lse=True)
+    if done:
+        return done
     call = check_mla(q, kv_cache, page_table, cache_seqlens, head_dim_v, softmax_scale,
                      causal=causal, out=out)  # fmt: skip
     if call.kv.device.type == "cpu":
         from kvcached.kernels.cpu import attend
 
         attend(call)
-    else:
-        with torch.cuda.device(call.kv.device):  # Triton launches on the current one
-            attend_mla(call)
+        return call.out, call.lse
+    with torch.cuda.device(call.kv.device):  # kernels are launched on the current one
+        steps = prepare(call)
+        for step in steps:
+            step()
+    if known is not None and steps:
+        known.learn(tensors, options, call, steps)
     return call.out, call.lse
 
 
@@ -114,7 +127,16 @@ def attend_mla(
     call: AttentionCall, num_splits: int = 0, config: Mapping[str, int] | None = None,
     num_warps: int = 8,
 ) -> None:  # fmt: skip
-    """Run a checked call of ``check_mla`` in Triton; writes ``call.out`` and ``call.lse``.
+    """Run a checked call of ``check_mla`` in Triton; writes ``call.out`` and ``call.lse``."""
+    for step in prepare(call, num_splits, config, num_warps):
+        step()
+
+
+def prepare(
+    call: AttentionCall, num_splits: int = 0, config: Mapping[str, int] | None = None,
+    num_warps: int = 8, *, shared: bool = True,
+) -> list[Launch]:  # fmt: skip
+    """The launches of a checked call of ``check_mla``, as in ``prefill.prepare``.
 
     ``config`` replaces entries of ``mla_config``, for tuning.
     """
@@ -126,7 +148,7 @@ def attend_mla(
     if kv.head_dim_v & (kv.head_dim_v - 1) or kv.head_dim_v < 16:
         raise InvalidInput(f"head_dim_v is {kv.head_dim_v}, but must be a power of two >= 16")
     if not q.shape[0]:
-        return
+        return []
     rows = call.max_q * q.shape[1]
     sizes = mla_config(rows, kv.head_dim, kv.head_dim_v, q.element_size()) | dict(config or {})
     items = len(call.lens) * -(-rows // sizes["BM"])
@@ -135,12 +157,13 @@ def attend_mla(
     )
     if not 1 <= splits <= MAX_SPLITS or splits & (splits - 1):
         raise InvalidInput(f"num_splits is {splits}, but must be a power of two <= {MAX_SPLITS}")
-    _launch(call, sizes, items, splits, num_warps)
+    return _steps(call, sizes, items, splits, num_warps, shared=shared)
 
 
-def _launch(
-    call: AttentionCall, sizes: dict[str, Any], items: int, splits: int, num_warps: int
-) -> None:
+def _steps(
+    call: AttentionCall, sizes: dict[str, Any], items: int, splits: int, num_warps: int, *,
+    shared: bool,
+) -> list[Launch]:  # fmt: skip
     from kvcached.kernels._launch import interpreted
     from kvcached.kernels._mla_kernels import mla_kernel
     from kvcached.kernels._prefill_parts import (
@@ -153,7 +176,7 @@ def _launch(
 
     kv, out = call.kv, call.out
     fused = splits == 1 or is_fused(sizes, splits)
-    partial, state, finished = workspace(call, splits, kv.head_dim_v, items)
+    partial, state, finished = workspace(call, splits, kv.head_dim_v, items, shared=shared)
     q, scale = with_positive_scale(call)
     assert call.table is not None  # check_mla takes nothing else
     constants = sizes | {
@@ -161,16 +184,17 @@ def _launch(
         "ALIGN": 16 if kv.k_ptr % 16 == 0 else q.element_size(),
         "UPCAST": interpreted() and kv.dtype == torch.bfloat16,  # its bf16 arithmetic is wrong
     }  # fmt: skip
-    launch(
+    steps = [launch(
         mla_kernel, (items, splits, 1), call,
         (q, kv.k_ptr, call.table, call.lens, partial, state, finished, out, call.lse,
          scale * LOG2_E.value, min(call.right, 1 << 30), call.max_q,
          call.table.stride(0), *q.stride()[:2], *out.stride()[:2], kv.block_stride,
          kv.slot_stride),
         constants, num_warps,
-    )  # fmt: skip
+    )]  # fmt: skip
     if not fused:
-        merge(call, partial, state, splits, kv.head_dim_v)
+        steps.append(merge(call, partial, state, splits, kv.head_dim_v))
+    return steps
 
 
 def is_fused(sizes: Mapping[str, int], splits: int) -> bool:

@@ -42,6 +42,7 @@ from kvcached.kernels._prefill_parts import (
 from kvcached.kernels.checks import UNBOUNDED
 
 if TYPE_CHECKING:
+    from kvcached.kernels._bound import Launch
     from kvcached.kernels.checks import AttentionCall
 
 MAX_SPLITS = 16
@@ -293,9 +294,19 @@ def attend_prefill(
     call: AttentionCall, num_splits: int = 0, config: dict[str, int] | None = None,
     num_warps: int = 0,
 ) -> None:  # fmt: skip
-    """Run a checked ``call`` in Triton; writes ``call.out`` and ``call.lse``.
+    """Run a checked ``call`` in Triton; writes ``call.out`` and ``call.lse``. See ``prepare``."""
+    for step in prepare(call, num_splits, config, num_warps):
+        step()
 
-    ``config`` replaces entries of ``tile_config``, and ``num_warps`` what is best, for tuning.
+
+def prepare(
+    call: AttentionCall, num_splits: int = 0, config: dict[str, int] | None = None,
+    num_warps: int = 0, *, shared: bool = True,
+) -> list[Launch]:  # fmt: skip
+    """The launches of a checked ``call``: of one, and of another that merges parts if there are.
+
+    ``config`` replaces entries of ``tile_config``, and ``num_warps`` what is best, for tuning. The
+    memory for parts is that of the current stream, or of these launches if it is not ``shared``.
     """
     kv, batch = call.kv, len(call.lens)
     if kv.dtype == torch.float64:
@@ -305,7 +316,7 @@ def attend_prefill(
     if num_splits < 0:
         raise InvalidInput(f"num_splits is {num_splits}, but must be at least 0 (0: as needed)")
     if not call.q.shape[0]:
-        return
+        return []
     group, itemsize = call.q.shape[1] // kv.num_kv_heads, call.q.element_size()
     varlen = call.q_starts is not None
     plain = call.slopes is None and call.left >= UNBOUNDED
@@ -319,14 +330,16 @@ def attend_prefill(
     splits = min(num_splits, MAX_SPLITS) or splits_of(
         call, tiles * kv.num_kv_heads, programs_per_sm=2, most=MAX_SPLITS, least=MIN_SPLIT_TOKENS
     )
-    _launch(call, sizes, tiles, splits, num_warps or warps_of(sizes, itemsize, plain=plain))
+    warps = num_warps or warps_of(sizes, itemsize, plain=plain)
+    return _steps(call, sizes, tiles, splits, warps, shared=shared)
 
 
-def _launch(
-    call: AttentionCall, sizes: dict[str, Any], tiles: int, splits: int, num_warps: int
-) -> None:
+def _steps(
+    call: AttentionCall, sizes: dict[str, Any], tiles: int, splits: int, num_warps: int, *,
+    shared: bool,
+) -> list[Launch]:  # fmt: skip
     kv, width = call.kv, sizes["VA"] + sizes["VB"]
-    partial, state, _ = workspace(call, splits, width, 0)
+    partial, state, _ = workspace(call, splits, width, 0, shared=shared)
     q, scale = with_positive_scale(call)
     size, strides = _flat(call)
     constants = sizes | {
@@ -338,7 +351,7 @@ def _launch(
         "ALIGN": 16 if (kv.k_ptr | kv.v_ptr) % 16 == 0 else q.element_size(),
         "UPCAST": interpreted() and kv.dtype == torch.bfloat16,  # its bf16 arithmetic is wrong
     }  # fmt: skip
-    launch(
+    steps = [launch(
         prefill_kernel, (tiles, kv.num_kv_heads, splits), call,
         (q, kv.k_ptr, kv.v_ptr, call.starts if call.table is None else call.table, call.lens,
          call.q_starts, call.sinks, call.slopes, partial, state, call.out, call.lse,
@@ -346,9 +359,10 @@ def _launch(
          len(call.lens), call.max_q, tiles, 0 if call.table is None else call.table.stride(0),
          kv.num_kv_heads, *q.stride()[:2], *call.out.stride()[:2], *strides),
         constants, num_warps,
-    )  # fmt: skip
+    )]  # fmt: skip
     if splits > 1:
-        merge(call, partial, state, splits, width)
+        steps.append(merge(call, partial, state, splits, width))
+    return steps
 
 
 def _flat(call: AttentionCall) -> tuple[int, tuple[int, ...]]:

@@ -8,6 +8,9 @@ import struct
 from dataclasses import dataclass
 from types import SimpleNamespace
 
+import torch
+
+from kvcached.memory.driver import Calls
 from kvcached.testing.fake_device import CUresult
 
 
@@ -123,3 +126,37 @@ class FakeLaunches:
         ]
         self.launches.append(Launched(function, grid, threads, shared, int(stream),
                                       tuple(values[:-2]), tuple(values[-2:]), early))  # fmt: skip
+
+
+def launch_nothing(monkeypatch):
+    """A driver that keeps what is launched for CPU tensors, on stream 77; nothing is compiled.
+
+    Its ``taken(launched)`` names the arguments.
+    """
+    from kvcached.kernels import _bound, _launch, _write_triton
+
+    names, layouts = {}, {}
+    driver = FakeLaunches(layouts.__getitem__)
+    driver.taken = lambda one: dict(zip(names[one.function], one.arguments, strict=True))
+
+    def handle_of(kernel, types, constants, *, device, num_warps, aligned=()):
+        needs = SimpleNamespace(name=kernel.__name__, num_warps=num_warps, shared=0,
+                                launch_pdl=False, global_scratch_size=0,
+                                profile_scratch_size=0)  # fmt: skip
+        compiled = SimpleNamespace(metadata=needs, asm={"cubin": kernel.__name__.encode()})
+        kinds = _launch.signature_of(kernel, types, constants)
+        handle = _launch.Handle(compiled, kinds, device)
+        names[handle._function] = [name for name, kind in kinds.items() if kind != "constexpr"]
+        layouts[handle._function] = handle.layout
+        driver.aligned[kernel.__name__] = aligned
+        return handle
+
+    driver.aligned = {}
+    monkeypatch.setattr(_launch, "driver_calls", lambda: Calls(driver))
+    monkeypatch.setattr(_launch, "_context", lambda _: 1)
+    monkeypatch.setattr(_launch, "_raw_stream", lambda _: 77)
+    monkeypatch.setattr(_bound, "handle_of", handle_of)
+    monkeypatch.setattr(_write_triton, "handle_of", handle_of)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)  # the index of CPU tensors
+    _write_triton._prepared.cache_clear()
+    return driver

@@ -123,9 +123,10 @@ def append(key, value, k_cache, v_cache, slots):
     if not TRITON:
         reshape_and_cache(key, value, k_cache, v_cache, slots)
         return
-    from kvcached.kernels._write_triton import append_triton
+    from kvcached.kernels._write_triton import append_launches
 
-    append_triton(key, value, k_cache, v_cache, slots)
+    for step in append_launches(key, value, k_cache, v_cache, slots):
+        step()
 
 
 def attend(q, k_cache, v_cache, splits=1, **options):

@@ -59,13 +59,17 @@ def plan():
 
 def append():
     rows = torch.zeros(3, 2, 64, dtype=torch.bfloat16)
-    _write_triton.append_triton(rows, rows, *caches(), ints(5, 6, 7))
+    for step in _write_triton.append_launches(rows, rows, *caches(), ints(5, 6, 7)):
+        step()
 
 
 def append_quantised():
     rows, scale = torch.zeros(3, 2, 64, dtype=torch.bfloat16), torch.ones(())
     stored = [cache.char() for cache in caches()]
-    _write_triton.append_quant_triton(rows, rows, *stored, ints(5, 6, 7), scale, scale)
+    for step in _write_triton.append_quant_launches(
+        rows, rows, *stored, ints(5, 6, 7), scale, scale
+    ):
+        step()
 
 
 def move():

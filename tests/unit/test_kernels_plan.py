@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
-from types import SimpleNamespace
 
 import pytest
 import torch
+from fake_launches import launch_nothing
 
 pytest.importorskip("triton")
-from kvcached.kernels import _repeat, decode, plan_attention
+from kvcached.kernels import _repeat, attention, decode, plan_attention
 from kvcached.kernels import plan as planning
 from kvcached.kernels._repeat import Known
 from kvcached.kernels.checks import check_call
 
 OPTIONS = (1, None, True, (-1, -1), 0.0, 0)
-
-
-class Recorder:
-    """Stands in for a launch with a compiled kernel."""
-
-    grid, tail = (8, 4), (5, 6)
-    work = SimpleNamespace(addresses=(1, 2, 3, 4))
-
-    def __init__(self):
-        self.calls = []
-        self.handle = lambda *a: self.calls.append(a)
 
 
 def given(**changes):
@@ -47,34 +37,86 @@ def ordered(call):
 
 
 @pytest.fixture
-def known(monkeypatch):
+def driver(monkeypatch):
+    return launch_nothing(monkeypatch)
+
+
+@pytest.fixture
+def known(driver, monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # the index of the CPU
-    monkeypatch.setattr(_repeat, "stream_of", lambda _: 77)
     return Known(8, torch.device("cpu"))
 
 
-class _Memory:
-    addresses = (1, 2, 3, 4)
+def learned(known, call, **options):
+    """What the call was learned from; without a plan it takes two of them."""
+    for _ in range(2):
+        checked = check_call(**call, **options)
+        steps = attention.prepare(checked)
+        known.learn(ordered(call), OPTIONS, checked, steps)
+    return steps
 
 
-def learned(known, call):
-    launch = Recorder()
-    known.learn(ordered(call), OPTIONS, check_call(**call), launch)
-    return launch
-
-
-def test_a_known_call_is_launched_with_the_addresses_of_its_own_tensors(known):
+def test_a_known_call_is_launched_with_the_addresses_of_its_own_tensors(known, driver):
     call = given()
-    launch = learned(known, call)
+    learned(known, call)
     again = call | {name: call[name].clone() for name in ("q", "cache_seqlens", "page_table")}
     again["q"] += 1
     out, lse = known.launch(ordered(again), OPTIONS, with_lse=True)
-    want = [again[name].data_ptr() for name in
-            ("q", "k_cache", "v_cache", "page_table", "cache_seqlens")]  # fmt: skip
-    ends = out.data_ptr(), lse.data_ptr()
-    absent = (0,) * 6
-    assert launch.calls == [((8, 4), 77, *want, *absent, 1, 2, 3, 4, *ends, 5, 6)]
+    (launched,) = driver.launches
+    assert (launched.grid, launched.stream) == ((4, 1, 1), 77)
+    taken = driver.taken(launched)
+    want = {"Q": again["q"], "K": again["k_cache"], "V": again["v_cache"],
+            "TABLE": again["page_table"], "LENS": again["cache_seqlens"], "OUT": out,
+            "LSE": lse}  # fmt: skip
+    assert {name: taken[name] for name in want} == {name: x.data_ptr() for name, x in want.items()}
+    absent = ("Q_STARTS", "MASKS", "SINKS", "SLOPES", "K_SCALE", "V_SCALE")
+    assert [taken[name] for name in absent] == [0] * 6
     assert (out.shape, lse.shape) == ((2, 4, 8), (2, 4))
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_all_tensors_of_a_known_call_may_be_others(driver, monkeypatch, tokens):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
+    known = Known(None, torch.device("cpu"))
+    starts = torch.tensor([0, tokens, 2 * tokens], dtype=torch.int32)
+    call = given(q=torch.zeros(2 * tokens, 4, 8), sinks=torch.zeros(4), alibi_slopes=torch.zeros(4),
+                 cu_seqlens_q=starts, out=torch.zeros(2 * tokens, 4, 8))  # fmt: skip
+    learned(known, call, max_seqlen_q=tokens)
+    again = {name: x if name in {"k_cache", "v_cache"} or x is None else x.clone()
+             for name, x in call.items()}  # fmt: skip
+    out, _ = known.launch(ordered(again), OPTIONS, with_lse=False)
+    assert out is again["out"]
+    taken = driver.taken(driver.launches[0])
+    want = {"Q": "q", "TABLE": "page_table", "LENS": "cache_seqlens", "SINKS": "sinks",
+            "SLOPES": "alibi_slopes", "Q_STARTS": "cu_seqlens_q", "OUT": "out"}  # fmt: skip
+    assert driver.launches[0].function[0] == ("attend_kernel" if tokens == 1 else "prefill_kernel")
+    assert {name: taken[name] for name in want} == {
+        name: again[given_as].data_ptr() for name, given_as in want.items()
+    }
+
+
+def test_without_a_plan_a_call_is_remembered_when_it_comes_again(driver, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
+    known = Known(None, torch.device("cpu"))
+    call = given()
+    for known_by_now in (False, True):
+        assert known.launch(ordered(call), OPTIONS, with_lse=False) is None
+        checked = check_call(**call)
+        known.learn(ordered(call), OPTIONS, checked, attention.prepare(checked))
+        assert (known.launch(ordered(call), OPTIONS, with_lse=False) is not None) is known_by_now
+
+
+def test_what_was_aligned_is_not_taken_for_what_is_not(known):
+    wide = torch.zeros(2 * 4 * 8 + 1)
+    lens = torch.zeros(8, dtype=torch.int32)
+    call = given(q=wide[:-1].view(2, 4, 8), cache_seqlens=lens[:2])
+    learned(known, call)
+    for change in ({"q": wide[1:].view(2, 4, 8)}, {"cache_seqlens": lens[1:3]}):
+        assert known.launch(ordered(call | change), OPTIONS, with_lse=False) is None
+        learned(known, call | change)
+        assert known.launch(ordered(call | change), OPTIONS, with_lse=False) is not None
+        both = {"q": wide[1:].view(2, 4, 8), "cache_seqlens": lens[1:3]}
+        assert known.launch(ordered(call | both), OPTIONS, with_lse=False) is None
 
 
 @pytest.mark.parametrize("change", [
@@ -84,13 +126,13 @@ def test_a_known_call_is_launched_with_the_addresses_of_its_own_tensors(known):
     {"page_table": torch.zeros(2, 3, dtype=torch.int32)}, {"out": torch.zeros(2, 4, 8)},
     {"cache_start": torch.zeros(2, dtype=torch.int32)}, {"page_table": [[1, 0], [2, 3]]},
 ])  # fmt: skip
-def test_a_call_that_differs_is_not_known(known, change):
+def test_a_call_that_differs_is_not_known(known, driver, change):
     call = given()
-    launch = learned(known, call)
+    learned(known, call)
     assert known.launch(ordered(call | change), OPTIONS, with_lse=False) is None
     assert known.launch(ordered(call), (*OPTIONS[:5], 2), with_lse=False) is None
     assert known.launch(ordered(call), (*OPTIONS[:3], [-1, -1], 0.0, 0), with_lse=False) is None
-    assert not launch.calls
+    assert not driver.launches
     assert known.launch(ordered(call), OPTIONS, with_lse=False) is not None
 
 
@@ -113,15 +155,16 @@ def test_the_oldest_calls_are_forgotten(known, monkeypatch):
     assert known.launch(ordered(second), OPTIONS, with_lse=False) is not None
 
 
-def test_without_a_plan_new_views_of_a_known_cache_are_known(known):
+def test_without_a_plan_new_views_of_a_known_cache_are_known(driver, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
     known = Known(None, torch.device("cpu"))
     call = given()
-    launch = learned(known, call)
+    learned(known, call)
     again = call | {name: call[name].view(4, 16, 2, 8) for name in ("k_cache", "v_cache")}
     out, lse = known.launch(ordered(again), OPTIONS, with_lse=False)
-    want = call["k_cache"].data_ptr(), call["v_cache"].data_ptr()
-    assert launch.calls[0][3:5] == want
-    assert launch.calls[0][-4:] == (out.data_ptr(), lse.data_ptr(), 5, 6)
+    taken = driver.taken(driver.launches[0])
+    assert (taken["K"], taken["V"]) == (call["k_cache"].data_ptr(), call["v_cache"].data_ptr())
+    assert (taken["OUT"], taken["LSE"]) == (out.data_ptr(), lse.data_ptr())
     assert lse.shape == (2, 4), "nobody else writes there"
     for change in (call["k_cache"].clone(), call["k_cache"][:3]):
         assert known.launch(ordered(call | {"k_cache": change}), OPTIONS, with_lse=False) is None
@@ -129,14 +172,17 @@ def test_without_a_plan_new_views_of_a_known_cache_are_known(known):
 
 def test_the_memory_of_a_known_call_outlives_the_one_that_took_its_place(known):
     call = given()
-    launch = learned(known, call)
-    launch.work = _Memory()
-    kept = weakref.ref(launch.work)
-    known.learn(ordered(call), OPTIONS, check_call(**call), launch)
-    launch.work = None
-    assert kept() is not None
+    steps = learned(known, call)
+    parts = {name: x for name, x in zip(steps[0].kernel.arg_names, steps[0].arguments, strict=False)
+             if name in {"WORK", "PARTIAL", "STATE", "FINISHED"}}  # fmt: skip
+    assert len(parts) == 4
+    kept = [weakref.ref(x) for x in parts.values()]
+    del steps, parts
+    gc.collect()
+    assert all(ref() is not None for ref in kept)
     known.clear()
-    assert kept() is None
+    gc.collect()
+    assert all(ref() is None for ref in kept)
 
 
 def test_each_stream_knows_its_own_calls_and_a_capture_none(monkeypatch):

@@ -1,0 +1,119 @@
+"""``Launch``: a kernel with its grid and its arguments. ``Bound``: one whose tensors may change.
+
+To describe a launch (sizes of tiles, parts, strides, the compiled kernel) takes the host many times
+longer than the launch itself, and a model makes the same one for every token. So what a call needs
+is described as a list of launches, each of which is queued at once or bound: then its arguments lie
+in memory as the driver reads them, and a call writes the addresses of the tensors that differ.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kvcached.kernels._launch import Handle, Packet, handle_of, interpreted, stream_of
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """A kernel, the programs in x, y and z, and its arguments that are no constants, in order.
+
+    Arguments are tensors, numbers, or ``None`` for a pointer that the kernel does not use. The
+    tensors that only the kernel needs live as long as this.
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    constants: Mapping[str, Any]
+    num_warps: int
+    types: Mapping[str, str]
+    handle: Handle | None
+
+    def __call__(self) -> None:
+        """Queue it on torch's current stream; the device must be the current one."""
+        if self.handle is not None:
+            stream = stream_of(self.handle.device)
+            self.handle(self.grid, stream, *map(address_of, self.arguments))
+            return
+        # A pointer is needed even for what the kernel does not read; addresses go as numbers.
+        some = next(x for x in self.arguments if isinstance(x, torch.Tensor))
+        given = [some if x is None else x for x in self.arguments]
+        for i, name in enumerate(self.kernel.arg_names[: len(given)]):
+            if self.types.get(name) == "i64":
+                given[i] = address_of(given[i])
+        self.kernel[self.grid](*given, **self.constants, num_warps=self.num_warps)
+
+
+def launch_of(
+    kernel: Any, grid: tuple[int, ...], arguments: Sequence[Any], constants: Mapping[str, Any],
+    types: Mapping[str, str], device: torch.device, num_warps: int,
+    may_align: frozenset[str] = frozenset(),
+) -> Launch:  # fmt: skip
+    """A launch on ``device``; the arguments come first in the kernel.
+
+    Those named by ``may_align`` are compiled as multiples of 16 if they are: so must be what takes
+    their place.
+    """
+    handle = None
+    if not interpreted():
+        aligned = tuple(
+            name
+            for name, x in zip(kernel.arg_names, arguments, strict=False)
+            if name in may_align and not address_of(x) % 16
+        )
+        handle = handle_of(kernel, types, constants, num_warps=num_warps, device=device.index,
+                           aligned=aligned)  # fmt: skip
+    return Launch(kernel, grid, tuple(arguments), constants, num_warps, types, handle)
+
+
+def address_of(x: Any) -> Any:
+    """What the driver is given for an argument."""
+    return x.data_ptr() if isinstance(x, torch.Tensor) else x or 0
+
+
+class Bound:
+    """A launch to be repeated with other tensors of the same layout and alignment.
+
+    ``bound(stream, addresses)``: of the tensors that take the place of ``given``, in that order.
+    Others are kept, those are not. May be called by several threads.
+    """
+
+    __slots__ = ("_at", "_fixed", "_grid", "_handle", "_idle", "_kept", "_layout", "_pack",
+                 "_picks")  # fmt: skip
+
+    def __init__(self, launch: Launch, given: Sequence[torch.Tensor]) -> None:
+        assert launch.handle is not None  # the interpreter binds nothing
+        handle, arguments = launch.handle, launch.arguments
+        order = {id(x): i for i, x in enumerate(given)}
+        self._at = tuple(i for i, x in enumerate(arguments) if id(x) in order)
+        picks = [order[id(arguments[i])] for i in self._at]
+        self._picks = None if picks == [*range(len(given))] else picks
+        self._handle, self._grid = handle, (*launch.grid, 1, 1)[:3]
+        self._kept = [
+            x for x in arguments if isinstance(x, torch.Tensor) and id(x) not in order
+        ]  # fmt: skip
+        self._layout = "@" + "".join(handle.layout[1 + i] for i in self._at)
+        self._pack = struct.Struct(self._layout).pack_into
+        self._idle: list[Packet] = []
+        self._fixed = Packet(handle.layout)
+        struct.pack_into(handle.layout, self._fixed.values, 0, *map(address_of, arguments))
+
+    def again(self, stream: int) -> None:
+        """Launch with the tensors that it was made of, which must be alive."""
+        self._handle.launch(self._grid, stream, self._fixed.address)
+
+    def __call__(self, stream: int, addresses: Sequence[int]) -> None:
+        try:
+            packet = self._idle.pop()
+        except IndexError:
+            packet = Packet(self._layout, self._fixed.places, self._at)
+        if self._picks is not None:
+            addresses = [addresses[i] for i in self._picks]
+        self._pack(packet.values, 0, *addresses)
+        self._handle.launch(self._grid, stream, packet.address)
+        self._idle.append(packet)

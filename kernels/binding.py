@@ -1,0 +1,226 @@
+"""``bind``: a call that was checked and prepared once, to be made again and again.
+
+A model makes the same calls at every step, with other contents. ``bind`` takes a function of this
+package with its arguments and gives back the call: calling it queues the kernels, and costs the
+host about as much as the driver does. Tensors that differ from call to call are given to it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kvcached.errors import InvalidInput
+from kvcached.kernels import append, attention, mla
+from kvcached.kernels.checks import check_call
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from kvcached.kernels._bound import Bound, Launch
+    from kvcached.kernels.checks import AttentionCall
+    from kvcached.kernels.plan import Plan
+
+_TAKES: dict[Callable[..., Any], tuple[str, ...]] = {
+    attention.attn_with_kvcache: ("q", "out", "cache_seqlens", "page_table", "cache_start"),
+    mla.mla_with_kvcache: ("q", "out", "cache_seqlens", "page_table"),
+    append.reshape_and_cache: ("key", "value", "slot_mapping"),
+    append.concat_and_cache_mla: ("kv_c", "k_pe", "slot_mapping"),
+}
+"""What can be bound, and the arguments that may be replaced."""
+
+
+def bind(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> BoundCall:
+    """``function(*args, **kwargs)`` as a ``BoundCall``: checked and compiled, not made.
+
+    ``function`` is ``attn_with_kvcache``, ``mla_with_kvcache``, ``reshape_and_cache`` or
+    ``concat_and_cache_mla``. On a GPU the memory for partial results is the plan's, if one is
+    given, or the bound call's own. A plan must be updated before, if it is at all; after its first
+    update calls must be bound anew.
+
+    Raises ``InvalidInput`` for what the function refuses, and for tensors of which the kernels take
+    a copy (index tensors with gaps, ``sinks`` that are no float32, ``q`` of a negative scale): a
+    later call would not see what they hold by then.
+    """
+    takes = _TAKES.get(function)
+    if takes is None:
+        every = ", ".join(one.__name__ for one in _TAKES)
+        raise InvalidInput(f"{function!r} cannot be bound", hint=f"These can: {every}.")
+    given = inspect.signature(function).bind(*args, **kwargs).arguments
+    if given.get("k") is not None or given.get("v") is not None:
+        raise InvalidInput("k and v cannot be bound", hint="Bind reshape_and_cache apart.")
+    names = [name for name in takes if name == "out" or given.get(name) is not None]
+    first = given[names[0]]
+    if not isinstance(first, torch.Tensor) or not _on_gpu(first):
+        return BoundCall(function, given, names)
+    device = first.device if first.is_cuda else -1
+    with torch.cuda.device(device):  # kernels are loaded into the current one
+        launches, used, results = _PREPARE[function](**given)
+    return BoundCall(function, given, names, launches, used, results)
+
+
+class BoundCall:
+    """A call with its tensors, made by ``bind``: ``call()``, or ``call(*tensors)``.
+
+    Without arguments it is made with the tensors that it was bound to, and what they hold by then.
+    ``takes`` names those that others of the same shape, strides, dtype and alignment (to 16 bytes)
+    may replace: the first few are given, in that order. It returns what the function does; an
+    output that ``bind`` was not given, and an LSE, are its own and written at each call.
+
+    Calls run on the current stream, one after another: for several streams bind several, with a
+    plan each. A call may be captured in a CUDA graph, and made by several threads. On the CPU it is
+    the function with its arguments.
+
+    Raises ``InvalidInput`` for a tensor that does not fit, and ``DriverError`` if the driver
+    refuses.
+    """
+
+    def __init__(
+        self, function: Callable[..., Any], given: Mapping[str, Any], takes: Sequence[str],
+        launches: Sequence[Launch] | None = None, used: Mapping[str, Any] | None = None,
+        results: Sequence[torch.Tensor] = (),
+    ) -> None:  # fmt: skip
+        self.takes = tuple(takes)
+        """Names of the arguments that may be given anew, in their order."""
+        self._function, self._given = function, dict(given)
+        self._steps: list[Bound] | None = None
+        self._results = tuple(results)
+        if launches is None or used is None:
+            return
+        from kvcached.kernels._bound import Bound
+        from kvcached.kernels._launch import stream_of
+
+        self._stream_of = stream_of
+        _refuse_copies(given, used, launches)
+        tensors = [used[name] for name in self.takes]
+        self._given["out"] = used.get("out")
+        self._forms = [_form_of(tensor) for tensor in map(self._given.get, self.takes)]
+        self._addresses = [x.data_ptr() for x in tensors]
+        self._index = tensors[0].get_device()
+        self._steps = [Bound(launch, tensors) for launch in launches]
+
+    def __call__(self, *tensors: torch.Tensor) -> Any:
+        """Make the call, with ``tensors`` in place of the first that it takes."""
+        steps = self._steps
+        if steps is None:
+            return self._function(**self._given | dict(zip(self.takes, tensors, strict=False)))
+        if torch.cuda.current_device() != self._index:
+            with torch.cuda.device(self._index):
+                return self(*tensors)
+        stream = self._stream_of(self._index)
+        if not tensors:
+            for step in steps:
+                step.again(stream)
+        else:
+            addresses = self._replaced(tensors)
+            for step in steps:
+                step(stream, addresses)
+        if not self._results:
+            return None
+        out = tensors[1] if len(tensors) > 1 else self._results[0]
+        return out if len(self._results) == 1 else (out, self._results[1])
+
+    def _replaced(self, tensors: Sequence[torch.Tensor]) -> list[int]:
+        """The addresses of the tensors of a call; raises ``InvalidInput`` if one does not fit."""
+        addresses = self._addresses.copy()
+        try:
+            for i, x in enumerate(tensors):
+                address = x.data_ptr()
+                form = address & 15, x.dtype, x.shape, x.stride(), x.get_device()
+                if form != self._forms[i]:
+                    raise InvalidInput(_misfit(self.takes[i], form, self._forms[i]))
+                addresses[i] = address
+        except (AttributeError, IndexError):
+            raise InvalidInput(
+                f"{len(tensors)} arguments, but a call takes tensors: {', '.join(self.takes)}"
+            ) from None
+        return addresses
+
+
+def _on_gpu(tensor: torch.Tensor) -> bool:
+    """Whether kernels are launched for it; tests with a fake driver say yes for CPU tensors."""
+    return bool(tensor.is_cuda)
+
+
+def _form_of(x: torch.Tensor) -> tuple[Any, ...]:
+    """What kernels and launches are made for."""
+    return x.data_ptr() & 15, x.dtype, x.shape, x.stride(), x.get_device()
+
+
+def _misfit(name: str, form: tuple[Any, ...], bound: tuple[Any, ...]) -> str:
+    parts = ("address modulo 16", "dtype", "shape", "strides", "device")
+    unlike = [f"{part} {a} instead of {b}" for part, a, b in zip(parts, form, bound, strict=True)
+              if a != b]  # fmt: skip
+    return f"{name} has {', '.join(unlike)}: bind such calls apart"
+
+
+def _refuse_copies(
+    given: Mapping[str, Any], used: Mapping[str, Any], launches: Sequence[Launch]
+) -> None:
+    """What a launch reads must be what was given, or it would not see later contents."""
+    taken = {id(x) for launch in launches for x in launch.arguments}
+    for name, x in used.items():
+        if launches and id(x) not in taken:
+            raise InvalidInput(
+                f"{name} cannot be bound: the kernels take a copy of it",
+                hint="Index tensors are contiguous int32, sinks and slopes float32, "
+                "softmax_scale is not negative.",
+            )
+        if name in given and given[name] is not x and x.data_ptr() != given[name].data_ptr():
+            raise InvalidInput(f"{name} cannot be bound: it is converted at every call")
+
+
+_Prepared = tuple["list[Launch]", dict[str, Any], tuple[torch.Tensor, ...]]
+
+
+def _attention(
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, num_splits: int = 0,
+    plan: Plan | None = None, *, return_softmax_lse: bool = False, **options: Any,
+) -> _Prepared:  # fmt: skip
+    options.pop("k", None), options.pop("v", None)
+    call = check_call(q, k_cache, v_cache, **options)
+    results = (call.out, call.lse) if return_softmax_lse else (call.out,)
+    return attention.prepare(call, num_splits, plan, shared=False), _used(call), results
+
+
+def _mla(
+    q: torch.Tensor, kv_cache: torch.Tensor, page_table: Any, cache_seqlens: Any,
+    head_dim_v: int = 512, *, plan: Any = None, **options: Any,
+) -> _Prepared:  # fmt: skip
+    if plan is not None:
+        raise InvalidInput("plan is not supported yet", hint="Leave plan=None.")
+    call = mla.check_mla(q, kv_cache, page_table, cache_seqlens, head_dim_v, **options)
+    return mla.prepare(call, shared=False), _used(call), (call.out, call.lse)
+
+
+def _append(*args: Any, **given: Any) -> _Prepared:
+    call = append.check_append(*args, **given)
+    used = {"key": call.key, "value": call.value, "slot_mapping": call.slots}
+    return append.prepare(call), used, ()
+
+
+def _append_mla(**given: Any) -> _Prepared:
+    launches, used, _ = _append(*append.split_latents(**given))
+    return launches, dict(zip(("kv_c", "k_pe", "slot_mapping"), used.values(), strict=True)), ()
+
+
+def _used(call: AttentionCall) -> dict[str, Any]:
+    """The tensors of a checked call, by the names of the arguments that they were."""
+    used = {
+        "q": call.q, "out": call.out, "cache_seqlens": call.lens, "page_table": call.table,
+        "cache_start": call.starts, "cu_seqlens_q": call.q_starts, "custom_mask": call.masks,
+        "sinks": call.sinks, "alibi_slopes": call.slopes, "k_descale": call.k_scale,
+        "v_descale": call.v_scale,
+    }  # fmt: skip
+    return {name: x for name, x in used.items() if x is not None}
+
+
+_PREPARE: dict[Callable[..., Any], Callable[..., _Prepared]] = {
+    attention.attn_with_kvcache: _attention,
+    mla.mla_with_kvcache: _mla,
+    append.reshape_and_cache: _append,
+    append.concat_and_cache_mla: _append_mla,
+}

@@ -1,0 +1,202 @@
+"""Bound calls queue what the functions do, with the tensors that they are given."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from fake_launches import launch_nothing
+
+pytest.importorskip("triton")
+from kvcached import kernels
+from kvcached.errors import InvalidInput
+from kvcached.kernels import _write_triton, append, binding
+
+BF16 = torch.bfloat16
+
+
+def ints(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def zeros(*shape):
+    return torch.zeros(shape, dtype=BF16)
+
+
+@pytest.fixture
+def driver(monkeypatch):
+    for module in (binding, append):
+        monkeypatch.setattr(module, "_on_gpu", lambda _: True)
+    yield launch_nothing(monkeypatch)
+    _write_triton._prepared.cache_clear()
+
+
+class Elsewhere(torch.Tensor):
+    """On another GPU."""
+
+    def get_device(self):
+        return 3
+
+
+def attention(tokens=1, **more):
+    return {"q": zeros(tokens, 8, 64), "k_cache": zeros(4, 16, 2, 64),
+            "v_cache": zeros(4, 16, 2, 64), "cache_seqlens": ints(40),
+            "page_table": ints(0, 1, 2)[None], "max_seqlen_q": tokens} | more  # fmt: skip
+
+
+def latents(**more):
+    return {"q": zeros(1, 4, 96), "kv_cache": zeros(4, 16, 96), "page_table": ints(0, 1, 2)[None],
+            "cache_seqlens": ints(40), "head_dim_v": 64, "softmax_scale": 1.0} | more  # fmt: skip
+
+
+def rows(**more):
+    return {"key": zeros(3, 2, 64), "value": zeros(3, 2, 64), "k_cache": zeros(4, 16, 2, 64),
+            "v_cache": zeros(4, 16, 2, 64), "slot_mapping": ints(5, 6, 7)} | more  # fmt: skip
+
+
+def latent_rows():
+    return {"kv_c": zeros(3, 64), "k_pe": zeros(3, 32), "kv_cache": zeros(4, 16, 96),
+            "slot_mapping": ints(5, 6, 7)}  # fmt: skip
+
+
+def int8_rows():
+    scales = dict.fromkeys(("k_scale", "v_scale"), torch.ones(()))
+    caches = {name: torch.zeros(4, 16, 2, 64).char() for name in ("k_cache", "v_cache")}
+    return rows(**caches, **scales)
+
+
+CALLS = {
+    "decode": (kernels.attn_with_kvcache, attention, ["attend_kernel"], "Q OUT LENS TABLE"),
+    "prefill": (kernels.attn_with_kvcache, lambda: attention(40),
+                ["prefill_kernel"], "Q OUT LENS TABLE"),
+    "prefill in parts": (kernels.attn_with_kvcache, lambda: attention(40, num_splits=2),
+                         ["prefill_kernel", "merge_kernel"], "Q OUT LENS TABLE"),
+    "mla": (kernels.mla_with_kvcache, latents, ["mla_kernel"], "Q OUT LENS TABLE"),
+    "append": (kernels.reshape_and_cache, rows, ["append_kernel"], "KEY VALUE SLOTS"),
+    "append int8": (kernels.reshape_and_cache, int8_rows, ["append_quant_kernel"],
+                    "KEY VALUE SLOTS"),
+    "append latents": (kernels.concat_and_cache_mla, latent_rows, ["append_kernel"],
+                       "KEY VALUE SLOTS"),
+}  # fmt: skip
+
+
+@pytest.fixture(params=CALLS)
+def case(request):
+    function, make, launches, names = CALLS[request.param]
+    return function, make(), launches, names.split()
+
+
+def test_a_bound_call_queues_its_kernels_at_every_call_and_not_before(driver, case):
+    function, given, launches, names = case
+    call = kernels.bind(function, **given)
+    assert not driver.launches
+    call()
+    call()
+    assert [one.function[0] for one in driver.launches] == 2 * launches
+    assert {one.stream for one in driver.launches} == {77}
+    first, second = driver.launches[: len(launches)], driver.launches[len(launches) :]
+    assert first == second
+    taken = driver.taken(first[0])
+    for name, argument in zip(call.takes, names, strict=True):
+        if name != "out":
+            assert taken[argument] == given[name].data_ptr()
+
+
+def test_tensors_take_the_place_of_the_first_that_a_call_takes_and_of_no_others(driver, case):
+    function, given, launches, names = case
+    given |= {"out": zeros(*given["q"].shape[:2], 64)} if "q" in given else {}
+    call = kernels.bind(function, **given)
+    call()
+    for count in range(1, len(call.takes) + 1):
+        del driver.launches[len(launches) :]
+        others = [given[name].clone() for name in call.takes[:count]]
+        result = call(*others)
+        before, after = (
+            {(i, name): x for i, one in enumerate(some) for name, x in driver.taken(one).items()}
+            for some in (driver.launches[: len(launches)], driver.launches[len(launches) :])
+        )
+        changed = {key: after[key] for key in after if after[key] != before[key]}
+        want = {x.data_ptr() for x in others}
+        assert set(changed.values()) == want
+        assert {name for _, name in changed} == set(names[:count])
+        if "q" in given:
+            out = result[0] if isinstance(result, tuple) else result
+            assert out is (others[1] if count > 1 else given["out"])
+
+
+def test_what_a_call_returns_is_what_the_function_returns(driver):
+    out, lse = kernels.bind(kernels.attn_with_kvcache, **attention(), return_softmax_lse=True)()
+    assert (out.shape, out.dtype, lse.shape) == ((1, 8, 64), BF16, (1, 8))
+    taken = driver.taken(driver.launches[0])
+    assert (taken["OUT"], taken["LSE"]) == (out.data_ptr(), lse.data_ptr())
+    out, lse = kernels.bind(kernels.mla_with_kvcache, **latents())()
+    assert (out.shape, lse.shape) == ((1, 4, 64), (1, 4))
+    assert kernels.bind(kernels.attn_with_kvcache, **attention())().shape == (1, 8, 64)
+    assert kernels.bind(kernels.reshape_and_cache, **rows())() is None
+
+
+def test_every_bound_call_has_memory_of_its_own_for_parts_unless_a_plan_brings_it(driver):
+    calls = [kernels.bind(kernels.attn_with_kvcache, **attention(40, num_splits=2))
+             for _ in range(2)]  # fmt: skip
+    for call in calls:
+        call()
+    partial = [driver.taken(one)["PARTIAL"] for one in driver.launches]
+    assert partial[0] == partial[1]
+    assert partial[2] == partial[3] != partial[0]
+    plan = kernels.plan_attention(1, 64, 8, 2, 64, BF16, device="cpu")
+    planned = kernels.bind(kernels.attn_with_kvcache, **attention(), plan=plan)
+    planned()
+    assert driver.taken(driver.launches[-1])["PARTIAL"] == plan.workspace.partial.data_ptr()
+
+
+@pytest.mark.parametrize(("change", "says"), [
+    (lambda q: q[:, :4], "shape"), (lambda q: q.float(), "dtype"),
+    (lambda q: zeros(1, 8, 128)[..., :64], "strides"),
+    (lambda q: zeros(8 * 64 + 1)[1:].view(1, 8, 64), "address modulo 16"),
+    (lambda q: q.as_subclass(Elsewhere), "device"),
+])  # fmt: skip
+def test_a_tensor_that_the_kernel_was_not_made_for_is_refused(driver, change, says):
+    given = attention()
+    call = kernels.bind(kernels.attn_with_kvcache, **given)
+    with pytest.raises(InvalidInput, match=f"q has .*{says}"):
+        call(change(given["q"]))
+    q, lens, table = given["q"], given["cache_seqlens"], given["page_table"]
+    for others in (("q",), (q, q, lens, table, table)):
+        with pytest.raises(InvalidInput, match=r"q, out, cache_seqlens, page_table"):
+            call(*others)
+    assert not driver.launches
+
+
+@pytest.mark.parametrize(("change", "name"), [
+    ({"cache_seqlens": ints(40, 1, 20, 2)[::2], "q": zeros(2, 8, 64),
+      "page_table": ints(0, 1, 2, 0, 1, 2).view(2, 3)}, "cache_seqlens"),
+    ({"sinks": torch.zeros(8, dtype=torch.float16)}, "sinks"),
+    ({"softmax_scale": -1.0, "q": zeros(40, 8, 64), "max_seqlen_q": 40}, "q"),
+])  # fmt: skip
+def test_what_a_kernel_would_read_from_a_copy_is_not_bound(driver, change, name):
+    with pytest.raises(InvalidInput, match=f"^.*{name} cannot be bound"):
+        kernels.bind(kernels.attn_with_kvcache, **attention() | change)
+    assert not driver.launches
+
+
+def test_only_calls_that_write_in_one_place_are_bound(driver):
+    with pytest.raises(InvalidInput, match="reshape_and_cache"):
+        kernels.bind(kernels.gather_kv)
+    with pytest.raises(InvalidInput, match="k and v"):
+        kernels.bind(kernels.attn_with_kvcache, **attention(), k=zeros(1, 2, 64))
+    with pytest.raises(InvalidInput, match="head dim"):
+        kernels.bind(kernels.attn_with_kvcache, **attention() | {"q": zeros(1, 8, 32)})
+    assert not driver.launches
+
+
+def test_on_the_cpu_a_bound_call_is_the_function(monkeypatch):
+    given = attention()
+    given["k_cache"] += 1
+    call = kernels.bind(kernels.attn_with_kvcache, **given)
+    assert not call().any()
+    given["v_cache"].fill_(3)
+    assert call().eq(3).all(), "with what its tensors hold by then"
+    out = torch.full_like(given["q"], math.nan)
+    assert call(given["q"] + 1, out) is out
+    assert out.eq(3).all()
