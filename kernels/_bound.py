@@ -83,8 +83,8 @@ class Bound:
     Others are kept, those are not. May be called by several threads.
     """
 
-    __slots__ = ("_at", "_fixed", "_grid", "_handle", "_idle", "_kept", "_layout", "_pack",
-                 "_picks")  # fmt: skip
+    __slots__ = ("_at", "_fixed", "_handle", "_idle", "_kept", "_layout", "_pack", "_picks",
+                 "_start", "_streams", "_success")  # fmt: skip
 
     def __init__(self, launch: Launch, given: Sequence[torch.Tensor]) -> None:
         assert launch.handle is not None  # the interpreter binds nothing
@@ -93,7 +93,8 @@ class Bound:
         self._at = tuple(i for i, x in enumerate(arguments) if id(x) in order)
         picks = [order[id(arguments[i])] for i in self._at]
         self._picks = None if picks == [*range(len(given))] else picks
-        self._handle, self._grid = handle, (*launch.grid, 1, 1)[:3]
+        self._handle, self._start = handle, handle.starter(launch.grid)
+        self._streams, self._success = handle.streams, handle.success
         self._kept = [
             x for x in arguments if isinstance(x, torch.Tensor) and id(x) not in order
         ]  # fmt: skip
@@ -105,7 +106,10 @@ class Bound:
 
     def again(self, stream: int) -> None:
         """Launch with the tensors that it was made of, which must be alive."""
-        self._handle.launch(self._grid, stream, self._fixed.address)
+        on = self._streams.get(stream) or self._handle.stream(stream)
+        result = self._start(on, self._fixed.address, 0)
+        if result[0] is not self._success:
+            self._handle.failed(result, self._start, on, self._fixed.address)
 
     def __call__(self, stream: int, addresses: Sequence[int]) -> None:
         try:
@@ -115,5 +119,8 @@ class Bound:
         if self._picks is not None:
             addresses = [addresses[i] for i in self._picks]
         self._pack(packet.values, 0, *addresses)
-        self._handle.launch(self._grid, stream, packet.address)
+        on = self._streams.get(stream) or self._handle.stream(stream)
+        result = self._start(on, packet.address, 0)
+        if result[0] is not self._success:
+            self._handle.failed(result, self._start, on, packet.address)
         self._idle.append(packet)

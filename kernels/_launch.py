@@ -144,9 +144,8 @@ class Handle:
     Raises ``DriverError`` if the driver refuses the launch. May be called by several threads.
     """
 
-    __slots__ = ("_attributes", "_calls", "_function", "_idle", "_pack", "_run", "_streams",
-                 "_success", "compiled", "device", "layout", "name", "shared",
-                 "threads")  # fmt: skip
+    __slots__ = ("_attributes", "_calls", "_function", "_idle", "_pack", "compiled", "device",
+                 "layout", "name", "shared", "streams", "success", "threads")  # fmt: skip
 
     def __init__(self, compiled: Any, types: Mapping[str, str], device: int) -> None:
         needs = compiled.metadata
@@ -158,10 +157,9 @@ class Handle:
         self.layout = format_of(kind for kind in types.values() if kind != "constexpr")
         self._pack = struct.Struct(self.layout).pack_into
         self._idle: list[Packet] = []
-        self._streams: dict[int, Any] = {}
-        self._success, driver = calls.success, _functions(calls)
-        self._run = driver.cuLaunchKernel
-        self._attributes = [_early_start(driver)] if needs.launch_pdl else []
+        self.streams: dict[int, Any] = {}
+        self.success = calls.success
+        self._attributes = [_early_start(_functions(calls))] if needs.launch_pdl else []
         with calls.in_context(_context(device)):
             self._function = _loaded(calls, compiled.asm["cubin"], needs, device)
 
@@ -175,28 +173,23 @@ class Handle:
         except struct.error as error:
             raise InvalidInput(f"{self.name} cannot take its arguments: {error}") from error
         if 0 not in grid:
-            self.launch((*grid, 1, 1)[:3], stream, packet.address)
+            start, on = self.starter(grid), self.stream(stream)
+            result = start(on, packet.address, 0)
+            if result[0] is not self.success:
+                self.failed(result, start, on, packet.address)
         self._idle.append(packet)
 
-    def launch(self, grid: tuple[int, ...], stream: int, arguments: int) -> None:
-        """Launch ``grid`` of three numbers; ``arguments`` is a ``Packet``'s address."""
-        on = self._streams.get(stream)
-        if on is None:
-            on = self._streams[stream] = _functions(self._calls).CUstream(stream)
+    def starter(self, grid: Sequence[int]) -> Callable[[Any, int, int], tuple[Any, ...]]:
+        """The driver's launch of ``grid``: takes a ``stream``, a ``Packet``'s address and 0."""
+        x, y, z = (*grid, 1, 1)[:3]
         if self._attributes:
-            result = self._run_early(grid, on, arguments)
-        else:
-            result = self._run(
-                self._function, *grid, self.threads, 1, 1, self.shared, on, arguments, 0
-            )
-        if result[0] is self._success:
-            return
-        if _status(result) == "CUDA_ERROR_INVALID_CONTEXT" and _give_context(self):
-            self.launch(grid, stream, arguments)
-            return
-        self._calls.check(result, f"cuLaunchKernel of {self.name}", grid)
+            return functools.partial(self._start_early, (x, y, z))
+        run = _functions(self._calls).cuLaunchKernel
+        return functools.partial(run, self._function, x, y, z, self.threads, 1, 1, self.shared)
 
-    def _run_early(self, grid: tuple[int, ...], stream: Any, arguments: int) -> tuple[Any, ...]:
+    def _start_early(
+        self, grid: tuple[int, int, int], stream: Any, arguments: int, extra: int
+    ) -> tuple[Any, ...]:
         """Launch before the kernel in front has ended; this one waits for it by itself."""
         driver = _functions(self._calls)
         config = driver.CUlaunchConfig()
@@ -204,8 +197,24 @@ class Handle:
         config.blockDimX, config.blockDimY, config.blockDimZ = self.threads, 1, 1
         config.sharedMemBytes, config.hStream = self.shared, stream
         config.attrs, config.numAttrs = self._attributes, len(self._attributes)
-        result: tuple[Any, ...] = driver.cuLaunchKernelEx(config, self._function, arguments, 0)
+        result: tuple[Any, ...] = driver.cuLaunchKernelEx(config, self._function, arguments, extra)
         return result
+
+    def stream(self, handle: int) -> Any:
+        """What the driver takes for a stream: kept, since making one takes longer than a launch."""
+        on = self.streams.get(handle)
+        if on is None:
+            on = self.streams[handle] = _functions(self._calls).CUstream(handle)
+        return on
+
+    def failed(
+        self, result: tuple[Any, ...], start: Callable[..., tuple[Any, ...]], stream: Any,
+        arguments: int,
+    ) -> None:  # fmt: skip
+        """Raise what ``result`` says, unless the thread had no context: then it gets torch's."""
+        if _status(result) == "CUDA_ERROR_INVALID_CONTEXT" and _give_context(self):
+            result = start(stream, arguments, 0)
+        self._calls.check(result, f"cuLaunchKernel of {self.name}")
 
 
 def _functions(calls: Calls) -> Any:

@@ -93,14 +93,15 @@ class BoundCall:
         from kvcached.kernels._bound import Bound
         from kvcached.kernels._launch import stream_of
 
-        self._stream_of = stream_of
         _refuse_copies(given, used, launches)
-        tensors = [used[name] for name in self.takes]
+        self._stream_of = stream_of
+        self._index = used[takes[0]].get_device()
+        self._tensors = [used[name] for name in takes]
         self._given["out"] = used.get("out")
-        self._forms = [_form_of(tensor) for tensor in map(self._given.get, self.takes)]
-        self._addresses = [x.data_ptr() for x in tensors]
-        self._index = tensors[0].get_device()
-        self._steps = [Bound(launch, tensors) for launch in launches]
+        self._forms = [_form_of(self._given[name]) for name in takes]
+        self._launches = launches
+        self._replacing: dict[int, list[Bound]] = {}
+        self._steps = [Bound(launch, ()) for launch in launches]
 
     def __call__(self, *tensors: torch.Tensor) -> Any:
         """Make the call, with ``tensors`` in place of the first that it takes."""
@@ -115,29 +116,38 @@ class BoundCall:
             for step in steps:
                 step.again(stream)
         else:
-            addresses = self._replaced(tensors)
-            for step in steps:
+            addresses = self._addresses(tensors)
+            for step in self._replacing.get(len(tensors)) or self._replace(len(tensors)):
                 step(stream, addresses)
         if not self._results:
             return None
         out = tensors[1] if len(tensors) > 1 else self._results[0]
         return out if len(self._results) == 1 else (out, self._results[1])
 
-    def _replaced(self, tensors: Sequence[torch.Tensor]) -> list[int]:
-        """The addresses of the tensors of a call; raises ``InvalidInput`` if one does not fit."""
-        addresses = self._addresses.copy()
+    def _addresses(self, tensors: Sequence[torch.Tensor]) -> list[int]:
+        """Of the tensors of a call; raises ``InvalidInput`` if one does not fit."""
+        forms = self._forms
+        addresses: list[int] = []
         try:
             for i, x in enumerate(tensors):
                 address = x.data_ptr()
                 form = address & 15, x.dtype, x.shape, x.stride(), x.get_device()
-                if form != self._forms[i]:
-                    raise InvalidInput(_misfit(self.takes[i], form, self._forms[i]))
-                addresses[i] = address
+                if form != forms[i]:
+                    raise InvalidInput(_misfit(self.takes[i], form, forms[i]))
+                addresses.append(address)
         except (AttributeError, IndexError):
             raise InvalidInput(
                 f"{len(tensors)} arguments, but a call takes tensors: {', '.join(self.takes)}"
             ) from None
         return addresses
+
+    def _replace(self, count: int) -> list[Bound]:
+        """The launches with the first ``count`` tensors replaced."""
+        from kvcached.kernels._bound import Bound
+
+        steps = [Bound(launch, self._tensors[:count]) for launch in self._launches]
+        self._replacing[count] = steps
+        return steps
 
 
 def _on_gpu(tensor: torch.Tensor) -> bool:
