@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 
@@ -18,11 +18,12 @@ from kvcached.kernels._bound import Bound
 from kvcached.kernels._launch import stream_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from kvcached.kernels._bound import Launch
     from kvcached.kernels.checks import AttentionCall
 
+T = TypeVar("T")
 MOST_KNOWN = 1 << 14
 """Calls remembered: layers times batch sizes of a large model. Then all are forgotten."""
 
@@ -36,35 +37,35 @@ def _cache_key(x: torch.Tensor) -> tuple[Any, ...]:
 
 
 def _key(
-    tensors: tuple[Any, ...], options: tuple[Any, ...], addresses: list[int]
-) -> tuple[Any, ...]:
-    """What a call is known by. Spelled out, since this is most of what a launch costs."""
+    caches: Any, tensors: tuple[Any, ...], options: tuple[Any, ...]
+) -> tuple[tuple[Any, ...], list[int]]:
+    """What a call is known by, and the addresses of its tensors, in the order of the kernels.
+
+    Spelled out, since this is most of what a launch costs.
+    """
     q, _, _, table, starts, lens, cu, mask, sinks, slopes, k_scale, v_scale, out = tensors
     place = starts if table is None else table
-    if cu is mask is sinks is slopes is k_scale is v_scale is None:
-        others = None
-    else:
-        others = tuple(map(_described, (cu, mask, sinks, slopes, k_scale, v_scale)))
+    addresses = [q.data_ptr(), place.data_ptr(), lens.data_ptr()]
+    others = None
+    if not (cu is mask is sinks is slopes is k_scale is v_scale is None):
+        more = cu, mask, sinks, slopes, k_scale, v_scale
+        others = tuple(map(_described, more))
+        addresses += [x.data_ptr() for x in more if x is not None]
+    result: Any = None
+    if out is not None:
+        addresses.append(out.data_ptr())
+        result = out.dtype, out.shape, out.stride(), out.get_device()
     together = 0
     for address in addresses:
         together |= address
+    if together & 15:  # kernels are compiled for what is a multiple of 16
+        result = result, tuple(address & 15 for address in addresses)
     return (
-        options, table is None, starts is None, others,
-        # Kernels are compiled for what is a multiple of 16.
-        tuple(address & 15 for address in addresses) if together & 15 else None,
+        caches, options, table is None, starts is None, others, result,
         q.dtype, q.shape, q.stride(), q.get_device(),
         place.dtype, place.shape, place.stride(), place.get_device(),
         lens.dtype, lens.shape, lens.stride(), lens.get_device(),
-        None if out is None else (out.dtype, out.shape, out.stride(), out.get_device()),
-    )  # fmt: skip
-
-
-def _addresses(tensors: tuple[Any, ...]) -> list[int]:
-    """Of the tensors that may be others at each call, in the order of the kernels, but the ends."""
-    q, _, _, table, starts, lens, *others, _ = tensors
-    found = [q.data_ptr(), (starts if table is None else table).data_ptr(), lens.data_ptr()]
-    found += [x.data_ptr() for x in others if x is not None]
-    return found
+    ), addresses  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +74,35 @@ class _Call:
     keys: weakref.ref[torch.Tensor]
     values: weakref.ref[torch.Tensor]
     shape: tuple[int, ...]
+
+
+class Repeats(Generic[T]):
+    """What was prepared for calls, by what they are known by.
+
+    With ``twice`` a call is remembered when it comes the second time: prompts of one length may
+    never come again.
+    """
+
+    def __init__(self, *, twice: bool) -> None:
+        self._kept: dict[Any, T] = {}
+        self._seen: set[Any] = set()
+        self._twice = twice
+        self.get = self._kept.get
+
+    def clear(self) -> None:
+        """Forget all."""
+        self._kept.clear()
+        self._seen.clear()
+
+    def put(self, key: Any, make: Callable[[], T]) -> None:
+        """Remember what ``make`` returns, unless the call has to come once more for that."""
+        if len(self._kept) + len(self._seen) >= MOST_KNOWN:
+            self.clear()
+        if self._twice and key not in self._seen:
+            self._seen.add(key)
+            return
+        self._seen.discard(key)
+        self._kept[key] = make()
 
 
 class Known:
@@ -85,56 +115,38 @@ class Known:
     """
 
     def __init__(self, rows: int | None, device: torch.device) -> None:
-        self._calls: dict[Any, _Call] = {}
-        self._seen: set[Any] = set()
+        self._calls = Repeats[_Call](twice=rows is None)
         self._device = device
         self._index = device.index
         self._unread = None
         if rows is not None:
             self._unread = torch.empty(rows, dtype=torch.float32, device=device)
 
-    def _key(
-        self, tensors: tuple[Any, ...], options: tuple[Any, ...], addresses: list[int]
-    ) -> tuple[Any, ...]:
-        _, keys, values, *_ = tensors
-        if self._unread is None:
-            caches = _cache_key(keys), None if values is keys else _cache_key(values)
-            return caches, _key(tensors, options, addresses)
-        return id(keys), id(values), _key(tensors, options, addresses)
+    def _caches(self, keys: Any, values: Any) -> Any:
+        """What the caches are known by."""
+        if self._unread is not None:
+            return id(keys), id(values)
+        return _cache_key(keys), None if values is keys else _cache_key(values)
 
     def clear(self) -> None:
         """Forget all calls."""
         self._calls.clear()
-        self._seen.clear()
 
     def learn(
         self, tensors: tuple[Any, ...], options: tuple[Any, ...], call: AttentionCall,
         steps: Sequence[Launch],
     ) -> None:  # fmt: skip
-        """Remember the launches of ``call`` if other tensors may take the place of those given.
-
-        Without a plan, what is seen once may never come again (prompts of just that length), and is
-        only remembered the second time.
-        """
+        """Remember the launches of ``call`` if other tensors may take the place of those given."""
         given = bindable(call, steps)
         used = (call.table, call.starts, call.lens, call.q_starts, call.masks, call.sinks,
                 call.slopes, call.k_scale, call.v_scale)  # fmt: skip
         if given is None or any(a is not b for a, b in zip(used, tensors[3:-1], strict=True)):
             return
-        addresses = _addresses(tensors)
-        if tensors[-1] is not None:
-            addresses.append(call.out.data_ptr())
-        key = self._key(tensors, options, addresses)
-        if len(self._calls) + len(self._seen) >= MOST_KNOWN:
-            self.clear()
-        if self._unread is None and key not in self._seen:
-            self._seen.add(key)
-            return
-        self._seen.discard(key)
-        self._calls[key] = _Call(
+        key, _ = _key(self._caches(tensors[1], tensors[2]), tensors, options)
+        self._calls.put(key, lambda: _Call(
             [Bound(step, given) for step in steps], weakref.ref(tensors[1]),
             weakref.ref(tensors[2]), tuple(call.out.shape),
-        )  # fmt: skip
+        ))  # fmt: skip
 
     def launch(
         self, tensors: tuple[Any, ...], options: tuple[Any, ...], *, with_lse: bool
@@ -143,22 +155,19 @@ class Known:
 
         The LSE is only good if it was asked for.
         """
-        out = tensors[-1]
+        keys, values, out = tensors[1], tensors[2], tensors[-1]
         try:
-            addresses = _addresses(tensors)
-            if out is not None:
-                addresses.append(out.data_ptr())
-            found = self._calls.get(self._key(tensors, options, addresses))
+            key, addresses = _key(self._caches(keys, values), tensors, options)
+            found = self._calls.get(key)
         except (AttributeError, TypeError):  # no tensors: the checks know better what to say
             return None
         index = self._index
         if found is None or torch.cuda.current_device() != index:
             return None  # the long way sets the device
-        q, keys, values, *_ = tensors
         if self._unread is not None and (found.keys() is not keys or found.values() is not values):
             return None  # another tensor got the id of one that is gone
         if out is None:
-            out = torch.empty(found.shape, dtype=q.dtype, device=self._device)
+            out = torch.empty(found.shape, dtype=tensors[0].dtype, device=self._device)
             addresses.append(out.data_ptr())
         lse = self._unread
         if with_lse or lse is None:
@@ -200,3 +209,54 @@ def known_here(index: int) -> Known | None:
     if known is None:
         known = _streams[index, stream] = Known(None, torch.device("cuda", index))
     return known
+
+
+class KnownAppends:
+    """Calls of ``reshape_and_cache``: key, value, slots, caches and scales, as ``tensors``.
+
+    Caches and scales are known by address. Nothing is shared, so one serves all streams.
+    """
+
+    def __init__(self) -> None:
+        self._calls = Repeats[list[Bound]](twice=True)
+
+    def learn(self, tensors: tuple[Any, ...], kind: str, steps: Sequence[Launch]) -> None:
+        """Remember the launches of a call with these tensors."""
+        given = tensors[:3]
+        if all(step.handle is not None for step in steps) and len(set(map(id, given))) == 3:
+            key, _ = _append_key(tensors, kind)
+            self._calls.put(key, lambda: [Bound(step, given) for step in steps])
+
+    def launch(self, tensors: tuple[Any, ...], kind: str) -> bool:
+        """Queue a call that is known on the current stream; whether it is."""
+        try:
+            key, addresses = _append_key(tensors, kind)
+            steps = self._calls.get(key)
+        except (AttributeError, TypeError):  # no tensors: the checks know better what to say
+            return False
+        index = tensors[3].get_device()
+        if steps is None or torch.cuda.current_device() != index:
+            return False  # the long way sets the device
+        stream = stream_of(index)
+        for step in steps:
+            step(stream, addresses)
+        return True
+
+
+def _append_key(
+    tensors: tuple[Any, ...], kind: str
+) -> tuple[tuple[Any, ...], tuple[int, int, int]]:
+    """What a call is known by, and the addresses of the tensors that may be others."""
+    key, value, slots, keys, values, k_scale, v_scale = tensors
+    a, b, c = addresses = key.data_ptr(), value.data_ptr(), slots.data_ptr()
+    scales = None
+    if k_scale is not None or v_scale is not None:
+        scales = _cache_key(k_scale), _cache_key(v_scale)
+    return (
+        kind, scales, a & 15, b & 15, c & 15,
+        key.dtype, key.shape, key.stride(), key.get_device(),
+        value.dtype, value.shape, value.stride(), value.get_device(),
+        slots.dtype, slots.shape, slots.stride(), slots.get_device(),
+        keys.data_ptr(), keys.dtype, keys.shape, keys.stride(), keys.get_device(),
+        values.data_ptr(), values.dtype, values.shape, values.stride(), values.get_device(),
+    ), addresses  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from kvcached.kernels.move import check_rows
 
 if TYPE_CHECKING:
     from kvcached.kernels._bound import Launch
+    from kvcached.kernels._repeat import KnownAppends
 
 _SKIP = -1
 _KINDS = {
@@ -60,13 +62,19 @@ def reshape_and_cache(
     On the CPU a slot that is named twice or does not exist raises ``InvalidInput``, and then
     nothing is written; on a GPU slots are not read back, so there the caller answers for them.
     """
+    given = key, value, slot_mapping, k_cache, v_cache, k_scale, v_scale
+    if _on_gpu(k_cache) and _known().launch(given, kv_cache_dtype):
+        return
     call = check_append(key, value, k_cache, v_cache, slot_mapping, kv_cache_dtype, k_scale,
                         v_scale)  # fmt: skip
     if _on_gpu(call.k_cache):
         device = call.k_cache.device
         with torch.cuda.device(device if device.type == "cuda" else -1):  # launches are there
-            for step in prepare(call):
+            steps = prepare(call)
+            for step in steps:
                 step()
+        if call.slots is slot_mapping and steps:
+            _known().learn(given, kv_cache_dtype, steps)
         return
     slots = call.slots.numpy()
     _check_slots(slots, call.k_cache)
@@ -120,6 +128,13 @@ def prepare(call: AppendCall) -> list[Launch]:
     if call.k_scale is None or call.v_scale is None:
         return append_launches(*rows)
     return append_quant_launches(*rows, call.k_scale, call.v_scale)
+
+
+@functools.cache
+def _known() -> KnownAppends:
+    from kvcached.kernels._repeat import KnownAppends
+
+    return KnownAppends()
 
 
 def concat_and_cache_mla(
@@ -234,7 +249,7 @@ def _refuse_scale(name: str, scale: torch.Tensor | None) -> None:
 
 def _on_gpu(tensor: torch.Tensor) -> bool:
     """Whether Triton writes it; the tests of its interpreter say yes for CPU tensors."""
-    return bool(tensor.is_cuda)
+    return isinstance(tensor, torch.Tensor) and bool(tensor.is_cuda)
 
 
 def _check_slots(slots: Any, cache: torch.Tensor) -> None:

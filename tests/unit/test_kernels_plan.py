@@ -10,9 +10,9 @@ import torch
 from fake_launches import launch_nothing
 
 pytest.importorskip("triton")
-from kvcached.kernels import _repeat, attention, decode, plan_attention
+from kvcached.kernels import _repeat, _write_triton, append, attention, decode, plan_attention
 from kvcached.kernels import plan as planning
-from kvcached.kernels._repeat import Known
+from kvcached.kernels._repeat import Known, KnownAppends
 from kvcached.kernels.checks import check_call
 
 OPTIONS = (1, None, True, (-1, -1), 0.0, 0)
@@ -234,3 +234,65 @@ def test_a_plan_compiles_its_planner_once_and_tells_it_the_parts_of_like_lengths
     grid = -(-200 // 64)
     place = made.workspace.work.data_ptr()
     assert calls[0] == ((grid,), 77, lens.data_ptr(), 0, place, 2, 1, 1 << 30, 4, 200, 1, 16)
+
+
+# --- appends -------------------------------------------------------------------------------------
+
+
+def appended(**changes):
+    every = {"key": torch.zeros(3, 2, 8), "value": torch.zeros(3, 2, 8),
+             "slots": torch.tensor([4, 5, 6], dtype=torch.int32),
+             "k_cache": torch.zeros(4, 16, 2, 8), "v_cache": torch.zeros(4, 16, 2, 8),
+             "k_scale": None, "v_scale": None} | changes  # fmt: skip
+    return tuple(every.values())
+
+
+def append_known(tensors):
+    """The calls that are known after this one came twice."""
+    key, value, slots, *rest = tensors
+    known = KnownAppends()
+    for _ in range(2):
+        assert not known.launch(tensors, "auto")
+        steps = append.prepare(append.check_append(key, value, *rest[:2], slots, "auto", *rest[2:]))
+        known.learn(tensors, "auto", steps)
+    return known
+
+
+@pytest.fixture
+def here(driver):
+    yield driver
+    _write_triton._prepared.cache_clear()
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_an_append_that_came_twice_is_queued_with_its_own_rows(here, int8):
+    more = {}
+    if int8:
+        more = {name: torch.zeros(4, 16, 2, 8).char() for name in ("k_cache", "v_cache")}
+        more |= {name: torch.ones(()) for name in ("k_scale", "v_scale")}
+    tensors = appended(**more)
+    known = append_known(tensors)
+    again = (*(x.clone() for x in tensors[:3]), *tensors[3:])
+    assert known.launch(again, "auto")
+    (launched,) = here.launches
+    taken = here.taken(launched)
+    names = ("KEY", "VALUE", "SLOTS", "K", "V")
+    assert [taken[name] for name in names] == [x.data_ptr() for x in again[:5]]
+
+
+@pytest.mark.parametrize("change", [
+    {"key": torch.zeros(4, 2, 8)}, {"value": torch.zeros(3, 2, 16)[..., :8]},
+    {"value": torch.zeros(49)[1:].view(3, 2, 8)}, {"slots": torch.zeros(3)},
+    {"k_cache": torch.zeros(4, 16, 2, 8)}, {"v_cache": torch.zeros(4, 16, 2, 8).half()},
+    {"k_scale": torch.ones(()), "v_scale": torch.ones(())}, {"slots": [4, 5, 6]},
+])  # fmt: skip
+def test_an_append_that_differs_is_not_known(here, change):
+    tensors = appended()
+    known = append_known(tensors)
+    names = ("key", "value", "slots", "k_cache", "v_cache", "k_scale", "v_scale")
+    assert not known.launch(
+        tuple((dict(zip(names, tensors, strict=True)) | change).values()), "auto"
+    )
+    assert not known.launch(tensors, "int8")
+    assert not here.launches
+    assert known.launch(tensors, "auto")
