@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from kvcached.kernels.cascade import Level, cascade_attention
     from kvcached.kernels.merge import merge_state, merge_states
     from kvcached.kernels.mla import mla_with_kvcache
+    from kvcached.kernels.mla_plan import MlaPlan, plan_mla
     from kvcached.kernels.move import (
         compact_pages,
         copy_pages,
@@ -39,6 +40,8 @@ _HOMES = {
     "merge_states": "merge",
     "compact_pages": "move",
     "mla_with_kvcache": "mla",
+    "MlaPlan": "mla_plan",
+    "plan_mla": "mla_plan",
     "copy_pages": "move",
     "gather_kv": "move",
     "gather_pages": "move",
@@ -52,6 +55,7 @@ __all__ = [
     "BoundCall",
     "KVView",
     "Level",
+    "MlaPlan",
     "Plan",
     "attn_with_kvcache",
     "bind",
@@ -66,6 +70,7 @@ __all__ = [
     "mla_with_kvcache",
     "ops",
     "plan_attention",
+    "plan_mla",
     "reference",
     "reshape_and_cache",
     "scatter_pages",

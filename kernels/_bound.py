@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from kvcached.kernels._launch import Handle, Packet, handle_of, interpreted, stream_of
+from kvcached.kernels._launch import Handle, handle_of, interpreted, stream_of
+from kvcached.kernels._packet import Packet
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +53,12 @@ class Launch:
 def launch_of(
     kernel: Any, grid: tuple[int, ...], arguments: Sequence[Any], constants: Mapping[str, Any],
     types: Mapping[str, str], device: torch.device, num_warps: int,
-    may_align: frozenset[str] = frozenset(),
+    may_align: frozenset[str] = frozenset(), **options: int,
 ) -> Launch:  # fmt: skip
     """A launch on ``device``; the arguments come first in the kernel.
 
     Those named by ``may_align`` are compiled as multiples of 16 if they are: so must be what takes
-    their place.
+    their place. ``options`` are the compiler's.
     """
     handle = None
     if not interpreted():
@@ -67,7 +68,7 @@ def launch_of(
             if name in may_align and not address_of(x) % 16
         )
         handle = handle_of(kernel, types, constants, num_warps=num_warps, device=device.index,
-                           aligned=aligned)  # fmt: skip
+                           aligned=aligned, **options)  # fmt: skip
     return Launch(kernel, grid, tuple(arguments), constants, num_warps, types, handle)
 
 
@@ -83,26 +84,26 @@ class Bound:
     Others are kept, those are not. May be called by several threads.
     """
 
-    __slots__ = ("_at", "_fixed", "_handle", "_idle", "_kept", "_layout", "_pack", "_picks",
+    __slots__ = ("_fixed", "_handle", "_idle", "_kept", "_layout", "_pack", "_picks",
                  "_start", "_streams", "_success")  # fmt: skip
 
     def __init__(self, launch: Launch, given: Sequence[torch.Tensor]) -> None:
         assert launch.handle is not None  # the interpreter binds nothing
         handle, arguments = launch.handle, launch.arguments
         order = {id(x): i for i, x in enumerate(given)}
-        self._at = tuple(i for i, x in enumerate(arguments) if id(x) in order)
-        picks = [order[id(arguments[i])] for i in self._at]
+        at = [i for i, x in enumerate(arguments) if id(x) in order]
+        picks = [order[id(arguments[i])] for i in at]
         self._picks = None if picks == [*range(len(given))] else picks
         self._handle, self._start = handle, handle.starter(launch.grid)
         self._streams, self._success = handle.streams, handle.success
         self._kept = [
             x for x in arguments if isinstance(x, torch.Tensor) and id(x) not in order
         ]  # fmt: skip
-        self._layout = "@" + "".join(handle.layout[1 + i] for i in self._at)
-        self._pack = struct.Struct(self._layout).pack_into
+        self._layout = handle.layout.only(at)
+        self._pack = struct.Struct(self._layout.format).pack_into
         self._idle: list[Packet] = []
         self._fixed = Packet(handle.layout)
-        struct.pack_into(handle.layout, self._fixed.values, 0, *map(address_of, arguments))
+        handle.write(self._fixed, *map(address_of, arguments))
 
     def again(self, stream: int) -> None:
         """Launch with the tensors that it was made of, which must be alive."""
@@ -115,7 +116,7 @@ class Bound:
         try:
             packet = self._idle.pop()
         except IndexError:
-            packet = Packet(self._layout, self._fixed.places, self._at)
+            packet = Packet(self._layout, self._fixed)
         if self._picks is not None:
             addresses = [addresses[i] for i in self._picks]
         self._pack(packet.values, 0, *addresses)

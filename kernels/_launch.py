@@ -10,10 +10,9 @@ nothing but Triton's compiler, which comes with its own assembler, is needed.
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from kvcached.errors import BackendUnavailable, InvalidInput
+from kvcached.kernels._packet import Layout, Packet
 from kvcached.memory.cuda import load_driver
 from kvcached.memory.driver import Calls
 
@@ -39,11 +39,6 @@ TYPES = {
     torch.int64: "i64",
 }
 """Triton's names of element types."""
-_CODES = {"i1": "?", "i8": "b", "i16": "h", "i32": "i", "i64": "q", "u8": "B", "u16": "H",
-          "u32": "I", "u64": "Q", "fp32": "f", "fp64": "d"}  # fmt: skip
-"""How ``struct`` writes an argument of a type; pointers are ``Q``."""
-_SCRATCH = "QQ"
-"""Triton's last two arguments: scratch memory of the kernel and of a profiler."""
 _DEFAULT_SHARED = 48 << 10
 """Bytes of shared memory of a program that need not be asked for."""
 
@@ -66,9 +61,15 @@ def attributes_of(kernel: Any, aligned: tuple[str, ...]) -> dict[tuple[int], lis
     return {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
 
 
-def format_of(kinds: Iterable[str]) -> str:
-    """The ``struct`` format of arguments of Triton's types, each at its natural alignment."""
-    return "@" + "".join("Q" if kind[0] == "*" else _CODES[kind] for kind in kinds)
+def source_of(
+    kernel: Any, signature: Mapping[str, str], constants: Mapping[str, Any], attributes: Any
+) -> ASTSource:
+    """What Triton compiles, of a kernel in Triton or in Gluon."""
+    if kernel.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource
+
+        return GluonASTSource(kernel, dict(signature), dict(constants), attributes)
+    return ASTSource(kernel, dict(signature), dict(constants), attributes)
 
 
 try:
@@ -82,44 +83,6 @@ except AttributeError:  # a torch without CUDA, or a later one
 def stream_of(device: int) -> int:
     """Torch's current stream of device number ``device``, as the driver's handle."""
     return _raw_stream(device)
-
-
-class Packet:
-    """Memory of the arguments of one launch at a time, and where the driver reads each.
-
-    Arguments are written to ``values``, as ``layout`` (a ``struct`` format) says; behind them are
-    Triton's two scratch areas, null. ``places`` tells where each argument lies, and ``address`` is
-    that of the same list for the driver. Given the ``places`` of another packet, the arguments are
-    those at ``at`` of it, and the others lie there.
-    """
-
-    __slots__ = ("_kept", "address", "places", "values")
-
-    def __init__(
-        self, layout: str, places: Sequence[int] | None = None, at: Sequence[int] = ()
-    ) -> None:
-        if places is None:
-            layout += _SCRATCH
-        self.values = bytearray(struct.calcsize(layout))
-        view = (ctypes.c_char * len(self.values)).from_buffer(self.values)
-        own = [ctypes.addressof(view) + offset for offset in offsets_of(layout)]
-        self.places = own
-        if places is not None:
-            self.places = list(places)
-            for i, place in zip(at, own, strict=True):
-                self.places[i] = place
-        array = (ctypes.c_void_p * len(self.places))(*self.places)
-        self._kept = view, array
-        self.address = ctypes.addressof(array)
-
-
-@functools.cache
-def offsets_of(layout: str) -> tuple[int, ...]:
-    """Where each value of a ``struct`` format without repeats lies."""
-    return tuple(
-        struct.calcsize(layout[: end + 1]) - struct.calcsize("@" + layout[end])
-        for end in range(1, len(layout))
-    )
 
 
 @functools.cache
@@ -140,8 +103,9 @@ class Handle:
     """A compiled kernel on one device: ``handle(grid, stream, *arguments)``.
 
     ``grid`` are the programs in x, y and z, ``stream`` a handle of the driver. Arguments are those
-    that are no constants, in order; integers for pointers. The device must be the current one.
-    Raises ``DriverError`` if the driver refuses the launch. May be called by several threads.
+    that are no constants, in order; integers for pointers, bytes for tensor maps. The device must
+    be the current one. Raises ``DriverError`` if the driver refuses the launch. May be called by
+    several threads.
     """
 
     __slots__ = ("_attributes", "_calls", "_function", "_idle", "_pack", "compiled", "device",
@@ -151,11 +115,13 @@ class Handle:
         needs = compiled.metadata
         if needs.global_scratch_size or needs.profile_scratch_size:
             raise InvalidInput(f"{needs.name} needs scratch memory, which no caller brings")
+        if needs.num_ctas != 1:
+            raise InvalidInput(f"{needs.name} is for clusters, which are not launched here")
         self._calls = calls = driver_calls()
         self.compiled, self.device, self.name = compiled, device, needs.name
         self.threads, self.shared = 32 * needs.num_warps, needs.shared
-        self.layout = format_of(kind for kind in types.values() if kind != "constexpr")
-        self._pack = struct.Struct(self.layout).pack_into
+        self.layout = Layout.of(kind for kind in types.values() if kind != "constexpr")
+        self._pack = struct.Struct(self.layout.format).pack_into
         self._idle: list[Packet] = []
         self.streams: dict[int, Any] = {}
         self.success = calls.success
@@ -168,16 +134,20 @@ class Handle:
             packet = self._idle.pop()
         except IndexError:
             packet = Packet(self.layout)
-        try:
-            self._pack(packet.values, 0, *arguments)
-        except struct.error as error:
-            raise InvalidInput(f"{self.name} cannot take its arguments: {error}") from error
+        self.write(packet, *arguments)
         if 0 not in grid:
             start, on = self.starter(grid), self.stream(stream)
             result = start(on, packet.address, 0)
             if result[0] is not self.success:
                 self.failed(result, start, on, packet.address)
         self._idle.append(packet)
+
+    def write(self, packet: Packet, *arguments: Any) -> None:
+        """Write all arguments to a packet; raises ``InvalidInput`` if one does not fit its type."""
+        try:
+            self._pack(packet.values, 0, *arguments)
+        except struct.error as error:
+            raise InvalidInput(f"{self.name} cannot take its arguments: {error}") from error
 
     def starter(self, grid: Sequence[int]) -> Callable[[Any, int, int], tuple[Any, ...]]:
         """The driver's launch of ``grid``: takes a ``stream``, a ``Packet``'s address and 0."""
@@ -286,7 +256,7 @@ def handle_of(
     handle = _handles.get(key)
     if handle is None:
         signature = signature_of(kernel, types, constants)
-        source = ASTSource(kernel, signature, dict(constants), attributes_of(kernel, aligned))
+        source = source_of(kernel, signature, constants, attributes_of(kernel, aligned))
         major, minor = torch.cuda.get_device_capability(device)
         # Named, because Triton would build a C library to ask the driver what GPU there is.
         target = GPUTarget("cuda", 10 * major + minor, 32)

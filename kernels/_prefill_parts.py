@@ -11,10 +11,10 @@ import triton.language as tl
 
 from kvcached.kernels._bound import Launch, launch_of
 from kvcached.kernels._launch import TYPES
-from kvcached.kernels._workspace import workspace_of
 from kvcached.kernels.decode import multiprocessors
 
 if TYPE_CHECKING:
+    from kvcached.kernels._workspace import Memory
     from kvcached.kernels.checks import AttentionCall
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -203,14 +203,14 @@ def types_of(dtype: torch.dtype) -> dict[str, str]:
 
 def launch(
     kernel: Any, grid: tuple[int, int, int], call: AttentionCall, arguments: tuple[Any, ...],
-    constants: dict[str, Any], num_warps: int,
+    constants: dict[str, Any], num_warps: int, **options: int,
 ) -> Launch:  # fmt: skip
     """The launch of a kernel with its arguments that are no constants, in order.
 
     Strides are arguments: as constants they cost registers, for tiles spill.
     """
     return launch_of(kernel, grid, arguments, constants, types_of(call.q.dtype), call.q.device,
-                     num_warps, ALIGNED)  # fmt: skip
+                     num_warps, ALIGNED, **options)  # fmt: skip
 
 
 def splits_of(
@@ -255,13 +255,13 @@ def merge(call: AttentionCall, partial: Any, state: Any, splits: int, width: int
 
 
 def workspace(
-    call: AttentionCall, splits: int, width: int, items: int, *, shared: bool = True
+    call: AttentionCall, splits: int, width: int, items: int, memory: Memory
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """Partial sums, (top, total) pairs and counters; see ``workspace_of``."""
+    """Partial sums, (top, total) pairs and counters; see ``Workspace``."""
     if splits == 1:
         return None, None, None
     rows = call.lse.numel() * splits
-    work = workspace_of(items, rows * width, rows, call.q.device, shared=shared)
+    work = memory(items, rows * width, rows, call.q.device)
     return work.partial, work.state, work.finished
 
 

@@ -74,6 +74,8 @@ class _Call:
     keys: weakref.ref[torch.Tensor]
     values: weakref.ref[torch.Tensor]
     shape: tuple[int, ...]
+    rows: int
+    """Tokens x heads."""
 
 
 class Repeats(Generic[T]):
@@ -110,21 +112,21 @@ class Known:
 
     ``tensors`` are those of ``attn_with_kvcache``: q, caches of K and V, table, starts, then the
     others in the order of the kernel, and the output; ``options`` is all else that it is given.
-    ``rows`` (tokens x heads, at most) have an LSE that nobody reads, and one buffer serves them
-    all; without a number each call gets its own, and caches are known by address.
+    Of ``planned`` calls caches are known by tensor, else by address. ``rows`` (tokens x heads) or
+    fewer have an LSE that nobody reads, and one buffer serves them all.
     """
 
-    def __init__(self, rows: int | None, device: torch.device) -> None:
-        self._calls = Repeats[_Call](twice=rows is None)
+    def __init__(self, rows: int, device: torch.device, *, planned: bool) -> None:
+        self._calls = Repeats[_Call](twice=not planned)
+        self._planned = planned
         self._device = device
         self._index = device.index
-        self._unread = None
-        if rows is not None:
-            self._unread = torch.empty(rows, dtype=torch.float32, device=device)
+        self._rows = rows
+        self._unread = torch.empty(rows, dtype=torch.float32, device=device) if rows else None
 
     def _caches(self, keys: Any, values: Any) -> Any:
         """What the caches are known by."""
-        if self._unread is not None:
+        if self._planned:
             return id(keys), id(values)
         return _cache_key(keys), None if values is keys else _cache_key(values)
 
@@ -145,7 +147,7 @@ class Known:
         key, _ = _key(self._caches(tensors[1], tensors[2]), tensors, options)
         self._calls.put(key, lambda: _Call(
             [Bound(step, given) for step in steps], weakref.ref(tensors[1]),
-            weakref.ref(tensors[2]), tuple(call.out.shape),
+            weakref.ref(tensors[2]), tuple(call.out.shape), call.lse.numel(),
         ))  # fmt: skip
 
     def launch(
@@ -164,13 +166,13 @@ class Known:
         index = self._index
         if found is None or torch.cuda.current_device() != index:
             return None  # the long way sets the device
-        if self._unread is not None and (found.keys() is not keys or found.values() is not values):
+        if self._planned and (found.keys() is not keys or found.values() is not values):
             return None  # another tensor got the id of one that is gone
         if out is None:
             out = torch.empty(found.shape, dtype=tensors[0].dtype, device=self._device)
             addresses.append(out.data_ptr())
         lse = self._unread
-        if with_lse or lse is None:
+        if lse is None or with_lse or found.rows > self._rows:
             lse = torch.empty(found.shape[:2], dtype=torch.float32, device=self._device)
         addresses.append(lse.data_ptr())
         stream = stream_of(index)
@@ -207,7 +209,7 @@ def known_here(index: int) -> Known | None:
     stream = stream_of(index)
     known = _streams.get((index, stream))
     if known is None:
-        known = _streams[index, stream] = Known(None, torch.device("cuda", index))
+        known = _streams[index, stream] = Known(0, torch.device("cuda", index), planned=False)
     return known
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -48,20 +49,34 @@ def make_workspace(
     )  # fmt: skip
 
 
+Memory = Callable[[int, int, int, torch.device], Workspace]
+"""Where a launch gets its workspace: ``make_workspace``, ``workspace_of``, or a plan's."""
+
+
+class Growing:
+    """A ``Memory`` of calls that run one after another: what served one serves the next."""
+
+    def __init__(self, first: Workspace) -> None:
+        self._held = first
+
+    def __call__(self, items: int, elements: int, rows: int, device: torch.device) -> Workspace:
+        """The one held, or a larger one in its place."""
+        if not self._held.holds(items, elements, rows):
+            self._held = make_workspace(items, elements, rows, device)
+        return self._held
+
+
 _kept: dict[tuple[int, int], Workspace] = {}
 
 
-def workspace_of(
-    items: int, elements: int, rows: int, device: torch.device, *, shared: bool = True
-) -> Workspace:
+def workspace_of(items: int, elements: int, rows: int, device: torch.device) -> Workspace:
     """A workspace for a launch on the current stream.
 
     Launches of one stream run one after another, so they share one that grows as needed. A captured
     graph may be replayed on any stream, beside others: while capturing, the memory is the graph's
-    own, which costs it a fill with zeros; a ``Plan`` costs nothing. What is not ``shared`` is the
-    caller's own too.
+    own, which costs it a fill with zeros; a ``Plan`` costs nothing.
     """
-    if not shared or device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return make_workspace(items, elements, rows, device)
     key = device.index, torch.cuda.current_stream(device).cuda_stream
     kept = _kept.get(key)

@@ -15,6 +15,7 @@ from kvcached.kernels.checks import AttentionCall, check_call
 if TYPE_CHECKING:
     from kvcached.kernels._bound import Launch
     from kvcached.kernels._repeat import Known
+    from kvcached.kernels._workspace import Memory
     from kvcached.kernels.plan import Plan
 
 
@@ -124,17 +125,21 @@ def _run(
 
 
 def prepare(
-    call: AttentionCall, num_splits: int = 0, plan: Plan | None = None, *, shared: bool = True
-) -> list[Launch]:
+    call: AttentionCall, num_splits: int = 0, plan: Plan | None = None,
+    memory: Memory | None = None,
+) -> list[Launch]:  # fmt: skip
     """The launches of a checked call on a GPU, of the kernel that serves it best.
 
-    Their memory for parts is the plan's, or that of the current stream, or not ``shared``.
+    Their memory for parts is the plan's, or without one from ``memory``, by default that of the
+    current stream.
     """
     from kvcached.kernels import decode, prefill
+    from kvcached.kernels._workspace import workspace_of
 
-    if plan is None and prefill.suits_prefill(call):
-        return prefill.prepare(call, num_splits, shared=shared)
-    return decode.prepare(call, num_splits, plan, shared=shared)
+    memory = memory or workspace_of
+    if prefill.suits_prefill(call) and (plan is None or call.max_q > plan.shape["max_q"]):
+        return prefill.prepare(call, num_splits, memory=memory if plan is None else plan.memory)
+    return decode.prepare(call, num_splits, plan, memory)
 
 
 def _refuse_on_cpu(call: AttentionCall) -> None:

@@ -15,6 +15,7 @@ import torch
 
 from kvcached.errors import InvalidInput
 from kvcached.kernels import append, attention, mla
+from kvcached.kernels._workspace import make_workspace
 from kvcached.kernels.checks import check_call
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     from kvcached.kernels._bound import Bound, Launch
     from kvcached.kernels.checks import AttentionCall
+    from kvcached.kernels.mla_plan import MlaPlan
     from kvcached.kernels.plan import Plan
 
 _TAKES: dict[Callable[..., Any], tuple[str, ...]] = {
@@ -193,17 +195,16 @@ def _attention(
     options.pop("k", None), options.pop("v", None)
     call = check_call(q, k_cache, v_cache, **options)
     results = (call.out, call.lse) if return_softmax_lse else (call.out,)
-    return attention.prepare(call, num_splits, plan, shared=False), _used(call), results
+    return attention.prepare(call, num_splits, plan, make_workspace), _used(call), results
 
 
 def _mla(
     q: torch.Tensor, kv_cache: torch.Tensor, page_table: Any, cache_seqlens: Any,
-    head_dim_v: int = 512, *, plan: Any = None, **options: Any,
+    head_dim_v: int = 512, *, plan: MlaPlan | None = None, **options: Any,
 ) -> _Prepared:  # fmt: skip
-    if plan is not None:
-        raise InvalidInput("plan is not supported yet", hint="Leave plan=None.")
     call = mla.check_mla(q, kv_cache, page_table, cache_seqlens, head_dim_v, **options)
-    return mla.prepare(call, shared=False), _used(call), (call.out, call.lse)
+    memory = mla.plan_memory(call, plan) or make_workspace
+    return mla.prepare(call, memory=memory), _used(call), (call.out, call.lse)
 
 
 def _append(*args: Any, **given: Any) -> _Prepared:

@@ -29,6 +29,7 @@ from kvcached.kernels.quant import INT4, require_hardware
 from kvcached.layout import cdiv
 
 if TYPE_CHECKING:
+    from kvcached.kernels._workspace import Memory
     from kvcached.kernels.checks import AttentionCall
     from kvcached.kernels.plan import Plan
 
@@ -214,11 +215,12 @@ def attend_triton(call: AttentionCall, num_splits: int = 0, plan: Plan | None = 
 
 
 def prepare(
-    call: AttentionCall, num_splits: int = 0, plan: Plan | None = None, *, shared: bool = True
-) -> list[Launch]:
+    call: AttentionCall, num_splits: int = 0, plan: Plan | None = None,
+    memory: Memory = workspace_of,
+) -> list[Launch]:  # fmt: skip
     """The launch of a checked ``call``, if it has queries: tiles, parts, memory for them.
 
-    That is the plan's, or without one the current stream's, or the launch's own if not ``shared``.
+    That is the plan's, or without one from ``memory``, by default the current stream's.
     """
     if not call.q.shape[0]:
         return []
@@ -239,7 +241,7 @@ def prepare(
         items = tiles * kv.num_kv_heads
         parts = items * split.most if split.most > 1 else 0
         rows = parts * config["ROWS"]
-        work = workspace_of(items, rows * width, rows, q.device, shared=shared)
+        work = memory(items, rows * width, rows, q.device)
     else:
         work = plan.workspace
     grid = (tiles * kv.num_kv_heads, split.most)

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from kvcached.kernels._bound import Launch
+    from kvcached.kernels._workspace import Memory
+    from kvcached.kernels.mla_plan import MlaPlan
 
 MAX_FUSED_SPLITS = 8
 """Of few rows. More are merged by a launch of their own, with a program for each row."""
@@ -31,8 +33,8 @@ MIN_SPLIT_TOKENS = 256
 
 def mla_with_kvcache(
     q: torch.Tensor, kv_cache: torch.Tensor, page_table: Any, cache_seqlens: Any,
-    head_dim_v: int = 512, *, softmax_scale: float, causal: bool = True, plan: None = None,
-    out: torch.Tensor | None = None,
+    head_dim_v: int = 512, *, softmax_scale: float, causal: bool = True,
+    plan: MlaPlan | None = None, out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Absorbed attention of ``q`` over cached latents, for decoding and verifying.
 
@@ -51,17 +53,15 @@ def mla_with_kvcache(
         Of the scores; that of the head dim before absorption, so there is no default.
     causal:
         Bottom-right aligned: the last query sees the last token, the one before it does not.
-    out:
-        ``[T, H, head_dim_v]`` to write to.
+    plan, out:
+        A ``plan_mla``, for GPUs; ``[T, H, head_dim_v]`` to write to.
 
     Returns the output and the natural-log LSE, float32 ``[T, H]``; a query that sees no token gives
-    0 and -inf. Raises ``InvalidInput`` naming the argument. ``plan`` is reserved.
+    0 and -inf. Raises ``InvalidInput`` naming the argument.
     """
-    if plan is not None:
-        raise InvalidInput("plan is not supported yet", hint="Leave plan=None.")
     tensors = (q, kv_cache, kv_cache, page_table, None, cache_seqlens, *(None,) * 6, out)
     options = "mla", head_dim_v, softmax_scale, causal
-    known = known_for(q, None)
+    known = known_for(q, None) if plan is None else plan.known
     done = known and known.launch(tensors, options, with_lse=True)
     if done:
         return done
@@ -73,12 +73,20 @@ def mla_with_kvcache(
         attend(call)
         return call.out, call.lse
     with torch.cuda.device(call.kv.device):  # kernels are launched on the current one
-        steps = prepare(call)
+        steps = prepare(call, memory=plan_memory(call, plan))
         for step in steps:
             step()
     if known is not None and steps:
         known.learn(tensors, options, call, steps)
     return call.out, call.lse
+
+
+def plan_memory(call: AttentionCall, plan: MlaPlan | None) -> Memory | None:
+    """Where a call finds memory for parts; raises ``InvalidInput`` if the plan is for others."""
+    if plan is None:
+        return None
+    plan.check(len(call.lens), call.max_q, call.q.shape[1], call.kv.device)
+    return plan.memory
 
 
 def check_mla(
@@ -134,13 +142,14 @@ def attend_mla(
 
 def prepare(
     call: AttentionCall, num_splits: int = 0, config: Mapping[str, int] | None = None,
-    num_warps: int = 8, *, shared: bool = True,
+    num_warps: int = 8, memory: Memory | None = None,
 ) -> list[Launch]:  # fmt: skip
     """The launches of a checked call of ``check_mla``, as in ``prefill.prepare``.
 
     ``config`` replaces entries of ``mla_config``, for tuning.
     """
     from kvcached.kernels._prefill_parts import splits_of
+    from kvcached.kernels._workspace import workspace_of
 
     kv, q = call.kv, call.q
     if kv.dtype == torch.float64:
@@ -157,12 +166,12 @@ def prepare(
     )
     if not 1 <= splits <= MAX_SPLITS or splits & (splits - 1):
         raise InvalidInput(f"num_splits is {splits}, but must be a power of two <= {MAX_SPLITS}")
-    return _steps(call, sizes, items, splits, num_warps, shared=shared)
+    return _steps(call, sizes, items, splits, num_warps, memory or workspace_of)
 
 
 def _steps(
-    call: AttentionCall, sizes: dict[str, Any], items: int, splits: int, num_warps: int, *,
-    shared: bool,
+    call: AttentionCall, sizes: dict[str, Any], items: int, splits: int, num_warps: int,
+    memory: Memory,
 ) -> list[Launch]:  # fmt: skip
     from kvcached.kernels._launch import interpreted
     from kvcached.kernels._mla_kernels import mla_kernel
@@ -176,7 +185,7 @@ def _steps(
 
     kv, out = call.kv, call.out
     fused = splits == 1 or is_fused(sizes, splits)
-    partial, state, finished = workspace(call, splits, kv.head_dim_v, items, shared=shared)
+    partial, state, finished = workspace(call, splits, kv.head_dim_v, items, memory)
     q, scale = with_positive_scale(call)
     assert call.table is not None  # check_mla takes nothing else
     constants = sizes | {

@@ -18,7 +18,7 @@ from kvcached.errors import InvalidInput
 from kvcached.kernels._decode import span
 from kvcached.kernels._launch import Handle, handle_of, interpreted, stream_of
 from kvcached.kernels._repeat import Known
-from kvcached.kernels._workspace import make_workspace
+from kvcached.kernels._workspace import Growing, make_workspace
 from kvcached.kernels.checks import UNBOUNDED, AttentionCall, index_tensor
 from kvcached.kernels.decode import (
     MIN_SPLIT_TOKENS,
@@ -103,8 +103,9 @@ class Plan:
     """Workspace, parts and compiled kernels of attention calls that run one after another.
 
     Give it to all layers' calls of a step. It serves one launch at a time: one stream, or one
-    captured graph; graphs that may be replayed side by side need a plan each. Made by
-    ``plan_attention``.
+    captured graph; graphs that may be replayed side by side need a plan each. Calls with more
+    tokens a sequence than ``max_q``, prompts, are cut as without a plan, in the plan's memory. Made
+    by ``plan_attention``.
     """
 
     def __init__(self, shape: dict[str, Any], slots: int, *, window: int, fixed: int) -> None:
@@ -116,7 +117,7 @@ class Plan:
         self._planners: dict[bool, tuple[Handle, int]] = {}
         self._parts: dict[int, int] = {}
         rows = shape["max_batch"] * shape["max_q"] * shape["group"] * shape["num_kv_heads"]
-        self.known = Known(rows, shape["device"])
+        self.known = Known(rows, shape["device"], planned=True)
         self.config = tile_config(
             shape["group"], shape["head_dim"], shape["head_dim_v"], shape["max_q"],
             shape["dtype"], shape["kv_dtype"],
@@ -125,6 +126,8 @@ class Plan:
         rows = slots * shape["num_kv_heads"] * self.config["ROWS"]
         items = shape["max_batch"] * shape["num_kv_heads"]
         self.workspace = make_workspace(items, rows * width, rows, shape["device"], slots)
+        self.memory = Growing(self.workspace)
+        """For calls that are not cut by the list."""
 
     def update(self, cache_seqlens: Any, cu_seqlens_q: Any = None) -> None:
         """Cut the sequences for these lengths (int32 ``[B]``, tokens of the query included).

@@ -39,10 +39,12 @@ from kvcached.kernels._prefill_parts import (
     with_sink,
     workspace,
 )
+from kvcached.kernels._workspace import workspace_of
 from kvcached.kernels.checks import UNBOUNDED
 
 if TYPE_CHECKING:
     from kvcached.kernels._bound import Launch
+    from kvcached.kernels._workspace import Memory
     from kvcached.kernels.checks import AttentionCall
 
 MAX_SPLITS = 16
@@ -301,12 +303,12 @@ def attend_prefill(
 
 def prepare(
     call: AttentionCall, num_splits: int = 0, config: dict[str, int] | None = None,
-    num_warps: int = 0, *, shared: bool = True,
+    num_warps: int = 0, memory: Memory = workspace_of,
 ) -> list[Launch]:  # fmt: skip
     """The launches of a checked ``call``: of one, and of another that merges parts if there are.
 
     ``config`` replaces entries of ``tile_config``, and ``num_warps`` what is best, for tuning. The
-    memory for parts is that of the current stream, or of these launches if it is not ``shared``.
+    ``memory`` for parts is by default that of the current stream.
     """
     kv, batch = call.kv, len(call.lens)
     if kv.dtype == torch.float64:
@@ -331,15 +333,15 @@ def prepare(
         call, tiles * kv.num_kv_heads, programs_per_sm=2, most=MAX_SPLITS, least=MIN_SPLIT_TOKENS
     )
     warps = num_warps or warps_of(sizes, itemsize, plain=plain)
-    return _steps(call, sizes, tiles, splits, warps, shared=shared)
+    return _steps(call, sizes, tiles, splits, warps, memory)
 
 
 def _steps(
-    call: AttentionCall, sizes: dict[str, Any], tiles: int, splits: int, num_warps: int, *,
-    shared: bool,
+    call: AttentionCall, sizes: dict[str, Any], tiles: int, splits: int, num_warps: int,
+    memory: Memory,
 ) -> list[Launch]:  # fmt: skip
     kv, width = call.kv, sizes["VA"] + sizes["VB"]
-    partial, state, _ = workspace(call, splits, width, 0, shared=shared)
+    partial, state, _ = workspace(call, splits, width, 0, memory)
     q, scale = with_positive_scale(call)
     size, strides = _flat(call)
     constants = sizes | {

@@ -16,7 +16,10 @@ from kvcached.testing.fake_device import CUresult
 
 @dataclass(frozen=True)
 class Launched:
-    """What a kernel was launched with; ``early`` is before the one in front has ended."""
+    """What a kernel was launched with; ``others`` are parameters that nobody gives.
+
+    ``early`` is before the launch in front has ended.
+    """
 
     function: tuple
     grid: tuple[int, ...]
@@ -24,15 +27,14 @@ class Launched:
     shared: int
     stream: int
     arguments: tuple
-    scratch: tuple
+    others: tuple
     early: bool = False
 
 
 class FakeLaunches:
     """Stands in for ``cuda.bindings.driver``.
 
-    Functions are ``(name, number)``; ``layout_of(function)`` is the ``struct`` format of what one
-    takes.
+    Functions are ``(name, number)``; ``layout_of(function)`` is the ``Layout`` of what one takes.
     """
 
     CUresult = CUresult
@@ -118,14 +120,20 @@ class FakeLaunches:
         return (CUresult.CUDA_SUCCESS,)
 
     def _record(self, function, grid, threads, shared, stream, places, *, early):
-        layout = self.layout_of(function) + "QQ"
-        addresses = (ctypes.c_void_p * (len(layout) - 1)).from_address(places)
-        values = [
-            struct.unpack("@" + code, ctypes.string_at(at, struct.calcsize("@" + code)))[0]
-            for code, at in zip(layout[1:], addresses, strict=True)
-        ]
-        self.launches.append(Launched(function, grid, threads, shared, int(stream),
-                                      tuple(values[:-2]), tuple(values[-2:]), early))  # fmt: skip
+        layout = self.layout_of(function)
+        addresses = (ctypes.c_void_p * layout.parameters).from_address(places)
+        codes = dict(zip(layout.at, layout.codes, strict=True))
+        values = [_read(addresses[i], codes.get(i, "Q")) for i in range(layout.parameters)]
+        taken = tuple(values[i] for i in layout.at)
+        others = tuple(x for i, x in enumerate(values) if i not in codes)
+        self.launches.append(
+            Launched(function, grid, threads, shared, int(stream), taken, others, early)
+        )
+
+
+def _read(address, code):
+    (value,) = struct.unpack("@" + code, ctypes.string_at(address, struct.calcsize("@" + code)))
+    return value
 
 
 def launch_nothing(monkeypatch):
@@ -140,7 +148,7 @@ def launch_nothing(monkeypatch):
     driver.taken = lambda one: dict(zip(names[one.function], one.arguments, strict=True))
 
     def handle_of(kernel, types, constants, *, device, num_warps, aligned=()):
-        needs = SimpleNamespace(name=kernel.__name__, num_warps=num_warps, shared=0,
+        needs = SimpleNamespace(name=kernel.__name__, num_warps=num_warps, num_ctas=1, shared=0,
                                 launch_pdl=False, global_scratch_size=0,
                                 profile_scratch_size=0)  # fmt: skip
         compiled = SimpleNamespace(metadata=needs, asm={"cubin": kernel.__name__.encode()})

@@ -96,11 +96,11 @@ def entry_widths(ptx):
 
 def report(handle, launches):
     """Whether the handle writes what the kernel takes, and how it was launched."""
-    widths = [WIDTHS[code] for code in handle.layout[1:]] + [64, 64]
+    widths = [WIDTHS[code] for code in handle.layout.codes] + [64, 64]
     mine = [one for one in launches if one.function == handle._function]
     return {
         "name": handle.name, "takes": widths == entry_widths(handle.compiled.asm["ptx"]),
-        "launches": len(mine), "scratch": [one.scratch for one in mine],
+        "launches": len(mine), "scratch": [one.others for one in mine],
         "as_compiled": all((one.threads, one.shared) == (handle.threads, handle.shared)
                            for one in mine),
         "streams": [one.stream for one in mine],

@@ -11,7 +11,7 @@ from fake_launches import launch_nothing
 pytest.importorskip("triton")
 from kvcached import kernels
 from kvcached.errors import InvalidInput
-from kvcached.kernels import _write_triton, append, binding
+from kvcached.kernels import _prefill_parts, _write_triton, append, binding
 
 BF16 = torch.bfloat16
 
@@ -136,7 +136,7 @@ def test_what_a_call_returns_is_what_the_function_returns(driver):
     assert kernels.bind(kernels.reshape_and_cache, **rows())() is None
 
 
-def test_every_bound_call_has_memory_of_its_own_for_parts_unless_a_plan_brings_it(driver):
+def test_without_a_plan_every_bound_call_has_memory_of_its_own_for_parts(driver):
     calls = [kernels.bind(kernels.attn_with_kvcache, **attention(40, num_splits=2))
              for _ in range(2)]  # fmt: skip
     for call in calls:
@@ -144,10 +144,36 @@ def test_every_bound_call_has_memory_of_its_own_for_parts_unless_a_plan_brings_i
     partial = [driver.taken(one)["PARTIAL"] for one in driver.launches]
     assert partial[0] == partial[1]
     assert partial[2] == partial[3] != partial[0]
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_calls_with_one_plan_share_its_memory_prompts_too(driver, tokens):
     plan = kernels.plan_attention(1, 64, 8, 2, 64, BF16, device="cpu")
-    planned = kernels.bind(kernels.attn_with_kvcache, **attention(), plan=plan)
-    planned()
-    assert driver.taken(driver.launches[-1])["PARTIAL"] == plan.workspace.partial.data_ptr()
+    for _ in range(2):
+        given = attention(tokens, num_splits=2 if tokens > 1 else 0)
+        kernels.bind(kernels.attn_with_kvcache, **given, plan=plan)()
+    name = "attend_kernel" if tokens == 1 else "prefill_kernel"
+    taken = [driver.taken(one) for one in driver.launches if one.function[0] == name]
+    assert taken[0]["PARTIAL"] == taken[1]["PARTIAL"] != 0
+    mine = plan.memory(1, 1, 1, torch.device("cpu"))
+    assert taken[0]["PARTIAL"] == mine.partial.data_ptr()
+
+
+def test_calls_of_mla_with_one_plan_share_its_memory(driver, monkeypatch):
+    monkeypatch.setattr(_prefill_parts, "splits_of", lambda *_, **__: 2)
+    plan = kernels.plan_mla(1, 4, head_dim_v=64, device="cpu")
+    kept = plan.memory(1, 1, 1, torch.device("cpu"))
+    for _ in range(2):
+        kernels.bind(kernels.mla_with_kvcache, **latents(), plan=plan)()
+    taken = [driver.taken(one) for one in driver.launches]
+    assert [one["PARTIAL"] for one in taken] == [kept.partial.data_ptr()] * 2
+    assert [one["FINISHED"] for one in taken] == [kept.finished.data_ptr()] * 2
+    for change, says in (({"q": zeros(1, 8, 96)}, "num_heads 4, the call 8"),
+                         ({"q": zeros(2, 4, 96)}, "max_q 1, the call 2")):  # fmt: skip
+        with pytest.raises(InvalidInput, match=says):
+            kernels.bind(kernels.mla_with_kvcache, **latents() | change, plan=plan)
+    with pytest.raises(InvalidInput, match="max_batch is 0"):
+        kernels.plan_mla(0, 4, device="cpu")
 
 
 @pytest.mark.parametrize(("change", "says"), [

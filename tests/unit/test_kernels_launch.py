@@ -16,6 +16,7 @@ pytest.importorskip("triton")
 pytest.importorskip("torch")
 from kvcached.errors import BackendUnavailable, DriverError, InvalidInput
 from kvcached.kernels import _launch
+from kvcached.kernels._packet import Layout
 from kvcached.memory.driver import Calls
 from kvcached.testing.fake_device import CUresult
 
@@ -52,25 +53,39 @@ def test_no_kernel_needs_a_compiler_of_c_or_asks_tritons_driver(tmp_path):
 
 @pytest.fixture
 def driver(monkeypatch):
-    driver = FakeLaunches(lambda _: "@Qqif")
+    driver = FakeLaunches(lambda _: Layout.of(("*bf16", "i64", "i32", "fp32")))
     monkeypatch.setattr(_launch, "driver_calls", lambda: Calls(driver))
     monkeypatch.setattr(_launch, "_context", lambda device: 1000 + device)
     return driver
 
 
-def handle(*, shared=100, pdl=False, scratch=0, device=1):
+def handle(*, shared=100, pdl=False, scratch=0, device=1, types=TYPES, ctas=1):
     needs = SimpleNamespace(
-        name="kernel", num_warps=4, shared=shared, launch_pdl=pdl, global_scratch_size=scratch,
-        profile_scratch_size=0,
+        name="kernel", num_warps=4, num_ctas=ctas, shared=shared, launch_pdl=pdl,
+        global_scratch_size=scratch, profile_scratch_size=0,
     )  # fmt: skip
     compiled = SimpleNamespace(metadata=needs, asm={"cubin": b"code of kernel"})
-    return _launch.Handle(compiled, TYPES, device)
+    return _launch.Handle(compiled, types, device)
 
 
 def test_arguments_are_written_as_their_types_say_at_their_alignment():
-    layout = _launch.format_of(("i32", "*bf16", "i8", "i64", "fp32"))
-    assert layout == "@iQbqf"
-    assert _launch.offsets_of(layout) == (0, 8, 16, 24, 32)
+    layout = Layout.of(("i32", "*bf16", "i8", "i64", "fp32"))
+    assert layout.format == "@iQbqf"
+    assert layout.offsets == [0, 8, 16, 24, 32]
+    assert (layout.at, layout.parameters) == ((0, 1, 2, 3, 4), 7), "and two for scratch memory"
+
+
+def test_a_tensor_map_is_128_bytes_and_its_sizes_and_strides_are_nobodys(driver):
+    layout = Layout.of(("i32", "tensordesc<bf16[1, 16, 64],Shared(bits=[8, 4])>", "*fp32"))
+    assert layout.codes == ("i", "128s", "Q")
+    assert (layout.at, layout.parameters) == ((0, 1, 8), 11)
+    driver.layout_of = lambda _: layout
+    words = bytes(range(128))
+    kinds = {"n": "i32", "MAP": "tensordesc<bf16[1, 16, 64],Shared(bits=[8, 4])>", "A": "*fp32"}
+    handle(types=kinds)((1,), 0, 7, words, 9)
+    (launched,) = driver.launches
+    assert launched.arguments == (7, words, 9)
+    assert launched.others == (0,) * 8
 
 
 def test_a_launch_has_the_grid_the_stream_and_the_arguments_that_it_was_given(driver):
@@ -80,7 +95,7 @@ def test_a_launch_has_the_grid_the_stream_and_the_arguments_that_it_was_given(dr
     first, second = driver.launches
     assert first.function == ("kernel", 1)
     assert (first.grid, first.threads, first.shared) == ((3, 2, 1), 128, 100)
-    assert (first.stream, first.arguments, first.scratch) == (9, (1 << 63, -5, 7, 0.5), (0, 0))
+    assert (first.stream, first.arguments, first.others) == (9, (1 << 63, -5, 7, 0.5), (0, 0))
     assert (second.grid, second.stream, second.arguments) == ((4, 1, 1), 0, (1, 2, 3, 4.0))
     run((0, 2), 9, 1, 2, 3, 4.0)
     assert len(driver.launches) == 2, "no programs, no launch"
@@ -105,9 +120,11 @@ def test_more_shared_memory_than_a_program_gets_is_asked_for_or_refused(driver):
         handle(shared=300_000)
 
 
-def test_a_kernel_that_needs_scratch_memory_is_refused(driver):
+def test_a_kernel_that_needs_scratch_memory_or_a_cluster_is_refused(driver):
     with pytest.raises(InvalidInput, match="scratch"):
         handle(scratch=128)
+    with pytest.raises(InvalidInput, match="clusters"):
+        handle(ctas=2)
     assert not driver.images
 
 

@@ -44,7 +44,7 @@ def driver(monkeypatch):
 @pytest.fixture
 def known(driver, monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # the index of the CPU
-    return Known(8, torch.device("cpu"))
+    return Known(8, torch.device("cpu"), planned=True)
 
 
 def learned(known, call, **options):
@@ -77,7 +77,7 @@ def test_a_known_call_is_launched_with_the_addresses_of_its_own_tensors(known, d
 @pytest.mark.parametrize("tokens", [1, 40])
 def test_all_tensors_of_a_known_call_may_be_others(driver, monkeypatch, tokens):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
-    known = Known(None, torch.device("cpu"))
+    known = Known(0, torch.device("cpu"), planned=False)
     starts = torch.tensor([0, tokens, 2 * tokens], dtype=torch.int32)
     call = given(q=torch.zeros(2 * tokens, 4, 8), sinks=torch.zeros(4), alibi_slopes=torch.zeros(4),
                  cu_seqlens_q=starts, out=torch.zeros(2 * tokens, 4, 8))  # fmt: skip
@@ -97,13 +97,21 @@ def test_all_tensors_of_a_known_call_may_be_others(driver, monkeypatch, tokens):
 
 def test_without_a_plan_a_call_is_remembered_when_it_comes_again(driver, monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
-    known = Known(None, torch.device("cpu"))
+    known = Known(0, torch.device("cpu"), planned=False)
     call = given()
     for known_by_now in (False, True):
         assert known.launch(ordered(call), OPTIONS, with_lse=False) is None
         checked = check_call(**call)
         known.learn(ordered(call), OPTIONS, checked, attention.prepare(checked))
         assert (known.launch(ordered(call), OPTIONS, with_lse=False) is not None) is known_by_now
+
+
+def test_more_rows_than_the_unread_lse_of_a_plan_holds_get_one_of_their_own(known, driver):
+    call = given(q=torch.zeros(4, 4, 8), cache_seqlens=torch.tensor([3, 20]).int())
+    learned(known, call, max_seqlen_q=2)
+    _, lse = known.launch(ordered(call), OPTIONS, with_lse=False)
+    assert lse.shape == (4, 4), "the plan has room for 8 rows"
+    assert driver.taken(driver.launches[0])["LSE"] == lse.data_ptr()
 
 
 def test_what_was_aligned_is_not_taken_for_what_is_not(known):
@@ -157,7 +165,7 @@ def test_the_oldest_calls_are_forgotten(known, monkeypatch):
 
 def test_without_a_plan_new_views_of_a_known_cache_are_known(driver, monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
-    known = Known(None, torch.device("cpu"))
+    known = Known(0, torch.device("cpu"), planned=False)
     call = given()
     learned(known, call)
     again = call | {name: call[name].view(4, 16, 2, 8) for name in ("k_cache", "v_cache")}
