@@ -7,14 +7,14 @@ A target is (what, how much): ``ratio`` of the limit, at most so many ``us``, at
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from attention_peers import available
 from kernel_moves import MOVES
 from kernel_problems import DEVICE, Problem, Shape, int32
-from kernel_timing import Limits, Timing, host_us, pace, timed
+from kernel_timing import Limits, Timing, host_costs, host_us, pace, timed
 
 from kvcached import kernels
 from kvcached.errors import InvalidInput
@@ -116,31 +116,33 @@ def plan_of(problem: Problem) -> dict[str, Any]:
     return {"plan": plan}
 
 
-def our_calls(problem: Problem) -> tuple[list[Callable[[], Any]], Row]:
+def our_calls(problem: Problem) -> tuple[list[partial[Any]], Row]:
     """Our calls, one a copy, and what else there is to say of them."""
     shape, more = problem.shape, Row()
     if shape.mla:
-        attend = need("mla_with_kvcache")
-
-        def latent_call(copy: int) -> Any:
-            return attend(
-                problem.q[copy], problem.k.squeeze(2), problem.tables[copy], problem.lens,
-                shape.value_dim, softmax_scale=shape.dim**-0.5, out=problem.out[copy],
-            )[0]  # fmt: skip
-
-        return [lambda c=c: latent_call(c) for c in range(problem.copies)], more
+        latents = problem.k.squeeze(2)
+        options = {"plan": kernels.plan_mla(len(shape.lens), shape.q_heads, max_q=problem.max_q,
+                                            head_dim_v=shape.value_dim, device=DEVICE)}  # fmt: skip
+        return [
+            partial(kernels.mla_with_kvcache, problem.q[copy], latents, problem.tables[copy],
+                    problem.lens, shape.value_dim, softmax_scale=shape.dim**-0.5,
+                    out=problem.out[copy], **options)
+            for copy in range(problem.copies)
+        ], more  # fmt: skip
     options = problem.options | plan_of(problem)
     plan = options.get("plan")
     if plan is not None and plan.balanced:
         more["plan_us"] = timed([lambda: plan.update(problem.lens)]).us if DEVICE == "cuda" else 0.0
+    return [
+        partial(kernels.attn_with_kvcache, problem.q[copy], problem.k, problem.v,
+                cache_seqlens=problem.lens, out=problem.out[copy], **problem.place(copy), **options)
+        for copy in range(problem.copies)
+    ], more  # fmt: skip
 
-    def call(copy: int) -> Any:
-        return kernels.attn_with_kvcache(
-            problem.q[copy], problem.k, problem.v, cache_seqlens=problem.lens,
-            out=problem.out[copy], **problem.place(copy), **options,
-        )  # fmt: skip
 
-    return [lambda c=c: call(c) for c in range(problem.copies)], more
+def output(result: Any) -> torch.Tensor:
+    """The output of a call that may return its LSE too."""
+    return result[0] if isinstance(result, tuple) else result
 
 
 def base_row(timing: Timing, limit_us: float, target: tuple[str, float] | None) -> Row:
@@ -186,16 +188,17 @@ def attention_row(ident: str, limits: Limits, *, dry: bool) -> Row:
     shape = problem.shape
     try:
         calls, more = our_calls(problem)
-        first = calls[0]().clone()
+        first = output(calls[0]()).clone()
         error = problem.error(first)
         same = all(
-            torch.equal(calls[0](), first) for _ in range(2 if dry or pace.warming else RUNS)
+            torch.equal(output(calls[0]()), first)
+            for _ in range(2 if dry or pace.warming else RUNS)
         )
         timing = timed(calls)
         row = base_row(timing, limits.us(shape.nbytes, shape.flops), target)
         row |= {"tb_per_s": round(shape.nbytes / timing.us / 1e6, 3),
                 "tflops": round(shape.flops / timing.us / 1e6, 1), "error": error,
-                "runs_equal": same, "host_us": host_us(calls[0])} | more  # fmt: skip
+                "runs_equal": same} | host_costs(calls[0]) | more  # fmt: skip
         return row | peers_of(problem)
     finally:
         problem.close()
@@ -249,9 +252,12 @@ def mixed_row(limits: Limits, *, dry: bool) -> Row:
         ]  # fmt: skip
         times = [timed([call]).us for call in apart]
         row = base_row(timing, limits.us(shape.nbytes, shape.flops), ("us", round(sum(times), 1)))
-        row |= {"error": error, "prefill_us": times[0], "decode_us": times[1],
-                "tflops": round(shape.flops / timing.us / 1e6, 1),
-                "host_us": host_us(calls[0])}  # fmt: skip
+        row |= {
+            "error": error,
+            "prefill_us": times[0],
+            "decode_us": times[1],
+            "tflops": round(shape.flops / timing.us / 1e6, 1),
+        } | host_costs(calls[0])
         found = peers_of(problem)
         found["peers"]["ours, apart"] = round(sum(times), 2)
         return row | found

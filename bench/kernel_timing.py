@@ -7,6 +7,7 @@ replayed behind a sleeping kernel, so that no launch of the host is on the clock
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 import time
@@ -15,6 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from kvcached import kernels
 
 L2_BYTES = 50 << 20
 GIB = 1 << 30
@@ -142,6 +145,12 @@ def host_us(call: Call, repeats: int = 60) -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return round(statistics.median(samples) / 1e3, 2)
+
+
+def host_costs(call: functools.partial[Any]) -> dict[str, float]:
+    """Microseconds of the host: of the public call, and of the same one bound (``bind``)."""
+    bound = kernels.bind(call.func, *call.args, **call.keywords)
+    return {"host_us": host_us(call), "bound_us": host_us(bound)}
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,8 @@ def line(row: Row) -> str:
         if word in row:
             return f"{row['id']:<14} {word}: {row[word]}"
     verdict = {True: "ok", False: "BELOW", None: ""}[row["met"]]
-    extra = {k: row[k] for k in ("tflops", "speedup", "gb_per_s", "host_us", "plan_us") if k in row}
+    extra = {k: row[k] for k in ("tflops", "speedup", "gb_per_s", "host_us", "bound_us", "plan_us")
+             if k in row}  # fmt: skip
     peers = {name: round(us / row["us"], 2) for name, us in row.get("peers", {}).items()}
     failed = row.get("peers_failed") or ""
     return (

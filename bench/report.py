@@ -78,10 +78,13 @@ def kernels_table(result: dict[str, Any]) -> str:
         beside = "; ".join(f"{who}: {number(us)}" for who, us in row.get("peers", {}).items())
         beside += "".join(f"; {who}: none ({why.partition(': ')[2] or why})"
                           for who, why in row.get("peers_failed", {}).items())  # fmt: skip
+        host = number(row["host_us"])
+        if "bound_us" in row:
+            host += f" ({number(row['bound_us'])})"
         rows.append([f"`{row['id']}`", number(row["us"]), number(row["p99"]),
                      f"{row['ratio_to_limit']:.3f}", f"{number(value)} {units[what or 'us']}",
-                     target, number(row["host_us"]), error, beside.removeprefix("; ")])  # fmt: skip
-    headers = ["row", "us", "p99", "of the limit", "value", "target", "host us",
+                     target, host, error, beside.removeprefix("; ")])  # fmt: skip
+    headers = ["row", "us", "p99", "of the limit", "value", "target", "host us (bound)",
                "error (best peer's)", "peers, us"]  # fmt: skip
     limits = ", ".join(f"{name} {number(value)}" for name, value in result["limits"].items())
     source = f"{result['device']}, {result['date']}, commit {result['commit']}; limits: {limits}."

@@ -137,6 +137,8 @@ def prepare(
     from kvcached.kernels._workspace import workspace_of
 
     memory = memory or workspace_of
+    if plan is not None and not hasattr(plan, "split"):
+        raise InvalidInput(f"plan is a {type(plan).__name__}, not what plan_attention makes")
     if prefill.suits_prefill(call) and (plan is None or call.max_q > plan.shape["max_q"]):
         return prefill.prepare(call, num_splits, memory=memory if plan is None else plan.memory)
     return decode.prepare(call, num_splits, plan, memory)

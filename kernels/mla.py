@@ -61,19 +61,20 @@ def mla_with_kvcache(
     """
     tensors = (q, kv_cache, kv_cache, page_table, None, cache_seqlens, *(None,) * 6, out)
     options = "mla", head_dim_v, softmax_scale, causal
-    known = known_for(q, None) if plan is None else plan.known
+    known = known_for(q, None) if plan is None else getattr(plan, "known", None)
     done = known and known.launch(tensors, options, with_lse=True)
     if done:
         return done
     call = check_mla(q, kv_cache, page_table, cache_seqlens, head_dim_v, softmax_scale,
                      causal=causal, out=out)  # fmt: skip
+    memory = plan_memory(call, plan)
     if call.kv.device.type == "cpu":
         from kvcached.kernels.cpu import attend
 
         attend(call)
         return call.out, call.lse
     with torch.cuda.device(call.kv.device):  # kernels are launched on the current one
-        steps = prepare(call, memory=plan_memory(call, plan))
+        steps = prepare(call, memory=memory)
         for step in steps:
             step()
     if known is not None and steps:
@@ -85,6 +86,8 @@ def plan_memory(call: AttentionCall, plan: MlaPlan | None) -> Memory | None:
     """Where a call finds memory for parts; raises ``InvalidInput`` if the plan is for others."""
     if plan is None:
         return None
+    if not hasattr(plan, "check"):
+        raise InvalidInput(f"plan is a {type(plan).__name__}, not what plan_mla makes")
     plan.check(len(call.lens), call.max_q, call.q.shape[1], call.kv.device)
     return plan.memory
 

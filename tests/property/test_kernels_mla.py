@@ -185,7 +185,7 @@ BAD = {
     "q has 3 tokens": {"q": torch.zeros(3, 4, 24)},
     "q has head dim 16": {"q": torch.zeros(2, 4, 16)},
     "page_table has 1 rows": {"page_table": torch.tensor([[1, 2]]).int()},
-    "plan is not supported": {"plan": object()},
+    "plan is a object, not what plan_mla": {"plan": object()},
 }
 
 

@@ -172,6 +172,11 @@ def test_calls_of_mla_with_one_plan_share_its_memory(driver, monkeypatch):
                          ({"q": zeros(2, 4, 96)}, "max_q 1, the call 2")):  # fmt: skip
         with pytest.raises(InvalidInput, match=says):
             kernels.bind(kernels.mla_with_kvcache, **latents() | change, plan=plan)
+    with pytest.raises(InvalidInput, match="plan is a MlaPlan"):
+        kernels.bind(kernels.attn_with_kvcache, **attention(), plan=plan)
+    other = kernels.plan_attention(1, 64, 8, 2, 64, BF16, device="cpu")
+    with pytest.raises(InvalidInput, match="plan is a Plan"):
+        kernels.bind(kernels.mla_with_kvcache, **latents(), plan=other)
     with pytest.raises(InvalidInput, match="max_batch is 0"):
         kernels.plan_mla(0, 4, device="cpu")
 
