@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from kvcached.kernels._launch import Handle, handle_of, interpreted, stream_of
+from kvcached.kernels import _launch
+from kvcached.kernels._launch import Handle, handle_of, interpreted
 from kvcached.kernels._packet import Packet
 
 
@@ -38,7 +39,7 @@ class Launch:
     def __call__(self) -> None:
         """Queue it on torch's current stream; the device must be the current one."""
         if self.handle is not None:
-            stream = stream_of(self.handle.device)
+            stream = _launch.stream_of(self.handle.device)
             self.handle(self.grid, stream, *map(address_of, self.arguments))
             return
         # A pointer is needed even for what the kernel does not read; addresses go as numbers.

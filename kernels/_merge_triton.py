@@ -9,7 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
-from kvcached.kernels._launch import handle_of, interpreted, stream_of
+from kvcached.kernels import _launch
+from kvcached.kernels._launch import handle_of, interpreted
 
 MOST = 4
 """Results that one launch merges."""
@@ -111,5 +112,5 @@ def merge_triton(
             return lse
         device = out.device.index
         handle = handle_of(merge_kernel, MERGE_TYPES, config, num_warps=4, device=device)
-        handle((programs,), stream_of(device), *(x.data_ptr() for x in tensors), *numbers)
+        handle((programs,), _launch.stream_of(device), *(x.data_ptr() for x in tensors), *numbers)
     return lse

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 
+from kvcached.kernels import _launch
 from kvcached.kernels._bound import Bound
-from kvcached.kernels._launch import stream_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -164,7 +164,7 @@ class Known:
         except (AttributeError, TypeError):  # no tensors: the checks know better what to say
             return None
         index = self._index
-        if found is None or torch.cuda.current_device() != index:
+        if found is None or _launch.device_here() != index:
             return None  # the long way sets the device
         if self._planned and (found.keys() is not keys or found.values() is not values):
             return None  # another tensor got the id of one that is gone
@@ -175,7 +175,7 @@ class Known:
         if lse is None or with_lse or found.rows > self._rows:
             lse = torch.empty(found.shape[:2], dtype=torch.float32, device=self._device)
         addresses.append(lse.data_ptr())
-        stream = stream_of(index)
+        stream = _launch.stream_of(index)
         for step in found.steps:
             step(stream, addresses)
         return out, lse
@@ -204,9 +204,9 @@ def known_here(index: int) -> Known | None:
 
     Parts of one stream's calls share its workspace; a captured graph must have its own.
     """
-    if torch.cuda.is_current_stream_capturing():
+    if _launch.capturing():
         return None
-    stream = stream_of(index)
+    stream = _launch.stream_of(index)
     known = _streams.get((index, stream))
     if known is None:
         known = _streams[index, stream] = Known(0, torch.device("cuda", index), planned=False)
@@ -237,9 +237,9 @@ class KnownAppends:
         except (AttributeError, TypeError):  # no tensors: the checks know better what to say
             return False
         index = tensors[3].get_device()
-        if steps is None or torch.cuda.current_device() != index:
+        if steps is None or _launch.device_here() != index:
             return False  # the long way sets the device
-        stream = stream_of(index)
+        stream = _launch.stream_of(index)
         for step in steps:
             step(stream, addresses)
         return True

@@ -93,10 +93,10 @@ class BoundCall:
         if launches is None or used is None:
             return
         from kvcached.kernels._bound import Bound
-        from kvcached.kernels._launch import stream_of
+        from kvcached.kernels._launch import device_here, stream_of
 
         _refuse_copies(given, used, launches)
-        self._stream_of = stream_of
+        self._stream_of, self._device_here = stream_of, device_here
         self._index = used[takes[0]].get_device()
         self._tensors = [used[name] for name in takes]
         self._given["out"] = used.get("out")
@@ -110,7 +110,7 @@ class BoundCall:
         steps = self._steps
         if steps is None:
             return self._function(**self._given | dict(zip(self.takes, tensors, strict=False)))
-        if torch.cuda.current_device() != self._index:
+        if self._device_here() != self._index:
             with torch.cuda.device(self._index):
                 return self(*tensors)
         stream = self._stream_of(self._index)

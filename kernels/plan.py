@@ -15,8 +15,9 @@ import triton
 import triton.language as tl
 
 from kvcached.errors import InvalidInput
+from kvcached.kernels import _launch
 from kvcached.kernels._decode import span
-from kvcached.kernels._launch import Handle, handle_of, interpreted, stream_of
+from kvcached.kernels._launch import Handle, handle_of, interpreted
 from kvcached.kernels._repeat import Known
 from kvcached.kernels._workspace import Growing, make_workspace
 from kvcached.kernels.checks import UNBOUNDED, AttentionCall, index_tensor
@@ -158,7 +159,7 @@ class Plan:
             plan_kernel[(cdiv(self.slots, constants["E"]),)](
                 lens, lens if starts is None else starts, self.workspace.work, *numbers, **constants
             )
-        elif torch.cuda.current_device() == device.index:
+        elif _launch.device_here() == device.index:
             self._launch(lens, starts, numbers)
         else:
             with torch.cuda.device(device):
@@ -194,7 +195,7 @@ class Plan:
             made = self._planners[varlen] = handle, cdiv(self.slots, constants["E"])
         handle, grid = made
         places = lens.data_ptr(), 0 if starts is None else starts.data_ptr()
-        handle((grid,), stream_of(index), *places, self.workspace.addresses[0], *numbers)
+        handle((grid,), _launch.stream_of(index), *places, self.workspace.addresses[0], *numbers)
 
     def _few(self, batch: int) -> int:
         """Parts in all of a batch whose sequences are of one length."""

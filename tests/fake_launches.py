@@ -8,8 +8,6 @@ import struct
 from dataclasses import dataclass
 from types import SimpleNamespace
 
-import torch
-
 from kvcached.memory.driver import Calls
 from kvcached.testing.fake_device import CUresult
 
@@ -162,9 +160,9 @@ def launch_nothing(monkeypatch):
     driver.aligned = {}
     monkeypatch.setattr(_launch, "driver_calls", lambda: Calls(driver))
     monkeypatch.setattr(_launch, "_context", lambda _: 1)
-    monkeypatch.setattr(_launch, "_raw_stream", lambda _: 77)
+    monkeypatch.setattr(_launch, "stream_of", lambda _: 77)
     monkeypatch.setattr(_bound, "handle_of", handle_of)
     monkeypatch.setattr(_write_triton, "handle_of", handle_of)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)  # the index of CPU tensors
+    monkeypatch.setattr(_launch, "device_here", lambda: -1)  # the index of CPU tensors
     _write_triton._prepared.cache_clear()
     return driver

@@ -113,7 +113,7 @@ def main():
         handle.layout for handle in handles.values() if handle._function == function
     ))  # fmt: skip
     _launch.load_driver = lambda: driver
-    _launch._raw_stream = lambda _: STREAM
+    _launch.stream_of = lambda _: STREAM
     torch.cuda.get_device_capability = lambda _: (9, 0)
     for run in (decode, prefill, mla, plan, append, append_quantised, move, gather, merge):
         run()

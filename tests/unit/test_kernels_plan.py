@@ -10,7 +10,15 @@ import torch
 from fake_launches import launch_nothing
 
 pytest.importorskip("triton")
-from kvcached.kernels import _repeat, _write_triton, append, attention, decode, plan_attention
+from kvcached.kernels import (
+    _launch,
+    _repeat,
+    _write_triton,
+    append,
+    attention,
+    decode,
+    plan_attention,
+)
 from kvcached.kernels import plan as planning
 from kvcached.kernels._repeat import Known, KnownAppends
 from kvcached.kernels.checks import check_call
@@ -43,7 +51,7 @@ def driver(monkeypatch):
 
 @pytest.fixture
 def known(driver, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # the index of the CPU
+    monkeypatch.setattr(_launch, "device_here", lambda: None)  # the index of the CPU
     return Known(8, torch.device("cpu"), planned=True)
 
 
@@ -76,7 +84,7 @@ def test_a_known_call_is_launched_with_the_addresses_of_its_own_tensors(known, d
 
 @pytest.mark.parametrize("tokens", [1, 40])
 def test_all_tensors_of_a_known_call_may_be_others(driver, monkeypatch, tokens):
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
+    monkeypatch.setattr(_launch, "device_here", lambda: None)
     known = Known(0, torch.device("cpu"), planned=False)
     starts = torch.tensor([0, tokens, 2 * tokens], dtype=torch.int32)
     call = given(q=torch.zeros(2 * tokens, 4, 8), sinks=torch.zeros(4), alibi_slopes=torch.zeros(4),
@@ -96,7 +104,7 @@ def test_all_tensors_of_a_known_call_may_be_others(driver, monkeypatch, tokens):
 
 
 def test_without_a_plan_a_call_is_remembered_when_it_comes_again(driver, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
+    monkeypatch.setattr(_launch, "device_here", lambda: None)
     known = Known(0, torch.device("cpu"), planned=False)
     call = given()
     for known_by_now in (False, True):
@@ -150,7 +158,7 @@ def test_a_call_on_another_device_or_with_converted_tensors_goes_the_long_way(kn
     assert known.launch(ordered(call), OPTIONS, with_lse=False) is None
     call = given()
     learned(known, call)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(_launch, "device_here", lambda: 1)
     assert known.launch(ordered(call), OPTIONS, with_lse=False) is None
 
 
@@ -164,7 +172,7 @@ def test_the_oldest_calls_are_forgotten(known, monkeypatch):
 
 
 def test_without_a_plan_new_views_of_a_known_cache_are_known(driver, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
+    monkeypatch.setattr(_launch, "device_here", lambda: None)
     known = Known(0, torch.device("cpu"), planned=False)
     call = given()
     learned(known, call)
@@ -195,10 +203,10 @@ def test_the_memory_of_a_known_call_outlives_the_one_that_took_its_place(known):
 
 def test_each_stream_knows_its_own_calls_and_a_capture_none(monkeypatch):
     stream = [5]
-    monkeypatch.setattr(_repeat, "stream_of", lambda index: stream[0] + index)
+    monkeypatch.setattr(_launch, "stream_of", lambda index: stream[0] + index)
     monkeypatch.setattr(_repeat, "_streams", {})
     capturing = [False]
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    monkeypatch.setattr(_launch, "capturing", lambda: capturing[0])
     first = _repeat.known_here(1)
     assert first is _repeat.known_here(1)
     assert first is not _repeat.known_here(0)
@@ -226,7 +234,7 @@ def test_a_plan_compiles_its_planner_once_and_tells_it_the_parts_of_like_lengths
     made = plan_attention(8, 4096, 32, 8, 128, torch.bfloat16, device="cpu")
     made.slots = 200
     monkeypatch.setattr(planning, "equal_parts", lambda items, *_: 132 // items)
-    monkeypatch.setattr(planning, "stream_of", lambda _: 77)
+    monkeypatch.setattr(_launch, "stream_of", lambda _: 77)
     asked, calls = [], []
 
     def handle_of(*_, **options):
