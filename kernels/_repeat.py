@@ -112,8 +112,8 @@ class Known:
 
     ``tensors`` are those of ``attn_with_kvcache``: q, caches of K and V, table, starts, then the
     others in the order of the kernel, and the output; ``options`` is all else that it is given.
-    Of ``planned`` calls caches are known by tensor, else by address. ``rows`` (tokens x heads) or
-    fewer have an LSE that nobody reads, and one buffer serves them all.
+    Of ``planned`` calls caches are known by tensor, else by address. All calls with an LSE that
+    nobody reads write it to one buffer, which has room for ``rows`` (tokens x heads) at first.
     """
 
     def __init__(self, rows: int, device: torch.device, *, planned: bool) -> None:
@@ -121,8 +121,15 @@ class Known:
         self._planned = planned
         self._device = device
         self._index = device.index
-        self._rows = rows
-        self._unread = torch.empty(rows, dtype=torch.float32, device=device) if rows else None
+        self._rows = 0
+        self._unread: list[torch.Tensor] = []
+        self._make_unread(rows)
+
+    def _make_unread(self, rows: int) -> None:
+        """Room for the LSE of so many rows. Graphs may still write to what was too small."""
+        if rows > self._rows:
+            self._rows = rows
+            self._unread.append(torch.empty(rows, dtype=torch.float32, device=self._device))
 
     def _caches(self, keys: Any, values: Any) -> Any:
         """What the caches are known by."""
@@ -171,9 +178,12 @@ class Known:
         if out is None:
             out = torch.empty(found.shape, dtype=tensors[0].dtype, device=self._device)
             addresses.append(out.data_ptr())
-        lse = self._unread
-        if lse is None or with_lse or found.rows > self._rows:
+        if with_lse:
             lse = torch.empty(found.shape[:2], dtype=torch.float32, device=self._device)
+        else:
+            if found.rows > self._rows:
+                self._make_unread(2 * found.rows)
+            lse = self._unread[-1]
         addresses.append(lse.data_ptr())
         stream = _launch.stream_of(index)
         for step in found.steps:

@@ -54,16 +54,21 @@ Memory = Callable[[int, int, int, torch.device], Workspace]
 
 
 class Growing:
-    """A ``Memory`` of calls that run one after another: what served one serves the next."""
+    """A ``Memory`` of calls that run one after another: what served one serves the next.
+
+    What became too small is kept, since a captured graph may still use it.
+    """
 
     def __init__(self, first: Workspace) -> None:
-        self._held = first
+        self._held = [first]
 
     def __call__(self, items: int, elements: int, rows: int, device: torch.device) -> Workspace:
-        """The one held, or a larger one in its place."""
-        if not self._held.holds(items, elements, rows):
-            self._held = make_workspace(items, elements, rows, device)
-        return self._held
+        """The first that is large enough."""
+        for held in self._held:
+            if held.holds(items, elements, rows):
+                return held
+        self._held.append(make_workspace(2 * items, 2 * elements, 2 * rows, device))
+        return self._held[-1]
 
 
 _kept: dict[tuple[int, int], Workspace] = {}

@@ -5,6 +5,7 @@ The arguments are those of ``flash_attn_with_kvcache`` (Dao-AILab/flash-attentio
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,8 @@ from kvcached.errors import InvalidInput
 from kvcached.kernels.checks import AttentionCall, check_call
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from kvcached.kernels._bound import Launch
     from kvcached.kernels._repeat import Known
     from kvcached.kernels._workspace import Memory
@@ -87,9 +90,14 @@ def known_for(q: Any, plan: Plan | None) -> Known | None:
         return plan.known
     if not isinstance(q, torch.Tensor) or not q.is_cuda:
         return None
-    from kvcached.kernels._repeat import known_here
+    return _known_here()(q.get_device())
 
-    return known_here(q.get_device())
+
+@functools.cache
+def _known_here() -> Callable[[int], Known | None]:
+    from kvcached.kernels._repeat import known_here  # importing it at each call takes longer
+
+    return known_here
 
 
 def _checked(tensors: tuple[Any, ...], options: tuple[Any, ...], k: Any, v: Any) -> AttentionCall:

@@ -73,8 +73,8 @@ class BoundCall:
     output that ``bind`` was not given, and an LSE, are its own and written at each call.
 
     Calls run on the current stream, one after another: for several streams bind several, with a
-    plan each. A call may be captured in a CUDA graph, and made by several threads. On the CPU it is
-    the function with its arguments.
+    plan each. A call may be captured in a CUDA graph, which needs it alive, and made by several
+    threads. On the CPU it is the function with its arguments.
 
     Raises ``InvalidInput`` for a tensor that does not fit, and ``DriverError`` if the driver
     refuses.

@@ -155,8 +155,7 @@ def test_calls_with_one_plan_share_its_memory_prompts_too(driver, tokens):
     name = "attend_kernel" if tokens == 1 else "prefill_kernel"
     taken = [driver.taken(one) for one in driver.launches if one.function[0] == name]
     assert taken[0]["PARTIAL"] == taken[1]["PARTIAL"] != 0
-    mine = plan.memory(1, 1, 1, torch.device("cpu"))
-    assert taken[0]["PARTIAL"] == mine.partial.data_ptr()
+    assert taken[0]["PARTIAL"] in {held.partial.data_ptr() for held in plan.memory._held}
 
 
 def test_calls_of_mla_with_one_plan_share_its_memory(driver, monkeypatch):
