@@ -46,20 +46,23 @@ def _key(
     q, _, _, table, starts, lens, cu, mask, sinks, slopes, k_scale, v_scale, out = tensors
     place = starts if table is None else table
     addresses = [q.data_ptr(), place.data_ptr(), lens.data_ptr()]
-    others = None
+    together = addresses[0] | addresses[1] | addresses[2]
+    others: Any = None
     if not (cu is mask is sinks is slopes is k_scale is v_scale is None):
         more = cu, mask, sinks, slopes, k_scale, v_scale
         others = tuple(map(_described, more))
-        addresses += [x.data_ptr() for x in more if x is not None]
+        for x in more:
+            if x is not None:
+                addresses.append(x.data_ptr())
+                together |= addresses[-1]
     result: Any = None
     if out is not None:
-        addresses.append(out.data_ptr())
-        result = out.dtype, out.shape, out.stride(), out.get_device()
-    together = 0
-    for address in addresses:
+        address = out.data_ptr()
+        addresses.append(address)
         together |= address
+        result = out.dtype, out.shape, out.stride(), out.get_device()
     if together & 15:  # kernels are compiled for what is a multiple of 16
-        result = result, tuple(address & 15 for address in addresses)
+        others = others, tuple(address & 15 for address in addresses)
     return (
         caches, options, table is None, starts is None, others, result,
         q.dtype, q.shape, q.stride(), q.get_device(),
