@@ -158,28 +158,36 @@ class Handle:
         """The driver's launch of ``grid``: takes a ``stream``, a ``Packet``'s address and 0."""
         x, y, z = (*grid, 1, 1)[:3]
         if self._attributes:
-            return functools.partial(self._start_early, (x, y, z))
+            return self._early_starter(x, y, z)
         run = _functions(self._calls).cuLaunchKernel
         return functools.partial(run, self._function, x, y, z, self.threads, 1, 1, self.shared)
 
-    def _start_early(
-        self, grid: tuple[int, int, int], stream: Any, arguments: int, extra: int
-    ) -> tuple[Any, ...]:
-        """Launch before the kernel in front has ended; this one waits for it by itself."""
+    def _early_starter(self, x: int, y: int, z: int) -> Callable[[Any, int, int], tuple[Any, ...]]:
+        """The same, begun before the kernel in front has ended; this one waits for it by itself."""
         driver = _functions(self._calls)
-        config = driver.CUlaunchConfig()
-        config.gridDimX, config.gridDimY, config.gridDimZ = grid
-        config.blockDimX, config.blockDimY, config.blockDimZ = self.threads, 1, 1
-        config.sharedMemBytes, config.hStream = self.shared, stream
-        config.attrs, config.numAttrs = self._attributes, len(self._attributes)
-        result: tuple[Any, ...] = driver.cuLaunchKernelEx(config, self._function, arguments, extra)
-        return result
+        configs: dict[int, Any] = {}  # by the number of a stream, whose object is kept
+
+        def start(stream: Any, arguments: int, extra: int) -> tuple[Any, ...]:
+            config = configs.get(id(stream))
+            if config is None:
+                config = driver.CUlaunchConfig()
+                config.gridDimX, config.gridDimY, config.gridDimZ = x, y, z
+                config.blockDimX, config.blockDimY, config.blockDimZ = self.threads, 1, 1
+                config.sharedMemBytes, config.hStream = self.shared, stream
+                config.attrs, config.numAttrs = self._attributes, len(self._attributes)
+                configs[id(stream)] = config
+            result: tuple[Any, ...] = driver.cuLaunchKernelEx(
+                config, self._function, arguments, extra
+            )
+            return result
+
+        return start
 
     def stream(self, handle: int) -> Any:
         """What the driver takes for a stream: kept, since making one takes longer than a launch."""
         on = self.streams.get(handle)
         if on is None:
-            on = self.streams[handle] = _functions(self._calls).CUstream(handle)
+            on = self.streams.setdefault(handle, _functions(self._calls).CUstream(handle))
         return on
 
     def failed(

@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 pytest.importorskip("torch")
 from kvcached.errors import BackendUnavailable, DriverError, InvalidInput
 from kvcached.kernels import _launch
-from kvcached.kernels._packet import Layout
+from kvcached.kernels._packet import Layout, Packet
 from kvcached.memory.driver import Calls
 from kvcached.testing.fake_device import CUresult
 
@@ -136,6 +136,16 @@ def test_a_dependent_launch_may_begin_early(driver):
         (2, 1, 3), 128, 100, 9
     )  # fmt: skip
     assert launched.arguments == (1, 2, 3, 4.0)
+
+
+def test_dependent_launches_on_two_streams_do_not_mix(driver):
+    start = handle(pdl=True)
+    repeat, packet = start.starter((5,)), Packet(start.layout)
+    start.write(packet, 1, 2, 3, 4.0)
+    for stream in (9, 1 << 40, 9):
+        repeat(start.stream(stream), packet.address, 0)
+    assert [one.stream for one in driver.launches] == [9, 1 << 40, 9]
+    assert {one.grid for one in driver.launches} == {(5, 1, 1)}
 
 
 def test_a_launch_that_the_driver_refuses_says_which_and_why(driver):
