@@ -290,7 +290,8 @@ def peer() -> None:
         f"import site\nsite.addsitedir({built['source']!r})\n", encoding="utf-8"
     )
     options = {
-        "shape": "llama-3.2-1b", "phases": "8,128,128", "seconds": 150,
+        "shape": "llama-3.2-1b", "phases": "8,128,128",
+        "seconds": float(os.environ.get("PEER_SECONDS", "150")),
         "engine": {"dtype": "bfloat16", "max_model_len": 4096, "max_num_seqs": 128,
                    "gpu_memory_utilization": 0.35},
     }  # fmt: skip
