@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import functools
 import logging
+import subprocess
+import sys
+import threading
 from importlib import import_module
 from typing import Any
 
@@ -86,7 +89,23 @@ def _wrap_worker(worker: Any, allocation: str, *, strict: bool) -> None:
     @functools.wraps(init)
     def elastic_init(self: Any, vllm_config: Any, *args: Any, **more: Any) -> None:
         _attend_on_cpu(vllm_config)
+        compile_ahead()
         sizing.prepare(vllm_config, allocation, strict=strict)
         init(self, vllm_config, *args, **more)
 
     worker.__init__ = elastic_init
+
+
+@functools.cache
+def compile_ahead() -> subprocess.Popen[bytes]:
+    """Have the loops over blocks in Numba's cache by the time that the model is loaded.
+
+    On a machine where they never ran that takes seconds. In a process of its own: a thread would
+    hold the interpreter up, and locks that a fork must not find held.
+    """
+    child = subprocess.Popen(
+        [sys.executable, "-c", "import kvcached._hot, kvcached._scan"],
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    threading.Thread(target=child.wait, name="kvcached-compiles", daemon=True).start()
+    return child
