@@ -201,7 +201,11 @@ class Grower:
         if epoch != pages.epoch:
             pages.refund(nbytes)
             return []
-        return self._grow_claimed(runs, nbytes)
+        try:
+            return pages.grow(runs)
+        except BaseException:  # the claim goes back, whatever it was
+            pages.refund(nbytes)
+            raise
 
     def _note_demand(self, wanted: int) -> None:
         pool = self._blocks

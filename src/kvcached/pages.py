@@ -128,8 +128,8 @@ class PagePool:
         started = time.perf_counter_ns()
         if not self.usable:
             self.require_usable()
-        places, extents = self._pieces(runs), []
-        for (first, count), handles in zip(places, self._back(places)):  # noqa: B905 (one each)
+        extents = []
+        for (first, count), handles in self._back(self._pieces(runs)):
             # After the driver's part: if that fails, nothing has changed.
             self.runs.take(first, count)
             ident = self._free_ids.pop() if self._free_ids else self._new_id()
@@ -163,23 +163,22 @@ class PagePool:
     def back(self, extents: Sequence[Extent]) -> None:
         """Create and map the handles of extents to be, all or nothing. Needs no lock."""
         places = [(extent.first, extent.pages) for extent in extents]
-        for extent, handles in zip(extents, self._back(places), strict=True):
+        for extent, (_, handles) in zip(extents, self._back(places), strict=True):
             extent.handles = handles
 
-    def _back(self, runs: Sequence[Run]) -> Iterable[tuple[Handle, ...]]:
-        """Back runs of at most one handle: of each the handles, one a plane."""
-        g, places = self.geometry, runs
-        if g.num_planes > 1:
-            planes = range(g.num_planes)
-            places = [(plane * g.num_pages + p, n) for plane in planes for p, n in runs]
+    def _back(self, runs: Sequence[Run]) -> Iterable[tuple[Run, tuple[Handle, ...]]]:
+        """Back runs of at most one handle: each with its handles, one a plane."""
+        planes, pages, places = self.geometry.num_planes, self.geometry.num_pages, runs
+        if planes > 1:
+            places = [(plane * pages + p, n) for plane in range(planes) for p, n in runs]
         try:
             handles = self._ledger.back(self.reservation, places)
         except PoolBroken as error:
             self._break(error.message)
             raise
-        if g.num_planes == 1:
-            return zip(handles)
-        return [tuple(handles[i :: len(runs)]) for i in range(len(runs))]
+        if planes == 1:
+            return [(run, (handle,)) for run, handle in zip(runs, handles)]  # noqa: B905 (one each)
+        return [(run, tuple(handles[i :: len(runs)])) for i, run in enumerate(runs)]
 
     def admit(self, extents: Sequence[Extent]) -> None:
         """Count extents whose pages have been backed in."""

@@ -78,9 +78,15 @@ class FreeRuns:
 
     def take(self, first: int, count: int) -> None:
         """Remove ``[first, first + count)``, which lies in the run that starts at or before it."""
-        run_first = first if first in self._count_at else self._run_before(first)
+        end, found = first + count, self._count_at.get(first, 0)
+        if found > count:  # from the start of a run, nearly always: what is left stays in place
+            run_end = first + found
+            del self._count_at[first]
+            self._count_at[end], self._first_of_end[run_end] = found - count, end
+            self._note(end, found - count)
+            return
+        run_first = first if found else self._run_before(first)
         run_end = run_first + self._count_at[run_first]
-        end = first + count
         assert end <= run_end, "FreeRuns: taking what is not free"
         if first > run_first:
             self._insert(run_first, first - run_first)
@@ -138,12 +144,16 @@ class FreeRuns:
         if count:
             self._count_at[first] = count
             self._first_of_end[first + count] = first
-            cls = count.bit_length()
-            heap = self._classes[cls]
-            if len(heap) > 64 + 2 * len(self._count_at):  # stale entries must not pile up
-                heap[:] = sorted({f for f in heap if self._is_live(f, cls)})
-            heapq.heappush(heap, first)
-            self._filled |= 1 << cls
+            self._note(first, count)
+
+    def _note(self, first: int, count: int) -> None:
+        """List a run by its size; what else its class lists may not be there any more."""
+        cls = count.bit_length()
+        heap = self._classes[cls]
+        if len(heap) > 64 + 2 * len(self._count_at):  # stale entries must not pile up
+            heap[:] = sorted({f for f in heap if self._is_live(f, cls)})
+        heapq.heappush(heap, first)
+        self._filled |= 1 << cls
 
     def _remove(self, first: int) -> None:
         del self._first_of_end[first + self._count_at.pop(first)]

@@ -7,7 +7,7 @@ from cache_rig import stop_caretaker, without_counters
 
 from kvcached import CacheSpec, Config, KVCache
 from kvcached.broker.budget import LocalBudget
-from kvcached.errors import InvalidInput, KvcachedError, OutOfPages, PoolBroken
+from kvcached.errors import DriverError, InvalidInput, KvcachedError, OutOfPages, PoolBroken
 from kvcached.memory.base import Backing
 from kvcached.memory.cuda import CudaBackend
 from kvcached.memory.mappings import joined
@@ -16,6 +16,13 @@ from kvcached.testing import FailingBackend, FakeBackend, FakeCudaDriver
 NOTHING = dict.fromkeys(FakeCudaDriver().open_resources(), 0)
 PLACES = [(4, 2), (1, 1), (2, 2), (7, 1)]
 SPEC = CacheSpec(num_layers=2, num_kv_heads=1, head_dim=2, dtype="int8", block_size=8)
+
+
+@pytest.fixture(params=["machine code", "call by call"], autouse=True)
+def way(request, monkeypatch):
+    """Both ways to the driver: by its functions' addresses, and where it has none to give."""
+    monkeypatch.setattr(FakeCudaDriver, "has_addresses", request.param == "machine code")
+    return request.param
 
 
 def made(**options):
@@ -163,3 +170,42 @@ def test_a_wrapper_sees_each_call():
     assert isinstance(CudaBackend(driver=FakeCudaDriver()), Backing)
     assert not isinstance(FakeBackend(), Backing)
     assert not isinstance(FailingBackend(CudaBackend(driver=FakeCudaDriver())), Backing)
+
+
+def test_machine_code_makes_the_calls_where_the_driver_has_addresses(way):
+    driver, backend, reservation = made()
+    for places in ([(0, 1)], [(2, 2), (4, 1), (7, 1)]):
+        handles = backend.back(reservation, places)
+        assert (backend._native is not None) == (way == "machine code")
+        assert bool(driver.entries) == (way == "machine code")
+        natives = [backend._books.handles[handle.key].native for handle in handles]
+        assert natives == list(driver.memories)[-len(places) :], "the handles are the driver's own"
+    assert driver.calls["cuMemCreate"] == driver.calls["cuMemMap"] == 4
+    assert driver.calls["cuMemSetAccess"] == 3
+
+
+@pytest.mark.parametrize("places", [[(3, 2)], PLACES])
+@pytest.mark.parametrize("call", ["cuMemCreate", "cuMemMap", "cuMemSetAccess"])
+def test_an_error_names_the_call_and_what_it_was_for(call, places):
+    driver, backend, reservation = made()
+    driver.fail(call, len(joined(places)) if call == "cuMemSetAccess" else len(places))
+    with pytest.raises(DriverError) as caught:
+        backend.back(reservation, places)
+    page, count = joined(places)[-1] if call == "cuMemSetAccess" else places[-1]
+    nbytes = count * backend.page_bytes
+    where = f"({hex(reservation.address + page * backend.page_bytes)}, {hex(nbytes)}"
+    assert (caught.value.call, caught.value.status) == (call, "CUDA_ERROR_UNKNOWN")
+    assert caught.value.message.startswith(f"{call}({hex(nbytes)}" if call == "cuMemCreate"
+                                           else call + where)  # fmt: skip
+
+
+def test_handles_that_others_may_import_are_made_call_by_call(way):
+    driver = FakeCudaDriver()
+    backend = CudaBackend(driver=driver, exportable=True, zero="never")
+    reservation = backend.reserve(8 * backend.page_bytes)
+    driver.fail("cuMemCreate", status="CUDA_ERROR_NOT_PERMITTED")
+    backend.back(reservation, PLACES)
+    assert not backend.exportable, "the driver did not allow it"
+    assert driver.calls["cuMemCreate"] == len(PLACES) + 1
+    backend.back(reservation, [(0, 1)])
+    assert (backend._native is not None) == (way == "machine code"), "and now it may"

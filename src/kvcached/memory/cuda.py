@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvcached.config import format_size
 from kvcached.errors import (
@@ -30,6 +30,9 @@ from kvcached.memory.fences import CudaFence
 from kvcached.memory.leftovers import Leftovers
 from kvcached.memory.mappings import Mappings, joined
 from kvcached.memory.scrub import must_clear
+
+if TYPE_CHECKING:
+    from kvcached.memory.native import Native
 
 
 class CudaBackend:
@@ -64,6 +67,7 @@ class CudaBackend:
         self._call = Calls(load_driver() if driver is None else driver)
         self._lock = threading.Lock()
         self._cu_create = self._call.bound("cuMemCreate")
+        self._native: Native | None = None
         self._leftovers = Leftovers(self._call)
         self._fences: set[CudaFence] = set()
         self._fresh: set[int] = set()  # handles to be cleared when they are first mapped
@@ -158,28 +162,23 @@ class CudaBackend:
     def back(self, reservation: Reservation, places: Sequence[Place]) -> list[Handle]:
         """See ``Backing.back``. What is adjacent gets its access in one call."""
         with self._lock:
-            self._require_usable()
+            if self._closed or self._forked:
+                self._require_usable()
             rng = self._books.back_plan(reservation, places)
-        page_bytes, base, natives, mapped = self.page_bytes, reservation.address, [], 0
-        call, driver, success = self._call, self._call.driver, self._call.success
+        natives: list[Any] = []
+        mapped: list[Any] = []
         try:
-            for page_index, num_pages in places:
-                address, nbytes = base + page_index * page_bytes, num_pages * page_bytes
-                native = self._create(nbytes)
-                natives.append(native)
-                result = driver.cuMemMap(address, nbytes, 0, native, 0)
-                if result[0] is not success:
-                    call.check(result, "cuMemMap", (address, nbytes))
-                mapped += 1
-            for page_index, num_pages in places if mapped == 1 else joined(places):
-                address, nbytes = base + page_index * page_bytes, num_pages * page_bytes
-                result = driver.cuMemSetAccess(address, nbytes, self._accesses, 1)
-                if result[0] is not success:
-                    call.check(result, "cuMemSetAccess", (address, nbytes))
-                if self.clears:
-                    self._clear(address, nbytes)
+            native = self._native or self._find_native()
+            if native is not None:
+                native.back(reservation.address, self.page_bytes, places, natives, mapped)
+            else:
+                self._back_by_calls(reservation.address, places, natives, mapped)
+            if self.clears:
+                for page_index, num_pages in joined(places):
+                    address = reservation.address + page_index * self.page_bytes
+                    self._clear(address, num_pages * self.page_bytes)
         except BaseException as cause:  # KeyboardInterrupt too must leave nothing behind
-            self._leftovers.undo(reservation, page_bytes, places, natives, mapped, cause)
+            self._leftovers.undo(reservation, self.page_bytes, places, natives, len(mapped), cause)
             raise
         with self._lock:
             return self._books.add_backed(rng, places, natives)
@@ -311,6 +310,27 @@ class CudaBackend:
                 f"{error.message}; it was undone because {cause.message}",
                 hint="Close the cache; the driver frees the memory when the process ends.",
             ) from cause
+
+    def _find_native(self) -> Native | None:
+        """Machine code for ``back``; its import, at the first growth, takes as long as Numba's."""
+        if self._native is None and not self.exportable:  # else a refusal may change the handles
+            from kvcached.memory.native import find_native
+
+            self._native = find_native(self._call, self._prop, self._accesses[0])
+        return self._native
+
+    def _back_by_calls(
+        self, base: int, places: Sequence[Place], natives: list[Any], mapped: list[Any]
+    ) -> None:
+        """As ``Native.back``, call by call."""
+        for page_index, num_pages in places:
+            address, nbytes = base + page_index * self.page_bytes, num_pages * self.page_bytes
+            natives.append(self._create(nbytes))
+            self._call("cuMemMap", address, nbytes, 0, natives[-1], 0)
+            mapped.append(natives[-1])
+        for page_index, num_pages in joined(places):
+            address, nbytes = base + page_index * self.page_bytes, num_pages * self.page_bytes
+            self._call("cuMemSetAccess", address, nbytes, self._accesses, 1)
 
     def _create(self, nbytes: int) -> Any:
         """``cuMemCreate``; drops the exportable type for good if the driver refuses it."""

@@ -20,39 +20,39 @@ from kvcached.memory.base import Handle, Place, Reservation
 class Spans:
     """Disjoint half-open spans ``[start, end)`` of page indices, sorted."""
 
-    __slots__ = ("_ends", "_starts")
+    __slots__ = ("ends", "starts")
 
     def __init__(self) -> None:
-        self._starts: list[int] = []
-        self._ends: list[int] = []
+        self.starts: list[int] = []
+        self.ends: list[int] = []
 
     def __len__(self) -> int:
-        return len(self._starts)
+        return len(self.starts)
 
     def is_free(self, start: int, end: int) -> bool:
         """Whether no span overlaps ``[start, end)``."""
-        starts = self._starts
+        starts = self.starts
         i = bisect_right(starts, start)
-        if i and self._ends[i - 1] > start:
+        if i and self.ends[i - 1] > start:
             return False
         return i == len(starts) or starts[i] >= end
 
     def add(self, start: int, end: int) -> None:
         """Add ``[start, end)``, which is free."""
-        i = bisect_left(self._starts, start)
-        self._starts.insert(i, start)
-        self._ends.insert(i, end)
+        i = bisect_left(self.starts, start)
+        self.starts.insert(i, start)
+        self.ends.insert(i, end)
 
     def remove(self, start: int) -> None:
         """Remove the span that begins at ``start``."""
-        i = bisect_left(self._starts, start)
-        del self._starts[i], self._ends[i]
+        i = bisect_left(self.starts, start)
+        del self.starts[i], self.ends[i]
 
     def check(self) -> None:
         """Assert that the spans are sorted, not empty and disjoint."""
-        for i, (start, end) in enumerate(zip(self._starts, self._ends, strict=True)):
+        for i, (start, end) in enumerate(zip(self.starts, self.ends, strict=True)):
             assert 0 <= start < end, "I5: an empty span"
-            assert i == 0 or self._ends[i - 1] <= start, "I5: two spans overlap"
+            assert i == 0 or self.ends[i - 1] <= start, "I5: two spans overlap"
 
 
 def joined(places: Sequence[Place]) -> list[Place]:
@@ -140,9 +140,12 @@ class Mappings:
 
     def back_plan(self, reservation: Reservation, places: Sequence[Place]) -> RangeState:
         """Check that new handles can be mapped at ``places``, which do not overlap."""
-        rng = self._range(reservation)
+        rng = self.ranges.get(reservation.address)
+        if rng is None or rng.reservation is not reservation:
+            rng = self._range(reservation)
         for page_index, num_pages in places:
-            self.create_plan(num_pages)
+            if type(num_pages) is not int or num_pages <= 0:
+                self.create_plan(num_pages)
             if not rng.is_free(page_index, num_pages):
                 raise _cannot_map(rng, page_index, num_pages)
         return rng
@@ -246,12 +249,14 @@ class Mappings:
         self, rng: RangeState, places: Sequence[Place], natives: Sequence[Any]
     ) -> list[Handle]:
         """Record new handles, mapped at ``places``. Written out, since this runs at each growth."""
-        handles = []
+        handles, starts, ends = [], rng.spans.starts, rng.spans.ends
         for (page_index, num_pages), native in zip(places, natives):  # noqa: B905 (one each)
             self._last_key = key = self._last_key + 1
             handle = Handle(key, num_pages)
             self.handles[key] = rng.handles[page_index] = HandleState(handle, native, 1)
-            rng.spans.add(page_index, page_index + num_pages)
+            i = bisect_right(starts, page_index)
+            starts.insert(i, page_index)
+            ends.insert(i, page_index + num_pages)
             self.handle_bytes += num_pages * self.page_bytes
             handles.append(handle)
         return handles

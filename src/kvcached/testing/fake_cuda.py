@@ -16,16 +16,16 @@ from kvcached.testing.fake_device import (
     PROHIBITED,
     UNSUPPORTED,
     CUresult,
-    FakeDevice,
     Mapping,
     Memory,
     Refused,
     Result,
     driver_call,
 )
+from kvcached.testing.fake_entry import FakeEntry, FakeStruct
 
 
-class FakeCudaDriver(FakeDevice):
+class FakeCudaDriver(FakeEntry):
     """Pass it as ``CudaBackend(driver=FakeCudaDriver())``.
 
     Parameters
@@ -64,13 +64,11 @@ class FakeCudaDriver(FakeDevice):
 
     def CUmemAllocationProp(self) -> Any:
         """A struct with the fields that the backend sets."""
-        return SimpleNamespace(
-            type=0, location=SimpleNamespace(type=0, id=0), requestedHandleTypes=0
-        )
+        return FakeStruct(type=0, location=SimpleNamespace(type=0, id=0), requestedHandleTypes=0)
 
     def CUmemAccessDesc(self) -> Any:
         """A struct with the fields that the backend sets."""
-        return SimpleNamespace(location=None, flags=0)
+        return FakeStruct(location=None, flags=0)
 
     # --- device and context -------------------------------------------------------------------
 

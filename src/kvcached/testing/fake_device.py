@@ -112,6 +112,7 @@ class FakeDevice:
         self.last_failed = ""
         self._failures: dict[str, tuple[int, CUresult, bool]] = {}
         self.initialized = False
+        self.entries: dict[str, Any] = {}  # C functions that call ours, by name
         self.next_id = 1
         self.next_address = granularity << 32
 
