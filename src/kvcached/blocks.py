@@ -11,6 +11,7 @@ Callers hold ``lock`` (an RLock) around every call; ``alloc`` may release it whi
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
@@ -59,7 +60,7 @@ class BlockPool:
         Most bytes to back ahead of demand; 0: only what is asked for.
 
     ``on_evict`` is called with the ids of cached blocks before they become free, ``on_low`` when
-    ``tend`` should be called soon.
+    memory was grown on demand, and ``tend`` should be called soon.
     """
 
     def __init__(
@@ -192,13 +193,10 @@ class BlockPool:
                 hint="Make the cache with a larger max_tokens.",
             )
         out = np.empty(count, _INT32)
-        left = self._counts[self._m_free] - count
-        if left < 0:
+        if self._counts[self._m_free] < count:
             self.grower.fill(out)
-            return out
-        self._alloc(out, self.blk, self.page, self.ext, self.meta)
-        if left < self._low_water:
-            self.on_low()
+        else:
+            self._alloc(out, self.blk, self.page, self.ext, self.meta)
         return out
 
     def take(self, count: int) -> Ids:
@@ -373,8 +371,16 @@ class BlockPool:
             release_excess(self)
         back_ahead(self)
         with self.lock:
-            self._low_water = self.grower.low_water()
-            return self.num_spare_extents > 0 or self.num_quarantined > 0
+            low = self._low_water = self.grower.low_water()
+            return low > 0 or self.num_spare_extents > 0 or self.num_quarantined > 0
+
+    def seconds_ready(self) -> float:
+        """How soon to look again whether ready blocks run low; 0 if they do. Needs no lock.
+
+        ``inf`` if none are kept ready.
+        """
+        low = self._low_water
+        return self.grower.seconds_for(self.num_free - low) if low else math.inf
 
     # --- invariants ----------------------------------------------------------------------------
 

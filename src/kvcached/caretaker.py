@@ -1,14 +1,17 @@
 """The thread that lets spares decay, retires fences and grows ahead, beside the engine's steps.
 
-It sleeps until something is freed, then looks every 50 ms until nothing is spare or quarantined;
-and at once when the ready blocks run low. It holds the cache only weakly, so a forgotten cache can
-be collected.
+It sleeps until something is freed, then looks every 50 ms until nothing is spare or quarantined.
+While blocks are kept ready it also looks, without the lock, whether they run low, as often as the
+growth asks for. A step that takes ready blocks does not ring: to wake a thread takes longer than
+the step. It holds the cache only weakly, so a forgotten cache can be collected.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import threading
+import time
 import weakref
 from typing import TYPE_CHECKING
 
@@ -59,7 +62,7 @@ class Caretaker:
             self._ring()
 
     def hurry(self) -> None:
-        """Ready blocks run low. Cheap; called by the engine's ``alloc``."""
+        """Something was grown on demand, so growth ahead may be due."""
         if not self._urgent:
             self._urgent = True
             self._ring()
@@ -82,24 +85,27 @@ class Caretaker:
             self._thread.join()
 
     def _run(self) -> None:
+        due = watch = math.inf  # when to look at everything, and how soon at the ready blocks
         while True:
-            self._bell.acquire()
-            if not self._urgent:
-                self._bell.acquire(timeout=_PERIOD)
-            if self._stopping or not self._look():
+            wait = min(due - time.monotonic(), watch)
+            self._bell.acquire(timeout=-1 if wait == math.inf else max(wait, 0.0))
+            cache = None if self._stopping else self._cache()
+            if cache is None:
                 return
+            now = time.monotonic()
+            if now >= due or self._urgent or cache.seconds_ready() == 0.0:
+                self._look(cache, urgent=now < due)
+                due = math.inf if now >= due else due
+            if self._pending:
+                due = min(due, now + _PERIOD)
+            watch = cache.seconds_ready()
+            del cache  # not held while asleep
 
-    def _look(self) -> bool:
-        """One look; False when the cache is gone."""
-        cache = self._cache()
-        if cache is None:
-            return False
-        urgent, self._urgent, self._pending = self._urgent, False, False
-        if self._stopping:  # it was told between the two
-            return False
+    def _look(self, cache: ElasticBlocks, *, urgent: bool) -> None:
+        self._urgent = False
+        self._pending = self._pending and urgent
         try:
             if cache.take_care(urgent=urgent):
-                self.wake()
+                self._pending = True
         except KvcachedError:  # the engine's next call meets the same trouble and reports it
             _log.exception("%s: looking after spare memory failed", cache.name)
-        return True

@@ -179,6 +179,10 @@ class ElasticBlocks:
         """For the caretaker, without the lock: see ``BlockPool.tend``."""
         return self.state == "open" and self._blocks.tend(urgent=urgent)
 
+    def seconds_ready(self) -> float:
+        """For the caretaker, without the lock: see ``BlockPool.seconds_ready``."""
+        return self._blocks.seconds_ready()
+
     def report(self) -> TenantReport:
         """For the budget (``Tenant.report``): what is held."""
         with self._lock:

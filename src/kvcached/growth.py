@@ -9,6 +9,7 @@ driver's part), and admits them under the lock again, so that nobody waits for t
 
 from __future__ import annotations
 
+import math
 import time
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 _NOTHING: Ids = np.empty(0, np.int32)
 _ROUNDS = 8
+_WATCH_SECONDS = 0.001, 0.005  # shortest and longest; a forward pass takes longer
 _REFUSAL_SECONDS = 0.05  # after a refused claim, how long eviction comes before asking again
 _LEAST_SHARE = 16  # growth ahead takes at most one part in this many of the limit
 
@@ -40,6 +42,7 @@ class Grower:
         self._block_bytes = blocks.geometry.block_bytes * blocks.geometry.num_planes
         self._refused_until = -1.0  # nothing was free: cached blocks of our own come first
         self._denied_until, self._denied_blocks = -1.0, 0  # others were asked for them in vain
+        self._short_until = -math.inf  # there was nothing that growth ahead could have taken
         self._used_seen = 0  # blocks in use when growth was last measured
         self._demanded = 0  # blocks that growth on demand has told the policy of since then
         self.ahead = Timer()
@@ -281,6 +284,18 @@ class Grower:
         """Free blocks below which growth ahead is due."""
         return self.target() // self._block_bytes * 3 // 4
 
+    def seconds_for(self, blocks: int) -> float:
+        """Half of the seconds in which ``blocks`` are taken, at the rate of the last growth.
+
+        Not long: growth begins faster than its mean tells. Less than 0 blocks: 0, or how long
+        growth ahead does not try again.
+        """
+        if blocks < 0:
+            return max(0.0, self._short_until - self._blocks.clock())
+        rate = self._blocks.spares.rate
+        shortest, longest = _WATCH_SECONDS
+        return min(longest, max(shortest, blocks * self._block_bytes / max(rate, 1.0) / 2))
+
     def stage(self) -> tuple[list[Extent], int]:
         """What to back now, and the bytes claimed for it; nothing if enough is ready.
 
@@ -293,6 +308,7 @@ class Grower:
             return [], 0
         epoch, nbytes = pages.epoch, wanted * self._block_bytes
         nbytes = cdiv(nbytes, pool.geometry.page_group_bytes) * pool.geometry.page_group_bytes
+        self._short_until = pool.clock() + _REFUSAL_SECONDS
         if not pages.budget.claim_if_free(nbytes, ask=True):
             return [], 0
         try:
@@ -303,6 +319,8 @@ class Grower:
         taken = pages.bytes_of(runs)
         if taken < nbytes:
             pages.refund(nbytes - taken)
+        if runs:
+            self._short_until = -math.inf
         return pages.stage(runs), taken
 
     def _runs_within(self, wanted: int, nbytes: int) -> list[Run]:

@@ -39,6 +39,11 @@ class SparePolicy:
         self._rate += nbytes / self._time_constant
         self._last_growth = now
 
+    @property
+    def rate(self) -> float:
+        """Bytes a second, as of the last growth: since then it may have decayed."""
+        return self._rate
+
     def forget(self) -> None:
         """What was measured holds no more: the memory is wanted elsewhere."""
         self._rate, self._last_growth = 0.0, -math.inf
