@@ -14,7 +14,7 @@ from numba.extending import intrinsic
 
 from kvcached._compile import compiled
 
-_I, _HANDLE, _PLACES = nb.int64, nb.uint64, nb.int64[:, ::1]
+_I, _VEC, _HANDLE, _TABLE = nb.int64, nb.int64[::1], nb.uint64, nb.uint64[:, ::1]
 _WORD = ir.IntType(64)
 
 
@@ -50,36 +50,81 @@ def _create(_, function, nbytes, prop):
     return types.Tuple((_I, _HANDLE))(function, nbytes, prop), codegen
 
 
-@compiled(types.Tuple((_I, _I, _HANDLE))(_I, _I, _I, _I, _I, _I, _I), nogil=True)
-def back_one(create, map_, access, prop, rights, address, nbytes):
-    """``(status, calls that have succeeded before, handle)``."""
+@intrinsic
+def _put(_, record, index, value):
+    """Store 64 bits as number ``index`` of those at address ``record``."""
+
+    def codegen(context, builder, signature, values):
+        pointer = builder.inttoptr(values[0], _WORD.as_pointer())
+        builder.store(values[2], builder.gep(pointer, [values[1]]), align=8)
+        return context.get_dummy_value()
+
+    return types.void(record, types.int64, value), codegen
+
+
+@compiled(_I(_I, _I, _I, _I, _I, _I, _I, _I), nogil=True)
+def back_one(create, map_, access, prop, rights, address, nbytes, record):
+    """The status of the call that failed, or 0.
+
+    At ``record`` lie the number of calls that succeeded and the handle, whatever interrupts the
+    caller.
+    """
     status, handle = _create(create, nbytes, prop)
     if status:
-        return status, 0, handle
+        return status
+    _put(record, 1, handle)
+    _put(record, 0, 1)
     status = _call(map_, (address, nbytes, 0, handle, 0))
     if status:
-        return status, 1, handle
-    return _call(access, (address, nbytes, rights, 1)), 2, handle
+        return status
+    _put(record, 0, 2)
+    status = _call(access, (address, nbytes, rights, 1))
+    if status:
+        return status
+    _put(record, 0, 3)
+    return 0
 
 
-@compiled(types.UniTuple(_I, 3)(_I, _I, _I, _I, _I, _PLACES, _PLACES, _HANDLE[::1]), nogil=True)
-def back_many(create, map_, access, prop, rights, places, runs, handles):
-    """``(status, calls that have succeeded before, handles created)``.
+@compiled(_I(_I, _I, _I, _I, _I, _TABLE, _TABLE, _VEC), nogil=True)
+def back_many(create, map_, access, prop, rights, places, runs, record):
+    """As ``back_one``, for many: ``places`` are (address, bytes, 0); their handles go there, too.
 
-    ``places`` and ``runs``, which get their access in one call, are (address, bytes).
+    ``runs``, which get their access in one call, are (address, bytes).
     """
-    count = places.shape[0]
-    for i in range(count):
-        address, nbytes = places[i]
-        status, handles[i] = _create(create, nbytes, prop)
+    for i in range(places.shape[0]):
+        address, nbytes = places[i, 0], places[i, 1]
+        status, places[i, 2] = _create(create, nbytes, prop)
         if status:
-            return status, 2 * i, i
-        status = _call(map_, (address, nbytes, 0, handles[i], 0))
+            return status
+        record[0] += 1
+        status = _call(map_, (address, nbytes, 0, places[i, 2], 0))
         if status:
-            return status, 2 * i + 1, i + 1
+            return status
+        record[0] += 1
     for i in range(runs.shape[0]):
-        address, nbytes = runs[i]
-        status = _call(access, (address, nbytes, rights, 1))
+        status = _call(access, (runs[i, 0], runs[i, 1], rights, 1))
         if status:
-            return status, 2 * count + i, count
-    return 0, 2 * count + runs.shape[0], count
+            return status
+        record[0] += 1
+    return 0
+
+
+@compiled(_I(_I, _I, _TABLE, _VEC), nogil=True)
+def unback(unmap, release, places, record):
+    """Unmap and release, both in order; what ``release`` fails for and after it stays unmapped.
+
+    ``places`` are (address, bytes, handle). The status of the first call that failed, or 0;
+    ``record`` tells how many were unmapped and released.
+    """
+    first = 0
+    for i in range(places.shape[0]):
+        first = _call(unmap, (places[i, 0], places[i, 1]))
+        if first:
+            break
+        record[0] += 1
+    for i in range(record[0]):
+        status = _call(release, (places[i, 2],))
+        if status:
+            return status
+        record[1] += 1
+    return first

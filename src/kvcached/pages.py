@@ -18,6 +18,7 @@ import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
 
+from kvcached import planning
 from kvcached.broker.budget import Budget
 from kvcached.errors import ClosedError, KvcachedError, PoolBroken
 from kvcached.layout import Geometry
@@ -108,15 +109,7 @@ class PagePool:
 
     def chop(self, run: Run) -> Iterator[Run]:
         """Cut a run into pieces of at most one handle, at ends of blocks where that is possible."""
-        g = self.geometry
-        first, end = run[0], run[0] + run[1]
-        while first < end:
-            stop = min(end, first + self.max_extent_pages)
-            if stop < end:
-                aligned = stop * g.page_bytes // g.block_bytes * g.block_bytes // g.page_bytes
-                stop = aligned if aligned > first else stop
-            yield first, stop - first
-            first = stop
+        return planning.chop(self.geometry, run, self.max_extent_pages)
 
     # --- growing -------------------------------------------------------------------------------
 
@@ -128,8 +121,8 @@ class PagePool:
         started = time.perf_counter_ns()
         if not self.usable:
             self.require_usable()
-        extents = []
-        for (first, count), handles in self._back(self._pieces(runs)):
+        places, extents = self._pieces(runs), []
+        for (first, count), handles in zip(places, self._back(places)):  # noqa: B905 (one each)
             # After the driver's part: if that fails, nothing has changed.
             self.runs.take(first, count)
             ident = self._free_ids.pop() if self._free_ids else self._new_id()
@@ -163,11 +156,11 @@ class PagePool:
     def back(self, extents: Sequence[Extent]) -> None:
         """Create and map the handles of extents to be, all or nothing. Needs no lock."""
         places = [(extent.first, extent.pages) for extent in extents]
-        for extent, (_, handles) in zip(extents, self._back(places), strict=True):
+        for extent, handles in zip(extents, self._back(places), strict=True):
             extent.handles = handles
 
-    def _back(self, runs: Sequence[Run]) -> Iterable[tuple[Run, tuple[Handle, ...]]]:
-        """Back runs of at most one handle: each with its handles, one a plane."""
+    def _back(self, runs: Sequence[Run]) -> Iterable[tuple[Handle, ...]]:
+        """Back runs of at most one handle: of each the handles, one a plane."""
         planes, pages, places = self.geometry.num_planes, self.geometry.num_pages, runs
         if planes > 1:
             places = [(plane * pages + p, n) for plane in range(planes) for p, n in runs]
@@ -177,8 +170,8 @@ class PagePool:
             self._break(error.message)
             raise
         if planes == 1:
-            return [(run, (handle,)) for run, handle in zip(runs, handles)]  # noqa: B905 (one each)
-        return [(run, tuple(handles[i :: len(runs)])) for i, run in enumerate(runs)]
+            return zip(handles)
+        return [tuple(handles[i :: len(runs)]) for i in range(len(runs))]
 
     def admit(self, extents: Sequence[Extent]) -> None:
         """Count extents whose pages have been backed in."""
@@ -189,7 +182,7 @@ class PagePool:
         self.epoch += 1
 
     def unstage(self, extents: Sequence[Extent]) -> None:
-        """Give the addresses of staged extents, which are not backed, back."""
+        """Give the addresses of staged or withdrawn extents, which are not backed, back."""
         self.epoch += 1
         for extent in reversed(extents):
             del self.in_transit[extent.id]
@@ -202,26 +195,24 @@ class PagePool:
         """Unmap and release extents, each all or nothing; gives the bytes back to the budget.
 
         Returns the bytes given back. If one fails the ones before it are gone, it and the ones
-        after it are as they were, and the error is raised.
+        after it are as they were, and the error is raised. What is gone has no handles any more.
         """
         self.require_usable()
         started = time.perf_counter_ns()
         waiting, self._limbo = self._limbo, []
-        freed, done = self._release_late(waiting), 0
-        try:
-            for extent in extents:
-                self.withdraw(extent)
-                try:
-                    freed += self.unback(extent)
-                except BaseException:  # whatever it was, the extent is as before
-                    self.admit([extent])
-                    raise
-                self.retire(extent)
-                done += 1
-        finally:
-            if freed:
-                self.budget.give_back(freed)
-                self.shrunk.add(started, done)
+        freed = self._release_late(waiting)
+        for extent in extents:
+            self.withdraw(extent)
+        nbytes, error = self.unback(extents)
+        gone = [extent for extent in extents if not extent.handles]
+        self.unstage(gone)
+        self.admit([extent for extent in extents if extent.handles])
+        freed += nbytes
+        if freed:
+            self.budget.give_back(freed)
+            self.shrunk.add(started, len(gone))
+        if error is not None:
+            raise error
         return freed
 
     def withdraw(self, extent: Extent) -> None:
@@ -231,12 +222,31 @@ class PagePool:
         self.backed_pages -= extent.pages
         self.epoch += 1
 
-    def unback(self, extent: Extent) -> int:
-        """Unmap and release a withdrawn extent, all or nothing, contents too. Needs no lock.
+    def unback(self, extents: Sequence[Extent]) -> tuple[int, BaseException | None]:
+        """Unmap and release withdrawn extents, each all or nothing, in order. Needs no lock.
 
-        Returns the bytes that are back. What the backend refuses to release after the point of no
-        return is parked, to be tried again.
+        Returns the bytes that are back and what stopped it. What is gone has no handles any more.
         """
+        if not extents:
+            return 0, None
+        if self.geometry.num_planes == 1:
+            mapped = [(extent.first, extent.handles[0]) for extent in extents]
+            count, error = self._ledger.unback(self.reservation, mapped)
+            if isinstance(error, PoolBroken):
+                self._break(error.message)
+            for extent in extents[:count]:
+                extent.handles = ()
+            return sum(e.pages for e in extents[:count]) * self.geometry.page_bytes, error
+        freed = 0
+        for extent in extents:
+            try:
+                freed += self._unback_planes(extent)
+            except BaseException as error:  # noqa: BLE001 - the caller raises it, whatever it was
+                return freed, error
+        return freed, None
+
+    def _unback_planes(self, extent: Extent) -> int:
+        """As ``unback``, one extent. What is refused after the point of no return is parked."""
         undo = Undo()
         try:
             for plane, handle in enumerate(extent.handles):
@@ -247,10 +257,6 @@ class PagePool:
             raise
         late, extent.handles = extent.handles[1:], ()
         return extent.pages * self.geometry.page_bytes + self._release_late(late)
-
-    def retire(self, extent: Extent) -> None:
-        """Give the addresses of an extent that is backed no more back."""
-        self.unstage([extent])
 
     def refund(self, nbytes: int) -> None:
         """Return an unused claim. A broken pool keeps it: the memory may not be back (I8)."""

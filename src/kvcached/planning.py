@@ -7,6 +7,7 @@ with the page that completes the last wanted block.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -77,6 +78,18 @@ def plan(g: Geometry, page: Any, runs: FreeRuns, wanted: int) -> list[tuple[int,
         if missing <= 0:
             return [(f.first, f.pages) for f in chosen]
     return _patch(g, page, runs, wanted)
+
+
+def chop(g: Geometry, run: tuple[int, int], most: int) -> Iterator[tuple[int, int]]:
+    """Cut a run into pieces of at most ``most`` pages, at ends of blocks where that is possible."""
+    first, end = run[0], run[0] + run[1]
+    while first < end:
+        stop = min(end, first + most)
+        if stop < end:
+            aligned = stop * g.page_bytes // g.block_bytes * g.block_bytes // g.page_bytes
+            stop = aligned if aligned > first else stop
+        yield first, stop - first
+        first = stop
 
 
 def _patch(g: Geometry, page: Any, runs: FreeRuns, wanted: int) -> list[tuple[int, int]]:

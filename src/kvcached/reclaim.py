@@ -84,10 +84,14 @@ class Reclaimer:
 
     def _drop(self, extents: Sequence[Extent], nbytes: int | None = None) -> int:
         """Unmap extents, all or until ``nbytes`` are back."""
-        freed = 0
-        for extent in extents:
-            if nbytes is None or freed < nbytes:
-                freed += self._drop_one(extent)
+        group, freed, rest = self._blocks.geometry.page_group_bytes, 0, list(extents)
+        while rest and (nbytes is None or freed < nbytes):
+            count, size = 0, freed  # as many as it takes, if each gives what it holds
+            while count < len(rest) and (nbytes is None or size < nbytes):
+                size += rest[count].pages * group
+                count += 1
+            freed += self._drop_all(rest[:count])
+            del rest[:count]
         return freed
 
     def _drop_cached(self, nbytes: int) -> int:
@@ -103,18 +107,25 @@ class Reclaimer:
         order = ids[np.argsort(place[ids], kind="stable")]
         return self._drop([pool.pages.extents[int(i)] for i in order], nbytes)
 
-    def _drop_one(self, extent: Extent) -> int:
-        """Unmap an extent without blocks in use; the prefixes in it are evicted with it.
+    def _drop_all(self, extents: Sequence[Extent]) -> int:
+        """Unmap extents without blocks in use; the prefixes in them are evicted with them.
 
-        The memory goes first: if the backend refuses, nothing has been evicted.
+        The memory goes first: where the backend refuses, nothing has been evicted.
         """
         pool = self._blocks
-        cached = self._cached_in(extent) if pool.ext[extent.id, self._hot.X_CACHED] else None
-        freed = pool.pages.shrink([extent])
-        if cached is not None:
-            pool.evict(cached)
-        pool.detach(extent)
-        return freed
+        cached = {
+            extent.id: self._cached_in(extent)
+            for extent in extents if pool.ext[extent.id, self._hot.X_CACHED]
+        }  # fmt: skip
+        try:
+            return pool.pages.shrink(extents)
+        finally:
+            gone = [extent for extent in extents if not extent.handles]
+            evicted = [cached[extent.id] for extent in gone if extent.id in cached]
+            if evicted:  # a block may lie in two of them
+                pool.evict(np.unique(np.concatenate(evicted)))
+            for extent in gone:
+                pool.detach(extent)
 
     def _cached_in(self, extent: Extent) -> Ids:
         pool = self._blocks
@@ -215,14 +226,12 @@ def release_excess(blocks: BlockPool) -> None:
                 return
             blocks.detach(extent)
             blocks.pages.withdraw(extent)
-        try:
-            freed = blocks.pages.unback(extent)
-        except BaseException:  # whatever it was
-            with blocks.lock:
+        freed, error = blocks.pages.unback([extent])
+        with blocks.lock:
+            if error is not None:
                 blocks.pages.admit([extent])
                 blocks.attach([extent])
-            raise
-        with blocks.lock:
-            blocks.pages.retire(extent)
+                raise error
+            blocks.pages.unstage([extent])
             blocks.pages.shrunk.add(started)
             blocks.pages.budget.give_back(freed)

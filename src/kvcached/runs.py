@@ -82,8 +82,13 @@ class FreeRuns:
         if found > count:  # from the start of a run, nearly always: what is left stays in place
             run_end = first + found
             del self._count_at[first]
-            self._count_at[end], self._first_of_end[run_end] = found - count, end
-            self._note(end, found - count)
+            left = self._count_at[end] = found - count
+            self._first_of_end[run_end] = end
+            heap = self._classes[left.bit_length()]
+            if heap and heap[0] == first:  # and so the list stays as it was
+                heapq.heapreplace(heap, end)
+            else:
+                self._note(end, left)
             return
         run_first = first if found else self._run_before(first)
         run_end = run_first + self._count_at[run_first]

@@ -94,8 +94,9 @@ def test_what_is_staged_or_withdrawn_is_in_transit_until_the_driver_has_done_its
     pool.withdraw(staged[0])
     assert pool.backed_bytes == 6 * PAGE, "held until it is back"
     pool.check()
-    freed = pool.unback(staged[0])
-    pool.retire(staged[0])
+    freed, error = pool.unback([staged[0]])
+    assert error is None
+    pool.unstage([staged[0]])
     pool.budget.give_back(freed)
     assert pool.backed_bytes == backend.resident_bytes() == pool.budget.claimed_bytes == 2 * PAGE
     pool.check()

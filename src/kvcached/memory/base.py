@@ -16,8 +16,9 @@ The contract, checked for every backend by ``kvcached.testing.check_memory_backe
 * ``close`` of a reservation that still has mappings raises ``InvalidInput``.
 * Physical memory goes back to the device once the handle is unmapped everywhere and released.
 * Fresh memory reads as zero on the host backend; on CUDA see ``docs/security.md``.
-* A backend may have ``back``, which creates handles and maps them in one go, all or nothing. It is
-  an attribute of its own (``Backing``), so that a backend without it is complete.
+* A backend may have ``back``, which creates handles and maps them in one go, all or nothing, and
+  ``unback``, which unmaps and releases them. These are attributes of their own (``Backing``), so
+  that a backend without them is complete.
 * No physical memory: ``OutOfPages``. Any other refusal: ``DriverError`` with the status' name.
   A failed call leaves the backend as it was.
 * Calls are thread-safe against each other, except two calls on the same reservation range or the
@@ -50,6 +51,22 @@ class Handle(NamedTuple):  # a tuple: one is made at every growth, and a datacla
 
     key: int
     num_pages: int
+
+
+Mapped = tuple[int, Handle]
+"""``(page index in a reservation, the handle that is mapped there)``."""
+
+
+class Unbacked(NamedTuple):
+    """How far ``unback`` came, and why not further.
+
+    The first ``gone`` handles are released. Those after them are as they were, but for the first
+    ``adrift`` of these: unmapped, not released, and could not be mapped again (``PoolBroken``).
+    """
+
+    gone: int
+    adrift: int
+    error: BaseException | None
 
 
 @runtime_checkable
@@ -123,7 +140,7 @@ class MemoryBackend(Protocol):
 
 @runtime_checkable
 class Backing(Protocol):
-    """A backend for which one call for ``create`` and ``map``, of many handles, is cheaper."""
+    """A backend for which one call for many handles is cheaper than two for each."""
 
     def back(self, reservation: Reservation, places: Sequence[Place]) -> list[Handle]:
         """A new handle for each place, mapped there. All or nothing.
@@ -131,4 +148,8 @@ class Backing(Protocol):
         ``PoolBroken`` if what was done could not be undone: the backend then keeps what is left,
         and gives it back when the reservation is closed.
         """
+        ...
+
+    def unback(self, reservation: Reservation, mapped: Sequence[Mapped]) -> Unbacked:
+        """Unmap and release handles that are mapped nowhere else, each all or nothing, in order."""
         ...

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from kvcached.errors import PoolBroken
-from kvcached.memory.base import Backing, Handle, MemoryBackend, Place, Reservation
+from kvcached.memory.base import Backing, Handle, Mapped, MemoryBackend, Place, Reservation
 
 
 class Ledger:
@@ -14,6 +14,7 @@ class Ledger:
     def __init__(self, backend: MemoryBackend) -> None:
         self.backend = backend
         self._back = backend.back if isinstance(backend, Backing) else self._back_one_by_one
+        self._unback = backend.unback if isinstance(backend, Backing) else None
         self.handles: dict[int, Handle] = {}
         self.mappings: dict[tuple[int, int], Handle] = {}
         self.reservations: dict[int, Reservation] = {}
@@ -59,6 +60,42 @@ class Ledger:
             undo.unwind(cause)
             raise
         return handles
+
+    def unback(
+        self, reservation: Reservation, mapped: Sequence[Mapped]
+    ) -> tuple[int, BaseException | None]:
+        """Unmap and release handles, each all or nothing, in order, and strike them.
+
+        Returns how many are gone, and what stopped it; ``PoolBroken`` if it could not be undone.
+        """
+        if self._unback is None:
+            return self._unback_one_by_one(reservation, mapped)
+        try:
+            gone, adrift, error = self._unback(reservation, mapped)
+        except BaseException as refusal:  # noqa: BLE001 - as below; and nothing was done
+            return 0, refusal
+        for page, handle in mapped[:gone]:
+            del self.mappings[reservation.address, page], self.handles[handle.key]
+        for page, _ in mapped[gone : gone + adrift]:
+            del self.mappings[reservation.address, page]
+        return gone, error
+
+    def _unback_one_by_one(
+        self, reservation: Reservation, mapped: Sequence[Mapped]
+    ) -> tuple[int, BaseException | None]:
+        for gone, (page, handle) in enumerate(mapped):
+            undo = Undo()
+            try:
+                self.unmap(reservation, page, handle)
+                undo.push(self.map, reservation, page, handle)
+                self.release(handle)
+            except BaseException as cause:  # noqa: BLE001 - the caller raises it, whatever it was
+                try:
+                    undo.unwind(cause)
+                except PoolBroken as broken:
+                    return gone, broken
+                return gone, cause
+        return len(mapped), None
 
     def unmap(self, reservation: Reservation, page: int, handle: Handle) -> None:
         """Recorded."""

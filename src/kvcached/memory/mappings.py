@@ -14,7 +14,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from kvcached.errors import InvalidInput
-from kvcached.memory.base import Handle, Place, Reservation
+from kvcached.memory.base import Handle, Mapped, Place, Reservation
+
+_new_tuple = tuple.__new__  # a NamedTuple's own takes twice as long
 
 
 class Spans:
@@ -102,6 +104,13 @@ def _cannot_map(rng: RangeState, page_index: int, num_pages: int) -> InvalidInpu
     return InvalidInput(f"{what}: some of them are mapped already", hint="Unmap them first.")
 
 
+def _still_mapped(handle: Handle, times: int) -> InvalidInput:
+    return InvalidInput(
+        f"cannot release handle {handle.key}: it is still mapped {times} times",
+        hint="Unmap it everywhere first.",
+    )
+
+
 class Mappings:
     """The books of one backend: reservations, handles, and which handle is mapped where."""
 
@@ -143,12 +152,29 @@ class Mappings:
         rng = self.ranges.get(reservation.address)
         if rng is None or rng.reservation is not reservation:
             rng = self._range(reservation)
-        for page_index, num_pages in places:
-            if type(num_pages) is not int or num_pages <= 0:
+        starts, ends = rng.spans.starts, rng.spans.ends
+        for page_index, num_pages in places:  # written out, since this runs at each growth
+            end, i = page_index + num_pages, bisect_right(starts, page_index)
+            inside = type(num_pages) is int and 0 <= page_index < end <= rng.num_pages
+            free = (i == 0 or ends[i - 1] <= page_index) and (i == len(starts) or starts[i] >= end)
+            if not (inside and free):
                 self.create_plan(num_pages)
-            if not rng.is_free(page_index, num_pages):
                 raise _cannot_map(rng, page_index, num_pages)
         return rng
+
+    def unback_plan(
+        self, reservation: Reservation, mapped: Sequence[Mapped]
+    ) -> tuple[RangeState, list[HandleState]]:
+        """Check that these handles are mapped there, each once, and nowhere else."""
+        rng, states = self._range(reservation), list[HandleState]()
+        for page_index, handle in mapped:
+            _, state = self.unmap_plan(reservation, page_index, handle)
+            if state.mapped > 1:
+                raise _still_mapped(handle, state.mapped)
+            states.append(state)
+        if len({id(state) for state in states}) < len(states):
+            raise InvalidInput("cannot release a handle twice: it is listed twice")
+        return rng, states
 
     def unmap_plan(
         self, reservation: Reservation, page_index: int, handle: Handle
@@ -166,10 +192,7 @@ class Mappings:
         """Check that ``handle`` is alive and mapped nowhere."""
         state = self._handle(handle)
         if state.mapped:
-            raise InvalidInput(
-                f"cannot release handle {handle.key}: it is still mapped {state.mapped} times",
-                hint="Unmap it everywhere first.",
-            )
+            raise _still_mapped(handle, state.mapped)
         return state
 
     def close_plan(self, reservation: Reservation) -> RangeState:
@@ -252,7 +275,7 @@ class Mappings:
         handles, starts, ends = [], rng.spans.starts, rng.spans.ends
         for (page_index, num_pages), native in zip(places, natives):  # noqa: B905 (one each)
             self._last_key = key = self._last_key + 1
-            handle = Handle(key, num_pages)
+            handle = _new_tuple(Handle, (key, num_pages))
             self.handles[key] = rng.handles[page_index] = HandleState(handle, native, 1)
             i = bisect_right(starts, page_index)
             starts.insert(i, page_index)

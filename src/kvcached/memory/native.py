@@ -1,4 +1,4 @@
-"""The driver calls of a growth as machine code: one call from Python makes them all.
+"""The driver calls that back memory and give it back as machine code: one call from Python.
 
 ``cuda.bindings`` costs half a microsecond a call, and takes the GIL back after each, for which a
 thread that grows ahead waits while the engine computes. Here compiled code (``_calls.py``) calls
@@ -7,39 +7,52 @@ the driver's functions by the addresses that ``cuGetProcAddress`` gives.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numba as nb
 import numpy as np
 
-from kvcached._calls import back_many, back_one
+from kvcached import _calls
 from kvcached.memory.base import Place
 from kvcached.memory.driver import Calls
 from kvcached.memory.mappings import joined
 
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
 _ABI = 12_000  # the functions as CUDA 12.0 has them: no driver that is older is accepted
 _BACKING = ("cuMemCreate", "cuMemMap", "cuMemSetAccess")
+_FREEING = ("cuMemUnmap", "cuMemRelease")
 
 
 class Native:
-    """Creates, maps and gives access to handles of one kind; ``find_native`` makes it.
+    """Backs memory with handles of one kind, and gives it back; ``find_native`` makes it.
+
+    What was done is written down as it happens, so that not even a ``KeyboardInterrupt``, which
+    comes when the compiled code returns, hides it.
 
     Parameters
     ----------
     calls:
         The driver; its failed statuses become exceptions there.
-    functions:
-        Addresses of ``cuMemCreate``, ``cuMemMap`` and ``cuMemSetAccess``.
+    backing, freeing:
+        Addresses of ``cuMemCreate``, ``cuMemMap`` and ``cuMemSetAccess``; of ``cuMemUnmap`` and
+        ``cuMemRelease``.
     prop, rights:
         Structs of ``cuda.bindings``: the properties of the handles, and the access.
     """
 
-    def __init__(self, calls: Calls, functions: Sequence[int], prop: Any, rights: Any) -> None:
+    def __init__(
+        self, calls: Calls, backing: Sequence[int], freeing: Sequence[int], prop: Any, rights: Any
+    ) -> None:
         self._calls, self._structs = calls, (prop, rights)  # which must outlive their pointers
-        fixed = (*functions, int(prop.getPtr()), int(rights.getPtr()))
-        self._one, self._many = partial(back_one, *fixed), partial(back_many, *fixed)
+        fixed = (*backing, int(prop.getPtr()), int(rights.getPtr()))
+        self._one, self._many = partial(_calls.back_one, *fixed), partial(_calls.back_many, *fixed)
+        self._unback = partial(_calls.unback, *freeing)
+        self._records: list[tuple[array[int], int]] = []  # and their addresses, to be used again
 
     def back(
         self, base: int, page_bytes: int, places: Sequence[Place],
@@ -54,11 +67,17 @@ class Native:
             return
         ((first, count),) = places
         address, nbytes = base + first * page_bytes, count * page_bytes
-        status, done, handle = self._one(address, nbytes)
-        if done:
-            natives.append(handle)
-        if done > 1:
-            mapped.append(handle)
+        record, where = self._records.pop() if self._records else _new_record()
+        record[0] = 0
+        try:
+            status = self._one(address, nbytes, where)
+        finally:
+            done = record[0]
+            if done:
+                natives.append(record[1])
+            if done > 1:
+                mapped.append(record[1])
+            self._records.append((record, where))
         if status:
             self._fail(status, _BACKING[done], address, nbytes)
 
@@ -66,21 +85,50 @@ class Native:
         self, base: int, page_bytes: int, places: Sequence[Place],
         natives: list[Any], mapped: list[Any],
     ) -> None:  # fmt: skip
-        parts, runs = (
-            np.array(pages, np.int64) * page_bytes + (base, 0) for pages in (places, joined(places))
-        )
-        handles = np.zeros(len(parts), np.uint64)
-        status, done, created = self._many(parts, runs, handles)
-        natives += handles[:created].tolist()
-        mapped += natives[: done // 2]
+        parts, runs = _table(base, page_bytes, places), _table(base, page_bytes, joined(places))
+        record = np.zeros(2, np.int64)
+        try:
+            status = self._many(parts, runs, record)
+        finally:
+            done, count = int(record[0]), len(parts)
+            natives += parts[: (done + 1) // 2, 2].tolist()
+            mapped += natives[: done // 2]
         if status:
-            name = _BACKING[done % 2] if done < 2 * len(parts) else _BACKING[2]
-            where = parts[done // 2] if done < 2 * len(parts) else runs[done - 2 * len(parts)]
-            self._fail(status, name, *where.tolist())
+            made = done < 2 * count
+            where = parts[done // 2] if made else runs[done - 2 * count]
+            self._fail(status, _BACKING[done % 2 if made else 2], *where[:2].tolist())
+
+    def unback(self, places: Sequence[tuple[int, int, Any]], done: list[int]) -> None:
+        """Unmap the (address, bytes, handle) of ``places``, then release them, both in order.
+
+        The first that cannot be unmapped, and those after it, stay as they were. ``done`` becomes
+        how many were unmapped, and how many of these released, whatever fails.
+        """
+        table = np.array(places, np.uint64).reshape(-1, 3)
+        record = np.zeros(2, np.int64)
+        try:
+            status = self._unback(table, record)
+        finally:
+            done[:] = record.tolist()
+        if status:
+            unmapped, released = done
+            at, call = (released, 1) if released < unmapped else (unmapped, 0)
+            self._fail(status, _FREEING[call], *table[at, :2].tolist())
 
     def _fail(self, status: int, name: str, address: int, nbytes: int) -> None:
         results = (self._calls.driver.CUresult(status),)
         self._calls.check(results, name, (nbytes,) if name == "cuMemCreate" else (address, nbytes))
+
+
+def _new_record() -> tuple[array[int], int]:
+    record = array("Q", (0, 0))
+    return record, record.buffer_info()[0]
+
+
+def _table(base: int, page_bytes: int, places: Sequence[Place]) -> NDArray[np.uint64]:
+    """Rows of (address, bytes, 0)."""
+    rows = [(base + first * page_bytes, count * page_bytes, 0) for first, count in places]
+    return np.array(rows, np.uint64)
 
 
 def find_native(calls: Calls, prop: Any, rights: Any) -> Native | None:
@@ -88,7 +136,8 @@ def find_native(calls: Calls, prop: Any, rights: Any) -> Native | None:
     find = getattr(calls.driver, "cuGetProcAddress", None)
     if find is None or nb.config.DISABLE_JIT:
         return None
-    found = [find(name.encode(), _ABI, 0) for name in _BACKING]
+    found = [find(name.encode(), _ABI, 0) for name in (*_BACKING, *_FREEING)]
     if any(result[0] != calls.success or not int(result[1]) for result in found):
         return None
-    return Native(calls, [int(result[1]) for result in found], prop, rights)
+    addresses = [int(result[1]) for result in found]
+    return Native(calls, addresses[:3], addresses[3:], prop, rights)

@@ -9,7 +9,9 @@ from typing import Any
 
 from kvcached.testing.fake_device import CUresult, FakeDevice, Result
 
-_ARGUMENTS = {"cuMemCreate": 4, "cuMemMap": 5, "cuMemSetAccess": 4}
+_ARGUMENTS = {
+    "cuMemCreate": 4, "cuMemMap": 5, "cuMemSetAccess": 4, "cuMemUnmap": 2, "cuMemRelease": 1,
+}  # fmt: skip
 
 
 class FakeStruct(SimpleNamespace):
@@ -56,6 +58,12 @@ class FakeEntry(FakeDevice):
 
     def _cuMemSetAccess(self, address: int, size: int, rights: int, count: int) -> int:
         return int(self._driver().cuMemSetAccess(address, size, [struct_at(rights)], count)[0])
+
+    def _cuMemUnmap(self, address: int, size: int) -> int:
+        return int(self._driver().cuMemUnmap(address, size)[0])
+
+    def _cuMemRelease(self, handle: int) -> int:
+        return int(self._driver().cuMemRelease(handle)[0])
 
     def _driver(self) -> Any:
         return self
