@@ -11,7 +11,6 @@ Callers hold ``lock`` (an RLock) around every call; ``alloc`` may release it whi
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 from collections import deque
@@ -87,7 +86,6 @@ class BlockPool:
         self.on_evict: Callable[[Ids], None] = _never
         self.on_low: Callable[[], None] = _never
         self.evicted = 0
-        self._low_water = 0
         self.grower, self.reclaimer = Grower(self, most_ahead), Reclaimer(self)
         self._fences: deque[tuple[int, Fence, Ids]] = deque()
         self._next_fence, self._lifted = 1, list[Fence]()  # lifted: taken before it had passed
@@ -193,8 +191,12 @@ class BlockPool:
                 hint="Make the cache with a larger max_tokens.",
             )
         out = np.empty(count, _INT32)
-        if self._counts[self._m_free] < count:
-            self.grower.fill(out)
+        short = count - self._counts[self._m_free]
+        if short > 0 and (self._fences or self._lifted):
+            self.poll_fences()
+            short = count - self.num_free
+        if short > 0:
+            self.grower.fill(out, short)
         else:
             self._alloc(out, self.blk, self.page, self.ext, self.meta)
         return out
@@ -305,11 +307,11 @@ class BlockPool:
 
         Whether that is so.
         """
-        ident = extent.id
-        while ident >= len(self.ext):
-            self.ext = np.concatenate([self.ext, np.zeros_like(self.ext)])
+        ident, ext = extent.id, self.ext
+        while ident >= len(ext):
+            ext = self.ext = np.concatenate([ext, np.zeros_like(ext)])
         code: int = self._attach_and_alloc(
-            out, ident, extent.first, extent.pages, self.blk, self.page, self.ext, self.meta
+            out, ident, extent.first, extent.pages, self.blk, self.page, ext, self.meta
         )
         return code == 0
 
@@ -371,16 +373,8 @@ class BlockPool:
             release_excess(self)
         back_ahead(self)
         with self.lock:
-            low = self._low_water = self.grower.low_water()
+            low = self.grower.set_low_water()
             return low > 0 or self.num_spare_extents > 0 or self.num_quarantined > 0
-
-    def seconds_ready(self) -> float:
-        """How soon to look again whether ready blocks run low; 0 if they do. Needs no lock.
-
-        ``inf`` if none are kept ready.
-        """
-        low = self._low_water
-        return self.grower.seconds_for(self.num_free - low) if low else math.inf
 
     # --- invariants ----------------------------------------------------------------------------
 

@@ -180,8 +180,8 @@ class ElasticBlocks:
         return self.state == "open" and self._blocks.tend(urgent=urgent)
 
     def seconds_ready(self) -> float:
-        """For the caretaker, without the lock: see ``BlockPool.seconds_ready``."""
-        return self._blocks.seconds_ready()
+        """For the caretaker, without the lock: see ``Grower.seconds_ready``."""
+        return self._blocks.grower.seconds_ready()
 
     def report(self) -> TenantReport:
         """For the budget (``Tenant.report``): what is held."""

@@ -43,36 +43,43 @@ class Grower:
         self._refused_until = -1.0  # nothing was free: cached blocks of our own come first
         self._denied_until, self._denied_blocks = -1.0, 0  # others were asked for them in vain
         self._short_until = -math.inf  # there was nothing that growth ahead could have taken
+        self.low_water = 0  # free blocks below which growth ahead is due
         self._used_seen = 0  # blocks in use when growth was last measured
         self._demanded = 0  # blocks that growth on demand has told the policy of since then
         self.ahead = Timer()
 
     # --- on demand -----------------------------------------------------------------------------
 
-    def fill(self, out: Ids) -> None:
-        """Take blocks into ``out``: wait for nothing, then grow, then evict cached prefixes.
+    def fill(self, out: Ids, short: int) -> None:
+        """Take blocks into ``out``, though ``short`` are missing: grow, then evict cached prefixes.
 
         Nothing is evicted unless that, with what can be grown, is enough (I6).
         """
         pool, count = self._blocks, len(out)
-        pool.poll_fences()
         for _ in range(_ROUNDS):
+            if self._refused_until < 0 or not self._evict_instead(short):
+                try:
+                    if self._grow(short, out):
+                        return
+                except MemoryError as error:  # ours: of the budget, the device, the address space
+                    self._grow_and_evict(count, error)
             short = count - pool.num_free
             if short <= 0:
                 code = pool.hot.alloc(out, pool.blk, pool.page, pool.ext, pool.meta)
                 assert code == 0, "BlockPool: made room, but not enough"
                 return
-            if self._refused_until > 0 and short <= pool.num_cached:
-                if pool.clock() < self._refused_until:
-                    pool.evict_oldest(short)
-                    continue
-                self._refused_until = -1.0
-            try:
-                if self._grow(short, out):
-                    return
-            except MemoryError as error:  # ours: of the budget, the device, the address space
-                self._grow_and_evict(count, error)
         raise BudgetExceeded(f"{count} blocks could not be kept free: other threads took them")
+
+    def _evict_instead(self, short: int) -> bool:
+        """After a refusal, for a moment, cached blocks of our own go first; whether they did."""
+        pool = self._blocks
+        if short > pool.num_cached:
+            return False
+        if pool.clock() >= self._refused_until:
+            self._refused_until = -1.0
+            return False
+        pool.evict_oldest(short)
+        return True
 
     def secure(self, count: int, seconds: float | None = None) -> bool:
         """Whether ``count`` blocks can be had for certain, by eviction of cached ones if need be.
@@ -280,21 +287,25 @@ class Grower:
         if gone > 0:
             pool.spares.grew(gone * self._block_bytes, pool.clock())
 
-    def low_water(self) -> int:
-        """Free blocks below which growth ahead is due."""
-        return self.target() // self._block_bytes * 3 // 4
+    def set_low_water(self) -> int:
+        """Note, and return, how many free blocks there should be lest growth ahead is due."""
+        self.low_water = self.target() // self._block_bytes * 3 // 4
+        return self.low_water
 
-    def seconds_for(self, blocks: int) -> float:
-        """Half of the seconds in which ``blocks`` are taken, at the rate of the last growth.
+    def seconds_ready(self) -> float:
+        """How soon to look again whether ready blocks run low; 0 if they do. Needs no lock.
 
-        Not long: growth begins faster than its mean tells. Less than 0 blocks: 0, or how long
-        growth ahead does not try again.
+        Half of what they last at the rate of the last growth, but soon, for growth begins faster
+        than its mean tells. ``inf`` if none are kept ready.
         """
-        if blocks < 0:
-            return max(0.0, self._short_until - self._blocks.clock())
-        rate = self._blocks.spares.rate
-        shortest, longest = _WATCH_SECONDS
-        return min(longest, max(shortest, blocks * self._block_bytes / max(rate, 1.0) / 2))
+        if not self.low_water:
+            return math.inf
+        pool, (shortest, longest) = self._blocks, _WATCH_SECONDS
+        above = pool.num_free - self.low_water
+        if above < 0:
+            return max(0.0, self._short_until - pool.clock())
+        seconds = above * self._block_bytes / max(pool.spares.rate, 1.0) / 2
+        return min(longest, max(shortest, seconds))
 
     def stage(self) -> tuple[list[Extent], int]:
         """What to back now, and the bytes claimed for it; nothing if enough is ready.

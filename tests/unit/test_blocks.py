@@ -222,23 +222,23 @@ def test_growth_ahead_follows_what_is_taken(backend):
     clock, woken = Clock(), []
     pool, held = growing(backend, clock, ahead=40 * PAGE, longest=64)
     pool.on_low = lambda: woken.append(clock.now)
-    assert pool.seconds_ready() == math.inf, "nothing is kept ready yet"
+    assert pool.grower.seconds_ready() == math.inf, "nothing is kept ready yet"
     assert pool.tend()
     ready = pool.num_free
     assert 4 <= ready <= 40
-    assert pool.grower.ahead.count or ready >= pool.grower.low_water()
+    assert pool.grower.ahead.count or ready >= pool.grower.low_water
     grown = pool.pages.grown.count
     for _ in range(20):
         held.append(pool.alloc(4))
         clock.now += 0.1
         pool.tend()
-        assert 0 < pool.seconds_ready() < 0.1, "it is looked at again before the next step"
+        assert 0 < pool.grower.seconds_ready() < 0.1, "it is looked at again before the next step"
     assert pool.pages.grown.count == grown, "a step waited for the driver"
     assert pool.grower.ahead.count
     assert not woken, "a step that takes what is ready wakes nobody"
     clock.now += 2
     assert not pool.tend()
-    assert pool.seconds_ready() == math.inf
+    assert pool.grower.seconds_ready() == math.inf
     assert pool.num_free < 4, "what nobody wants any more is given back"
     pool.check()
     pool.close()
@@ -249,9 +249,9 @@ def test_ready_blocks_that_run_low_are_seen_without_a_call(backend):
     pool, held = growing(backend, clock, ahead=40 * PAGE, longest=64)
     pool.tend()
     pool.on_low = lambda: woken.append(clock.now)
-    assert pool.seconds_ready() > 0
-    held.append(pool.alloc(pool.num_free - pool.grower.low_water() + 1))
-    assert pool.seconds_ready() == 0
+    assert pool.grower.seconds_ready() > 0
+    held.append(pool.alloc(pool.num_free - pool.grower.low_water + 1))
+    assert pool.grower.seconds_ready() == 0
     assert not woken
     held.append(pool.alloc(pool.num_free + 1))
     assert woken, "growth on demand says so itself: growth ahead may have been off"

@@ -100,7 +100,7 @@ class CudaHandles:
         with self._lock:
             if self._closed or self._forked:
                 self._require_usable()
-            rng = self._books.back_plan(reservation, places)
+            rng, handles, states = self._books.add_backed(reservation, places)
         natives: list[Any] = []
         mapped: list[Any] = []
         try:
@@ -114,10 +114,13 @@ class CudaHandles:
                     address = reservation.address + page_index * self.page_bytes
                     self._clear(address, num_pages * self.page_bytes)
         except BaseException as cause:  # KeyboardInterrupt too must leave nothing behind
+            with self._lock:
+                self._books.drop_backed(rng, places, states)
             self._leftovers.undo(reservation, self.page_bytes, places, natives, len(mapped), cause)
             raise
-        with self._lock:
-            return self._books.add_backed(rng, places, natives)
+        for state, made in zip(states, natives):  # noqa: B905 (one each)
+            state.native = made
+        return handles
 
     def unback(self, reservation: Reservation, mapped: Sequence[Mapped]) -> Unbacked:
         """See ``Backing.unback``: all are unmapped before the first is released."""

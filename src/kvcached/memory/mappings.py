@@ -16,6 +16,8 @@ from typing import Any
 from kvcached.errors import InvalidInput
 from kvcached.memory.base import Handle, Mapped, Place, Reservation
 
+MAKING = object()
+"""What the backend calls a handle while it is being made."""
 _new_tuple = tuple.__new__  # a NamedTuple's own takes twice as long
 
 
@@ -147,21 +149,6 @@ class Mappings:
             raise _cannot_map(rng, page_index, handle.num_pages)
         return rng, state
 
-    def back_plan(self, reservation: Reservation, places: Sequence[Place]) -> RangeState:
-        """Check that new handles can be mapped at ``places``, which do not overlap."""
-        rng = self.ranges.get(reservation.address)
-        if rng is None or rng.reservation is not reservation:
-            rng = self._range(reservation)
-        starts, ends = rng.spans.starts, rng.spans.ends
-        for page_index, num_pages in places:  # written out, since this runs at each growth
-            end, i = page_index + num_pages, bisect_right(starts, page_index)
-            inside = type(num_pages) is int and 0 <= page_index < end <= rng.num_pages
-            free = (i == 0 or ends[i - 1] <= page_index) and (i == len(starts) or starts[i] >= end)
-            if not (inside and free):
-                self.create_plan(num_pages)
-                raise _cannot_map(rng, page_index, num_pages)
-        return rng
-
     def unback_plan(
         self, reservation: Reservation, mapped: Sequence[Mapped]
     ) -> tuple[RangeState, list[HandleState]]:
@@ -269,20 +256,44 @@ class Mappings:
         state.mapped += 1
 
     def add_backed(
-        self, rng: RangeState, places: Sequence[Place], natives: Sequence[Any]
-    ) -> list[Handle]:
-        """Record new handles, mapped at ``places``. Written out, since this runs at each growth."""
-        handles, starts, ends = [], rng.spans.starts, rng.spans.ends
-        for (page_index, num_pages), native in zip(places, natives):  # noqa: B905 (one each)
+        self, reservation: Reservation, places: Sequence[Place]
+    ) -> tuple[RangeState, list[Handle], list[HandleState]]:
+        """Check and record new handles, mapped at ``places``: before they are, in one step.
+
+        Written out, since this runs at each growth. ``drop_backed`` if it comes to nothing; else
+        each state gets its ``native``.
+        """
+        rng = self.ranges.get(reservation.address)
+        if rng is None or rng.reservation is not reservation:
+            rng = self._range(reservation)
+        handles: list[Handle] = []
+        states: list[HandleState] = []
+        starts, ends = rng.spans.starts, rng.spans.ends
+        for page_index, num_pages in places:
+            end, i = page_index + num_pages, bisect_right(starts, page_index)
+            inside = type(num_pages) is int and 0 <= page_index < end <= rng.num_pages
+            free = (i == 0 or ends[i - 1] <= page_index) and (i == len(starts) or starts[i] >= end)
+            if not (inside and free):
+                self.drop_backed(rng, places[: len(states)], states)
+                self.create_plan(num_pages)
+                raise _cannot_map(rng, page_index, num_pages)
+            starts.insert(i, page_index)
+            ends.insert(i, end)
             self._last_key = key = self._last_key + 1
             handle = _new_tuple(Handle, (key, num_pages))
-            self.handles[key] = rng.handles[page_index] = HandleState(handle, native, 1)
-            i = bisect_right(starts, page_index)
-            starts.insert(i, page_index)
-            ends.insert(i, page_index + num_pages)
+            state = self.handles[key] = rng.handles[page_index] = HandleState(handle, MAKING, 1)
             self.handle_bytes += num_pages * self.page_bytes
             handles.append(handle)
-        return handles
+            states.append(state)
+        return rng, handles, states
+
+    def drop_backed(
+        self, rng: RangeState, places: Sequence[Place], states: Sequence[HandleState]
+    ) -> None:
+        """Take handles that could not be backed out of the books."""
+        for (page_index, _), state in zip(places, states, strict=True):
+            self.drop_map(rng, page_index, state)
+            self.drop_handle(state)
 
     def drop_map(self, rng: RangeState, page_index: int, state: HandleState) -> None:
         """Record that a mapping is gone."""
