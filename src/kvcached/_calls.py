@@ -51,6 +51,17 @@ def _create(_, function, nbytes, prop):
 
 
 @intrinsic
+def _get(_, record, index):
+    """Number ``index`` of the ``uint64`` at address ``record``."""
+
+    def codegen(context, builder, signature, values):
+        pointer = builder.inttoptr(values[0], _WORD.as_pointer())
+        return builder.load(builder.gep(pointer, [values[1]]), align=8)
+
+    return _HANDLE(record, types.int64), codegen
+
+
+@intrinsic
 def _put(_, record, index, value):
     """Store 64 bits as number ``index`` of those at address ``record``."""
 
@@ -109,22 +120,23 @@ def back_many(create, map_, access, prop, rights, places, runs, record):
     return 0
 
 
-@compiled(_I(_I, _I, _TABLE, _VEC), nogil=True)
-def unback(unmap, release, places, record):
+@compiled(_I(_I, _I, _I, _I), nogil=True)
+def unback(unmap, release, count, record):
     """Unmap and release, both in order; what ``release`` fails for and after it stays unmapped.
 
-    ``places`` are (address, bytes, handle). The status of the first call that failed, or 0;
-    ``record`` tells how many were unmapped and released.
+    At ``record`` lie the numbers of those unmapped and released, which are counted here, and then
+    (address, bytes, handle) of each. Returns the status of the first call that failed, or 0.
     """
-    first = 0
-    for i in range(places.shape[0]):
-        first = _call(unmap, (places[i, 0], places[i, 1]))
+    first, unmapped = 0, 0
+    for i in range(count):
+        first = _call(unmap, (_get(record, 3 * i + 2), _get(record, 3 * i + 3)))
         if first:
             break
-        record[0] += 1
-    for i in range(record[0]):
-        status = _call(release, (places[i, 2],))
+        unmapped = i + 1
+        _put(record, 0, unmapped)
+    for i in range(unmapped):
+        status = _call(release, (_get(record, 3 * i + 4),))
         if status:
             return status
-        record[1] += 1
+        _put(record, 1, i + 1)
     return first

@@ -35,6 +35,7 @@ from kvcached._hot import (
     X_PAGES,
     X_QUARANTINED,
     X_USED,
+    _claims,
     _drop_free,
     _is_backed,
     _jit,
@@ -58,6 +59,16 @@ def touched_pages(blk, meta):
             end = (b * bb + bb - 1) // pb + 1
             count += max(0, end - low)
     return count
+
+
+@_jit(_V(_VEC, _EXT))
+def spare(out, ext):
+    """Write the ids of the extents without any claim into ``out``, as many as there are."""
+    n = 0
+    for e in range(1, ext.shape[0]):
+        if ext[e, X_PAGES] > 0 and _claims(e, ext) == 0 and n < out.shape[0]:
+            out[n] = e
+            n += 1
 
 
 @_jit(_I(_I, _VEC, _BLK, _EXT, _META))

@@ -298,15 +298,12 @@ class BlockPool:
     # --- what is backed -------------------------------------------------------------------------
 
     def attach(self, extents: Sequence[Extent]) -> None:
-        """Count the blocks of newly backed extents in. Not for callers; nor is ``detach``."""
+        """Count the blocks of newly backed extents in. Not for callers; nor is ``detach_all``."""
         for extent in extents:
             self.attach_and_take(extent, _NOTHING)
 
     def attach_and_take(self, extent: Extent, out: Ids) -> bool:
-        """Count the blocks of an extent in, and fill ``out`` with free blocks, if there are enough.
-
-        Whether that is so.
-        """
+        """Count the blocks of an extent in; fill ``out`` with free ones, if there are enough."""
         ident, ext = extent.id, self.ext
         while ident >= len(ext):
             ext = self.ext = np.concatenate([ext, np.zeros_like(ext)])
@@ -315,9 +312,10 @@ class BlockPool:
         )
         return code == 0
 
-    def detach(self, extent: Extent) -> None:
-        """Count the free blocks of an extent out; those with a claim keep their state."""
-        self._scan.detach(extent.id, self.blk, self.page, self.ext, self.meta)
+    def detach_all(self, extents: Sequence[Extent]) -> None:
+        """Count the free blocks of extents out; those with a claim keep their state."""
+        for extent in extents:
+            self._scan.detach(extent.id, self.blk, self.page, self.ext, self.meta)
 
     # --- giving memory back --------------------------------------------------------------------
 

@@ -24,6 +24,7 @@ from kvcached.errors import ClosedError, KvcachedError, PoolBroken
 from kvcached.layout import Geometry
 from kvcached.memory.base import Handle, MemoryBackend
 from kvcached.memory.ledger import Ledger, Undo
+from kvcached.memory.mappings import joined
 from kvcached.runs import Extent, FreeRuns, Run
 from kvcached.splits import Job, Splitter
 from kvcached.stats import Timer
@@ -139,12 +140,10 @@ class PagePool:
         """Set free runs aside for extents to be: in transit, nobody else plans with them."""
         self.require_usable()
         self.epoch += 1
-        extents = []
-        for first, count in self._pieces(runs):
-            self.runs.take(first, count)
-            extent = Extent(self._new_id(), first, count)
+        extents = [Extent(self._new_id(), first, count) for first, count in self._pieces(runs)]
+        for extent in extents:
+            self.runs.take(extent.first, extent.pages)
             self.in_transit[extent.id] = extent
-            extents.append(extent)
         return extents
 
     def _pieces(self, runs: Sequence[Run]) -> Sequence[Run]:
@@ -186,8 +185,9 @@ class PagePool:
         self.epoch += 1
         for extent in reversed(extents):
             del self.in_transit[extent.id]
-            self.runs.give(extent.first, extent.pages)
             self._free_ids.append(extent.id)
+        for first, count in joined([(extent.first, extent.pages) for extent in extents]):
+            self.runs.give(first, count)
 
     # --- shrinking -----------------------------------------------------------------------------
 

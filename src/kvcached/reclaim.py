@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Collection, Iterator, Sequence
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -74,13 +75,15 @@ class Reclaimer:
     # --- whole extents -----------------------------------------------------------------------
 
     def _spare_extents(self) -> list[Extent]:
-        pool, h = self._blocks, self._hot
+        pool = self._blocks
         if pool.num_spare_extents == 0 or not pool.may_unmap:
             return []
-        claims = pool.ext[:, h.X_USED] + pool.ext[:, h.X_CACHED] + pool.ext[:, h.X_QUARANTINED]
-        ids = np.flatnonzero((claims == 0) & (pool.ext[:, h.X_PAGES] > 0))
-        spare = [pool.pages.extents[int(i)] for i in ids]
-        return sorted(spare, key=lambda e: -e.pages)
+        ids = np.empty(pool.num_spare_extents, np.int32)
+        self._scan.spare(ids, pool.ext)
+        extents = pool.pages.extents
+        spare = [extents[i] for i in ids.tolist()]
+        spare.sort(key=_pages_of, reverse=True)
+        return spare
 
     def _drop(self, extents: Sequence[Extent], nbytes: int | None = None) -> int:
         """Unmap extents, all or until ``nbytes`` are back."""
@@ -124,8 +127,7 @@ class Reclaimer:
             evicted = [cached[extent.id] for extent in gone if extent.id in cached]
             if evicted:  # a block may lie in two of them
                 pool.evict(np.unique(np.concatenate(evicted)))
-            for extent in gone:
-                pool.detach(extent)
+            pool.detach_all(gone)
 
     def _cached_in(self, extent: Extent) -> Ids:
         pool = self._blocks
@@ -203,10 +205,12 @@ class Reclaimer:
             pages.refund(claim)
             raise
         pool.evict(np.unique(np.concatenate(cached)))  # a block may lie in two of the extents
-        for extent, _ in jobs:
-            pool.detach(extent)
+        pool.detach_all([extent for extent, _ in jobs])
         pool.attach(pieces)
         return before - kept
+
+
+_pages_of = attrgetter("pages")
 
 
 def _length(runs: Sequence[Run]) -> int:
@@ -224,7 +228,7 @@ def release_excess(blocks: BlockPool) -> None:
             extent = blocks.reclaimer.excess_spare() if blocks.pages.usable else None
             if extent is None:
                 return
-            blocks.detach(extent)
+            blocks.detach_all([extent])
             blocks.pages.withdraw(extent)
         freed, error = blocks.pages.unback([extent])
         with blocks.lock:

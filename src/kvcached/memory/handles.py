@@ -130,11 +130,11 @@ class CudaHandles:
         done, error = [0, 0], None
         try:
             native = self._native or self._find_native()
-            rows = [
-                (reservation.address + page_index * self.page_bytes,
-                 handle.num_pages * self.page_bytes, state.native)
-                for (page_index, handle), state in zip(mapped, states, strict=True)
-            ]  # fmt: skip
+            base, page_bytes = reservation.address, self.page_bytes
+            rows: list[int] = []
+            for (page_index, handle), state in zip(mapped, states):  # noqa: B905 (one each)
+                address, nbytes = base + page_index * page_bytes, handle.num_pages * page_bytes
+                rows += (address, nbytes, int(state.native))
             if native is not None:
                 native.unback(rows, done)
             else:
@@ -143,11 +143,9 @@ class CudaHandles:
             error = cause
         unmapped, released = done
         with self._lock:
-            for (page_index, _), state in zip(mapped[:unmapped], states, strict=False):
+            self._books.drop_backed(rng, mapped[:released], states)
+            for (page_index, _), state in list(zip(mapped, states, strict=True))[released:unmapped]:
                 self._books.drop_map(rng, page_index, state)
-            for state in states[:released]:
-                self._books.drop_handle(state)
-                self._fresh.discard(state.handle.key)
         if error is None:
             return Unbacked(released, 0, None)
         return self._map_again(reservation, mapped[:unmapped], released, error)
@@ -193,14 +191,14 @@ class CudaHandles:
             address, nbytes = base + page_index * self.page_bytes, num_pages * self.page_bytes
             self._call("cuMemSetAccess", address, nbytes, self._accesses, 1)
 
-    def _unback_by_calls(self, rows: Sequence[tuple[int, int, Any]], done: list[int]) -> None:
+    def _unback_by_calls(self, rows: Sequence[int], done: list[int]) -> None:
         """As ``Native.unback``, call by call."""
         try:
-            for address, nbytes, _ in rows:
+            for address, nbytes in zip(rows[::3], rows[1::3], strict=True):
                 self._call("cuMemUnmap", address, nbytes)
                 done[0] += 1
         finally:
-            for _, _, native in rows[: done[0]]:
+            for native in rows[2 : 3 * done[0] : 3]:
                 self._call("cuMemRelease", native)
                 done[1] += 1
 

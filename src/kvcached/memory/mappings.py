@@ -153,13 +153,16 @@ class Mappings:
         self, reservation: Reservation, mapped: Sequence[Mapped]
     ) -> tuple[RangeState, list[HandleState]]:
         """Check that these handles are mapped there, each once, and nowhere else."""
-        rng, states = self._range(reservation), list[HandleState]()
+        rng, alive, states = self._range(reservation), self.handles, []
         for page_index, handle in mapped:
-            _, state = self.unmap_plan(reservation, page_index, handle)
-            if state.mapped > 1:
+            state = rng.handles.get(page_index)
+            if state is None or alive.get(handle.key) is not state or state.handle != handle:
+                self.unmap_plan(reservation, page_index, handle)  # which says what is wrong
+            elif state.mapped > 1:
                 raise _still_mapped(handle, state.mapped)
-            states.append(state)
-        if len({id(state) for state in states}) < len(states):
+            else:
+                states.append(state)
+        if len(states) > 1 and len({page_index for page_index, _ in mapped}) < len(states):
             raise InvalidInput("cannot release a handle twice: it is listed twice")
         return rng, states
 
@@ -288,12 +291,15 @@ class Mappings:
         return rng, handles, states
 
     def drop_backed(
-        self, rng: RangeState, places: Sequence[Place], states: Sequence[HandleState]
+        self, rng: RangeState, places: Sequence[tuple[int, object]], states: Sequence[HandleState]
     ) -> None:
-        """Take handles that could not be backed out of the books."""
-        for (page_index, _), state in zip(places, states, strict=True):
-            self.drop_map(rng, page_index, state)
-            self.drop_handle(state)
+        """Take handles that are mapped at ``places``, and nowhere else, out of the books."""
+        starts, ends = rng.spans.starts, rng.spans.ends
+        for (page_index, _), state in zip(places, states):  # noqa: B905 (there may be more states)
+            i = bisect_left(starts, page_index)
+            del starts[i], ends[i], rng.handles[page_index], self.handles[state.handle.key]
+            state.mapped = 0
+            self.handle_bytes -= state.handle.num_pages * self.page_bytes
 
     def drop_map(self, rng: RangeState, page_index: int, state: HandleState) -> None:
         """Record that a mapping is gone."""

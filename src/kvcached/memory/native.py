@@ -98,22 +98,21 @@ class Native:
             where = parts[done // 2] if made else runs[done - 2 * count]
             self._fail(status, _BACKING[done % 2 if made else 2], *where[:2].tolist())
 
-    def unback(self, places: Sequence[tuple[int, int, Any]], done: list[int]) -> None:
-        """Unmap the (address, bytes, handle) of ``places``, then release them, both in order.
+    def unback(self, places: Sequence[int], done: list[int]) -> None:
+        """Unmap ``places``, then release them, both in order: address, bytes and handle of each.
 
         The first that cannot be unmapped, and those after it, stay as they were. ``done`` becomes
         how many were unmapped, and how many of these released, whatever fails.
         """
-        table = np.array(places, np.uint64).reshape(-1, 3)
-        record = np.zeros(2, np.int64)
+        record = array("Q", (0, 0, *places))
         try:
-            status = self._unback(table, record)
+            status = self._unback(len(places) // 3, record.buffer_info()[0])
         finally:
-            done[:] = record.tolist()
+            done[:] = record[0], record[1]
         if status:
             unmapped, released = done
             at, call = (released, 1) if released < unmapped else (unmapped, 0)
-            self._fail(status, _FREEING[call], *table[at, :2].tolist())
+            self._fail(status, _FREEING[call], *places[3 * at : 3 * at + 2])
 
     def _fail(self, status: int, name: str, address: int, nbytes: int) -> None:
         results = (self._calls.driver.CUresult(status),)
