@@ -125,14 +125,19 @@ def unback(unmap, release, count, record):
     """Unmap and release, both in order; what ``release`` fails for and after it stays unmapped.
 
     At ``record`` lie the numbers of those unmapped and released, which are counted here, and then
-    (address, bytes, handle) of each. Returns the status of the first call that failed, or 0.
+    (address, bytes, handle) of each; neighbours are unmapped in one call. Returns the status of the
+    first call that failed, or 0.
     """
     first, unmapped = 0, 0
-    for i in range(count):
-        first = _call(unmap, (_get(record, 3 * i + 2), _get(record, 3 * i + 3)))
+    while unmapped < count:
+        i, address, nbytes = unmapped, _get(record, 3 * unmapped + 2), nb.uint64(0)
+        while i < count and _get(record, 3 * i + 2) == address + nbytes:
+            nbytes += _get(record, 3 * i + 3)
+            i += 1
+        first = _call(unmap, (address, nbytes))
         if first:
             break
-        unmapped = i + 1
+        unmapped = i
         _put(record, 0, unmapped)
     for i in range(unmapped):
         status = _call(release, (_get(record, 3 * i + 4),))

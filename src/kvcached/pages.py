@@ -194,8 +194,8 @@ class PagePool:
     def shrink(self, extents: Sequence[Extent]) -> int:
         """Unmap and release extents, each all or nothing; gives the bytes back to the budget.
 
-        Returns the bytes given back. If one fails the ones before it are gone, it and the ones
-        after it are as they were, and the error is raised. What is gone has no handles any more.
+        Returns the bytes given back. If one fails it, and those behind it in memory, are as they
+        were, and the error is raised. What is gone has no handles any more.
         """
         self.require_usable()
         started = time.perf_counter_ns()
@@ -207,8 +207,7 @@ class PagePool:
         gone = [extent for extent in extents if not extent.handles]
         self.unstage(gone)
         self.admit([extent for extent in extents if extent.handles])
-        freed += nbytes
-        if freed:
+        if freed := freed + nbytes:
             self.budget.give_back(freed)
             self.shrunk.add(started, len(gone))
         if error is not None:
@@ -216,27 +215,29 @@ class PagePool:
         return freed
 
     def withdraw(self, extent: Extent) -> None:
-        """Take an extent out of what is backed; its bytes count until it is retired."""
+        """Take an extent out of what is backed; its bytes count until it is unstaged."""
         del self.extents[extent.id]
         self.in_transit[extent.id] = extent
         self.backed_pages -= extent.pages
         self.epoch += 1
 
     def unback(self, extents: Sequence[Extent]) -> tuple[int, BaseException | None]:
-        """Unmap and release withdrawn extents, each all or nothing, in order. Needs no lock.
+        """Unmap and release withdrawn extents, each all or nothing, by address. Needs no lock.
 
         Returns the bytes that are back and what stopped it. What is gone has no handles any more.
         """
         if not extents:
             return 0, None
         if self.geometry.num_planes == 1:
-            mapped = [(extent.first, extent.handles[0]) for extent in extents]
+            ordered = sorted(extents, key=lambda e: e.first)  # neighbours are unmapped in one call
+            mapped = [(extent.first, extent.handles[0]) for extent in ordered]
             count, error = self._ledger.unback(self.reservation, mapped)
             if isinstance(error, PoolBroken):
                 self._break(error.message)
-            for extent in extents[:count]:
+            del ordered[count:]
+            for extent in ordered:
                 extent.handles = ()
-            return sum(e.pages for e in extents[:count]) * self.geometry.page_bytes, error
+            return sum(e.pages for e in ordered) * self.geometry.page_bytes, error
         freed = 0
         for extent in extents:
             try:

@@ -123,7 +123,10 @@ class CudaHandles:
         return handles
 
     def unback(self, reservation: Reservation, mapped: Sequence[Mapped]) -> Unbacked:
-        """See ``Backing.unback``: all are unmapped before the first is released."""
+        """See ``Backing.unback``: all are unmapped before the first is released.
+
+        Neighbours in the list that are neighbours in memory are unmapped in one call.
+        """
         with self._lock:
             self._require_usable()
             rng, states = self._books.unback_plan(reservation, mapped)
@@ -194,9 +197,13 @@ class CudaHandles:
     def _unback_by_calls(self, rows: Sequence[int], done: list[int]) -> None:
         """As ``Native.unback``, call by call."""
         try:
-            for address, nbytes in zip(rows[::3], rows[1::3], strict=True):
+            while done[0] < len(rows) // 3:
+                i, address, nbytes = 3 * done[0], rows[3 * done[0]], 0
+                while i < len(rows) and rows[i] == address + nbytes:
+                    nbytes += rows[i + 1]
+                    i += 3
                 self._call("cuMemUnmap", address, nbytes)
-                done[0] += 1
+                done[0] = i // 3
         finally:
             for native in rows[2 : 3 * done[0] : 3]:
                 self._call("cuMemRelease", native)

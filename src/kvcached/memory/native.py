@@ -101,8 +101,9 @@ class Native:
     def unback(self, places: Sequence[int], done: list[int]) -> None:
         """Unmap ``places``, then release them, both in order: address, bytes and handle of each.
 
-        The first that cannot be unmapped, and those after it, stay as they were. ``done`` becomes
-        how many were unmapped, and how many of these released, whatever fails.
+        Neighbours are unmapped in one call. The first that cannot be unmapped, and those after it,
+        stay as they were. ``done`` becomes how many were unmapped, and how many of these released,
+        whatever fails.
         """
         record = array("Q", (0, 0, *places))
         try:
