@@ -105,8 +105,11 @@ def compiled_table(result: dict[str, Any]) -> str:
         ahead = next(iter(made.values())).get("tiles_ahead")
         rows.append([name, *cells, f"{ahead:,}" if ahead else ""])
     headers = ["registers / stack / shared bytes", *archs, "bytes in flight"]
-    refused = "".join(f"\n\nNot for {r['arch']}: {r['kernel']}: {r['why']}."
-                      for r in result["refused"])  # fmt: skip
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for one in result["refused"]:
+        reasons.setdefault((one["arch"], one["why"]), []).append(one["kernel"])
+    refused = "".join(f"\n\nNot for {arch}: {', '.join(names)}: {why}."
+                      for (arch, why), names in reasons.items())  # fmt: skip
     source = f"Triton {result['triton']}, {result['date']}, commit {result['commit']}."
     return f"{table(headers, rows)}\n\n{source}{refused}"
 
