@@ -8,14 +8,16 @@ KV head whose value is the front of its key. Prefill expands the latents to keys
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from kvcached.errors import InvalidInput
 from kvcached.kernels.attention import known_for
 from kvcached.kernels.checks import AttentionCall, check_call
+from kvcached.layout import cdiv
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -29,6 +31,8 @@ MAX_FUSED_SPLITS = 8
 MAX_SPLITS = 64
 MIN_SPLIT_TOKENS = 256
 """Below this a split costs more than it saves."""
+WIDE = {"BM": 64, "BN": 64}
+"""The tiles of ``mla_wide_kernel``."""
 
 
 def mla_with_kvcache(
@@ -136,20 +140,20 @@ def mla_config(rows: int, dim: int, dim_v: int, itemsize: int) -> dict[str, int]
 
 def attend_mla(
     call: AttentionCall, num_splits: int = 0, config: Mapping[str, int] | None = None,
-    num_warps: int = 8,
+    num_warps: int = 8, *, wide: bool | None = None,
 ) -> None:  # fmt: skip
     """Run a checked call of ``check_mla`` in Triton; writes ``call.out`` and ``call.lse``."""
-    for step in prepare(call, num_splits, config, num_warps):
+    for step in prepare(call, num_splits, config, num_warps, wide=wide):
         step()
 
 
 def prepare(
     call: AttentionCall, num_splits: int = 0, config: Mapping[str, int] | None = None,
-    num_warps: int = 8, memory: Memory | None = None,
+    num_warps: int = 8, memory: Memory | None = None, *, wide: bool | None = None,
 ) -> list[Launch]:  # fmt: skip
     """The launches of a checked call of ``check_mla``, as in ``prefill.prepare``.
 
-    ``config`` replaces entries of ``mla_config``, for tuning.
+    For tuning, ``config`` replaces entries of ``mla_config`` and ``wide`` says which kernel runs.
     """
     from kvcached.kernels._prefill_parts import splits_of
     from kvcached.kernels._workspace import workspace_of
@@ -162,22 +166,65 @@ def prepare(
     if not q.shape[0]:
         return []
     rows = call.max_q * q.shape[1]
-    sizes = mla_config(rows, kv.head_dim, kv.head_dim_v, q.element_size()) | dict(config or {})
+    if wide is None:
+        wide = config is None and is_wide(call)
+    sizes = WIDE if wide else mla_config(rows, kv.head_dim, kv.head_dim_v, q.element_size())
+    sizes = sizes | dict(config or {})
     items = len(call.lens) * -(-rows // sizes["BM"])
     splits = num_splits or splits_of(  # a program an SM is all it holds
         call, items, programs_per_sm=1, most=MAX_SPLITS, least=MIN_SPLIT_TOKENS
     )
     if not 1 <= splits <= MAX_SPLITS or splits & (splits - 1):
         raise InvalidInput(f"num_splits is {splits}, but must be a power of two <= {MAX_SPLITS}")
-    return _steps(call, sizes, items, splits, num_warps, memory or workspace_of)
+    chosen = _wide(call, splits) if wide else _plain(call, sizes, splits, num_warps)
+    return _steps(call, chosen, items, splits, memory or workspace_of)
+
+
+class _Chosen(NamedTuple):
+    kernel: Any
+    constants: dict[str, Any]
+    num_warps: int
+    merges: bool
+    """Whether the last part of a tile merges them all."""
+
+
+def _plain(call: AttentionCall, sizes: dict[str, int], splits: int, num_warps: int) -> _Chosen:
+    """What takes all sizes and GPUs."""
+    from kvcached.kernels._launch import interpreted
+    from kvcached.kernels._mla_kernels import mla_kernel
+
+    kv, fused = call.kv, splits == 1 or is_fused(sizes, splits)
+    constants = sizes | {
+        "H": call.q.shape[1], "SPLITS": splits, "FUSED": fused, "BLOCK_SIZE": kv.block_size,
+        "ALIGN": 16 if kv.k_ptr % 16 == 0 else call.q.element_size(),
+        "UPCAST": interpreted() and kv.dtype == torch.bfloat16,  # its bf16 arithmetic is wrong
+    }  # fmt: skip
+    return _Chosen(mla_kernel, constants, num_warps, fused)
+
+
+def _wide(call: AttentionCall, splits: int) -> _Chosen:
+    """What warpgroups share, if ``is_wide``."""
+    from kvcached.kernels._mla_gluon import mla_wide_kernel
+
+    constants = wide_constants(call.q.shape[1], splits, call.kv.block_size)
+    return _Chosen(mla_wide_kernel, constants, 4, splits == 1 or constants["PAIR"])
+
+
+def wide_constants(heads: int, splits: int, block_size: int) -> dict[str, Any]:
+    """Compile-time sizes of ``mla_wide_kernel``; of two splits, the later one merges both."""
+    return {"H": heads, "SPLITS": splits, "PAIR": splits == 2, "BLOCK_SIZE": block_size,
+            "ALIGN": 16}  # fmt: skip
+
+
+def merge_constants(dim_v: int, splits: int) -> dict[str, int]:
+    """Those of ``mla_merge_kernel``; 64 parts of few columns a program, so that many take part."""
+    return {"DV": dim_v, "COLUMNS": 128, "SPLITS": splits, "ROWS": max(1, 64 // splits)}
 
 
 def _steps(
-    call: AttentionCall, sizes: dict[str, Any], items: int, splits: int, num_warps: int,
-    memory: Memory,
-) -> list[Launch]:  # fmt: skip
-    from kvcached.kernels._launch import interpreted
-    from kvcached.kernels._mla_kernels import mla_kernel
+    call: AttentionCall, chosen: _Chosen, items: int, splits: int, memory: Memory
+) -> list[Launch]:
+    """The launches: both kernels take the same arguments."""
     from kvcached.kernels._prefill_parts import (
         LOG2_E,
         launch,
@@ -187,26 +234,59 @@ def _steps(
     )
 
     kv, out = call.kv, call.out
-    fused = splits == 1 or is_fused(sizes, splits)
-    partial, state, finished = workspace(call, splits, kv.head_dim_v, items, memory)
+    counters = items if chosen.merges else 0
+    # Warpgroups leave more than two parts in 16 bits.
+    width = kv.head_dim_v if chosen.merges or "PAIR" not in chosen.constants else kv.head_dim_v // 2
+    partial, state, finished = workspace(call, splits, width, counters, memory)
     q, scale = with_positive_scale(call)
     assert call.table is not None  # check_mla takes nothing else
-    constants = sizes | {
-        "H": q.shape[1], "SPLITS": splits, "FUSED": fused, "BLOCK_SIZE": kv.block_size,
-        "ALIGN": 16 if kv.k_ptr % 16 == 0 else q.element_size(),
-        "UPCAST": interpreted() and kv.dtype == torch.bfloat16,  # its bf16 arithmetic is wrong
-    }  # fmt: skip
     steps = [launch(
-        mla_kernel, (items, splits, 1), call,
+        chosen.kernel, (items, splits, 1), call,
         (q, kv.k_ptr, call.table, call.lens, partial, state, finished, out, call.lse,
          scale * LOG2_E.value, min(call.right, 1 << 30), call.max_q,
          call.table.stride(0), *q.stride()[:2], *out.stride()[:2], kv.block_stride,
          kv.slot_stride),
-        constants, num_warps,
+        chosen.constants, chosen.num_warps,
     )]  # fmt: skip
-    if not fused:
-        steps.append(merge(call, partial, state, splits, kv.head_dim_v))
+    if not chosen.merges:
+        join = merge_wide if width < kv.head_dim_v else merge
+        steps.append(join(call, partial, state, splits, width))
     return steps
+
+
+def merge_wide(call: AttentionCall, partial: Any, state: Any, splits: int, _width: int) -> Launch:
+    """The launch that merges what ``mla_wide_kernel`` leaves of more than two parts."""
+    from kvcached.kernels._mla_merge import mla_merge_kernel
+    from kvcached.kernels._prefill_parts import launch
+
+    tokens, heads, dim_v = call.out.shape
+    constants = merge_constants(dim_v, splits)
+    return launch(
+        mla_merge_kernel,
+        (cdiv(tokens * heads, constants["ROWS"]), dim_v // constants["COLUMNS"], 1), call,
+        (partial, state, call.out, call.lse, tokens * heads, heads, *call.out.stride()[:2]),
+        constants, 4,
+    )  # fmt: skip
+
+
+def is_wide(call: AttentionCall) -> bool:
+    """Whether ``mla_wide_kernel`` can run it: DeepSeek's sizes in 16 bits, on Hopper."""
+    from kvcached.kernels._launch import interpreted
+
+    kv, q = call.kv, call.q
+    strides = kv.block_stride | kv.slot_stride | q.stride(0) | q.stride(1)
+    return (
+        (kv.head_dim, kv.head_dim_v, q.element_size()) == (576, 512, 2)
+        and not (strides % 16 or (kv.k_ptr | q.data_ptr()) % 16)
+        and is_hopper(q.device)
+        and not interpreted()
+    )
+
+
+@functools.cache
+def is_hopper(device: torch.device) -> bool:
+    """Whether a device has the matrix instructions of warpgroups."""
+    return device.type == "cuda" and bool(torch.cuda.get_device_capability(device) == (9, 0))
 
 
 def is_fused(sizes: Mapping[str, int], splits: int) -> bool:

@@ -6,6 +6,7 @@ For programs of their own (``tests/unit/aot_*.py``): it needs a Triton that does
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -13,15 +14,21 @@ import tempfile
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+
+from kvcached.kernels._launch import source_of
 
 
 def compile_for(arch, kernel, signature, constants, attributes, num_warps):
     """(PTX, registers, stack and shared bytes by name) of a kernel for ``sm_<arch>``."""
     compiled = triton.compile(
-        ASTSource(kernel, signature, constants, attributes),
+        source_of(kernel, signature, constants, attributes),
         target=GPUTarget("cuda", arch, 32), options={"num_warps": num_warps},
     )  # fmt: skip
+    return compiled.asm["ptx"], needs_of(compiled)
+
+
+def needs_of(compiled):
+    """Registers, stack and shared bytes by name of what Triton compiled."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -30,8 +37,19 @@ def compile_for(arch, kernel, signature, constants, attributes, num_warps):
             capture_output=True, text=True, check=True,
         ).stdout  # fmt: skip
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
-    needs = {"registers": registers, "stack": stack, "shared": compiled.metadata.shared}
-    return compiled.asm["ptx"], needs
+    return {"registers": registers, "stack": stack, "shared": compiled.metadata.shared}
+
+
+def serialized(ptx, arch):
+    """Whether the assembler makes the products of warpgroups wait for one another, as it says."""
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        said = subprocess.run(
+            [triton.knobs.nvidia.ptxas.path, "-v", f"-arch=sm_{arch}a", file.name, "-o",
+             os.devnull], capture_output=True, text=True, check=True,
+        )  # fmt: skip
+    return "wgmma.mma_async instructions are serialized" in said.stdout + said.stderr
 
 
 def wide_copies(ptx):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from kvcached.kernels import attn_with_kvcache, mla_with_kvcache, reference
+from kvcached.kernels.mla import attend_mla, check_mla
 from kvcached.layout import cdiv
 
 pytestmark = pytest.mark.gpu
@@ -118,20 +119,64 @@ def test_prefill_of_expanded_latents():
                     heads=8, group=1)  # fmt: skip
 
 
+def check_latents(dtype, heads, tokens, *, lens, block_size=64, options=PLAIN, splits=0, size=1.0):
+    q = torch.randn(len(lens) * tokens, heads, 576).to(dtype)
+    rows = [(torch.randn(n, 1, 576) * size).to(dtype) for n in lens]
+    scale = 192**-0.5 / size
+    values = [x[..., :512] for x in rows]
+    want = expect(q, rows, values, (tokens,) * len(lens), scale=scale, **options)
+    cache, table = paged(rows, block_size)
+    seqlens = torch.tensor(lens).int().cuda()
+
+    def solve():
+        call = check_mla(q.cuda(), cache[:, :, 0], table, seqlens, 512, scale,
+                         causal=options["causal"])  # fmt: skip
+        attend_mla(call, splits)
+        return call.out, call.lse
+
+    got = [solve() for _ in range(20)]
+    close((got[0][0].double() / size, got[0][1]), (want[0] / size, want[1]), dtype)
+    for again in got[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(again, got[0], strict=True))
+
+
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 @pytest.mark.parametrize("heads", [16, 64, 128])
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_latent_attention(heads, tokens, dtype):
-    lens = (1, 900, 3000, 64)
-    q = torch.randn(len(lens) * tokens, heads, 576).to(dtype)
-    rows = [torch.randn(n, 1, 576).to(dtype) for n in lens]
-    scale = 192**-0.5
-    values = [x[..., :512] for x in rows]
-    want = expect(q, rows, values, (tokens,) * len(lens), scale=scale, **PLAIN)
-    cache, table = paged(rows, 64)
-    seqlens = torch.tensor(lens).int().cuda()
-    got = [mla_with_kvcache(q.cuda(), cache[:, :, 0], table, seqlens, softmax_scale=scale)
-           for _ in range(3)]  # fmt: skip
-    close(got[0], want, dtype)
-    for again in got[1:]:
-        assert all(torch.equal(x, y) for x, y in zip(again, got[0], strict=True))
+    check_latents(dtype, heads, tokens, lens=(3, 900, 3000, 64))
+
+
+@pytest.mark.parametrize("block_size", [1, 5, 16, 64, 256])
+@pytest.mark.parametrize("splits", [1, 2, 8, 64])
+def test_latent_attention_of_every_block_size_in_parts(splits, block_size):
+    check_latents(torch.bfloat16, 20, 5, lens=(5, 900, 130, 63, 65), block_size=block_size,
+                  splits=splits)  # fmt: skip
+
+
+@pytest.mark.parametrize("splits", [1, 2, 4])
+def test_latent_attention_of_all_tokens_and_of_none(splits):
+    check_latents(torch.bfloat16, 128, 2, lens=(0, 300, 2), options=PLAIN | {"causal": False},
+                  splits=splits)  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [1e-20, 1e20])
+@pytest.mark.parametrize("splits", [2, 8])
+def test_parts_of_latents_that_are_far_from_1(size, splits):
+    check_latents(torch.bfloat16, 20, 3, lens=(900, 1500, 3), splits=splits, size=size)
+
+
+def test_latent_attention_of_a_public_call_equals_that_of_a_graph():
+    q, cache = torch.randn(8, 128, 576), torch.randn(8 * 16, 64, 576)
+    table = torch.randperm(128).int().view(8, 16).cuda()
+    lens = torch.tensor([1024, 1, 64, 65, 1000, 129, 900, 77]).int().cuda()
+    arguments = (q.bfloat16().cuda(), cache.bfloat16().cuda(), table, lens)
+    want = mla_with_kvcache(*arguments, softmax_scale=0.1)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = mla_with_kvcache(*arguments, softmax_scale=0.1)
+    for _ in range(3):
+        [x.fill_(math.nan) for x in got]
+        graph.replay()
+        assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))

@@ -5,6 +5,7 @@ The pages that no sequence owns are not mapped, and what is not owned on mapped 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -15,7 +16,7 @@ from paged import TRITON, ElasticCache, append, assert_close, bitwise, few, owne
 
 from kvcached.errors import InvalidInput
 from kvcached.kernels import merge_state, mla_with_kvcache, reference
-from kvcached.kernels.mla import attend_mla, check_mla
+from kvcached.kernels.mla import attend_mla, check_mla, merge_constants
 from kvcached.layout import cdiv
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, *([] if TRITON else [torch.float64])]
@@ -168,6 +169,47 @@ def test_14_the_sizes_of_deepseek_with_the_tiles_that_ship(heads):
     case = Latents(3, torch.float16, 64, heads, 576, 512, (70, 1), 1, scale=192**-0.5)
     for splits in (1, 2):
         assert_close(case, solve(case, splits=splits), expect(case))
+
+
+def in_16_bits(parts, lse):
+    """(partial, state) as warpgroups leave them: float16 beside a power of two for each half."""
+    halves = parts.view(*parts.shape[:-1], 2, 256)
+    power = ((halves.abs().amax(-1).view(torch.int32) >> 23) - 126).clamp(max=126)
+    small = (halves * torch.exp2(-power.float())[..., None]).half()
+    places = small.view(*lse.shape, 2, 8, 4, 4, 2).transpose(-2, -3)  # a thread's eight together
+    state = torch.empty(*lse.shape, 2)
+    state[..., 0] = lse
+    state.view(torch.int16)[..., 2:] = power.short()
+    return places.contiguous().view(torch.float32).flatten(), state.flatten()
+
+
+@pytest.mark.skipif(not TRITON, reason="only the Triton kernels merge parts")
+@few(20)
+@given(seed=st.integers(0, 2**20), splits=st.sampled_from([4, 16]), size=st.floats(-30, 30),
+       spread=st.floats(0, 6))  # fmt: skip
+def test_3_parts_in_16_bits_merge_to_the_whole(seed, splits, size, spread):
+    from kvcached.kernels._mla_merge import mla_merge_kernel
+
+    generator = torch.Generator().manual_seed(seed)
+    tokens, heads = 2, 3
+    parts = torch.randn(tokens, heads, splits, 512, generator=generator) * 10.0**size
+    parts *= 10 ** torch.linspace(-spread, spread, splits)[:, None]
+    lse = 3 * torch.randn(tokens, heads, splits, generator=generator)
+    lse[0, 0], parts[0, 0] = -1.0e30, 0  # no split saw a key
+    lse[1, 1, 2], parts[1, 1, 2] = -1.0e30, 0
+    out, natural = torch.full((tokens, heads, 512), torch.nan), torch.empty(tokens, heads)
+    mla_merge_kernel[(2, 4)](
+        *in_16_bits(parts, lse), out, natural, tokens * heads, heads, *out.stride()[:2],
+        **merge_constants(512, splits) | {"ROWS": 4},
+    )  # fmt: skip
+    weights = torch.softmax(lse.double() * math.log(2), -1)[..., None]
+    want = (weights * parts.double()).sum(2)
+    bound = (weights * parts.double().abs().amax(-1, keepdim=True)).sum(2) * 2.0**-11
+    assert ((out - want).abs() <= bound + 1e-6 * want.abs()).all()
+    assert natural[0, 0] == -math.inf
+    assert not out[0, 0].any()
+    seen = torch.logsumexp(lse.double() * math.log(2), -1).flatten()[1:]
+    assert (natural.flatten()[1:] - seen).abs().max() < 1e-5
 
 
 def _arguments(**changes):

@@ -3,12 +3,7 @@
 A program of its own: ahead-of-time compilation needs a Triton that does not interpret.
 """
 
-import os
-import subprocess
-import tempfile
-
-import triton
-from ahead_of_time import compile_for, print_reports, wide_copies
+from ahead_of_time import compile_for, print_reports, serialized, wide_copies
 
 from kvcached.kernels._launch import TYPES, attributes_of, signature_of
 from kvcached.kernels._mla_kernels import mla_kernel
@@ -85,18 +80,6 @@ def configurations():
     return rows | {"merge bf16 64 parts": (merge_kernel, "bf16", merge, 0, 4)}
 
 
-def waits(ptx, arch):
-    """Whether the assembler makes the products of warpgroups wait for one another, as it says."""
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(ptx)
-        file.flush()
-        said = subprocess.run(
-            [triton.knobs.nvidia.ptxas.path, "-v", f"-arch=sm_{arch}a", file.name, "-o",
-             os.devnull], capture_output=True, text=True, check=True,
-        )  # fmt: skip
-    return "wgmma.mma_async instructions are serialized" in said.stdout + said.stderr
-
-
 def report(kernel, dtype, constants, buffered, warps, *, arch=90):
     """Registers, stack and shared bytes; instructions that matter."""
     signature = signature_of(kernel, types_of(DTYPES[dtype]), constants)
@@ -106,7 +89,7 @@ def report(kernel, dtype, constants, buffered, warps, *, arch=90):
         "buffered": buffered,
         "wide_copies": wide_copies(ptx),
         "warpgroup_products": ptx.count("wgmma.mma_async"),
-        "serialized": "wgmma" in ptx and waits(ptx, arch),
+        "serialized": "wgmma" in ptx and serialized(ptx, arch),
         "rows": constants.get("BM", 1), "itemsize": BYTES[dtype],
     }  # fmt: skip
 
