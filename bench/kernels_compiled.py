@@ -50,6 +50,8 @@ def compiled(arch: int, only: list[str]) -> tuple[list[dict[str, Any]], list[dic
     """(rows, refusals) of one architecture."""
     rows, refused = [], []
     for module in programs():
+        if arch not in getattr(module, "ARCHS", [arch]):
+            continue  # written for the instructions of others
         for name, one in module.configurations().items():
             if only and not any(word in name for word in only):
                 continue

@@ -39,6 +39,7 @@ from kvcached.kernels._prefill_parts import (
     with_sink,
     workspace,
 )
+from kvcached.kernels._prefill_tma import prepare_tma, suits_tma
 from kvcached.kernels._workspace import workspace_of
 from kvcached.kernels.checks import UNBOUNDED
 
@@ -319,6 +320,8 @@ def prepare(
         raise InvalidInput(f"num_splits is {num_splits}, but must be at least 0 (0: as needed)")
     if not call.q.shape[0]:
         return []
+    if config is None and not num_warps and suits_tma(call, num_splits):
+        return prepare_tma(call)
     group, itemsize = call.q.shape[1] // kv.num_kv_heads, call.q.element_size()
     varlen = call.q_starts is not None
     plain = call.slopes is None and call.left >= UNBOUNDED
