@@ -33,7 +33,17 @@ from kvcached.spares import SparePolicy
 from kvcached.stats import CacheStats, LimitRecord, TenantReport
 
 _log = logging.getLogger(__name__)
+_live: weakref.WeakSet[ElasticBlocks] = weakref.WeakSet()
 _LEAVE_SECONDS = 5.0  # how long ``close`` waits for the calls of other threads
+
+
+def _after_fork() -> None:
+    """A thread that is not in the child may have held a lock: there each call gets its error."""
+    for blocks in list(_live):
+        blocks._lock = threading.RLock()  # noqa: SLF001 - our own
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 class ElasticBlocks:
@@ -83,6 +93,7 @@ class ElasticBlocks:
             raise
         self._parts = self._pid, self._blocks, budget, owns_backend
         self._finalizer = weakref.finalize(self, release, *self._parts)
+        _live.add(self)
         self._caretaker = Caretaker(self)
         self._blocks.on_low = self._caretaker.hurry
 

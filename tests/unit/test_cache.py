@@ -1,9 +1,6 @@
 """``KVCache``: the promises of its docstrings, one by one."""
 
 import gc
-import os
-import subprocess
-import sys
 import time
 from contextlib import nullcontext
 
@@ -332,52 +329,6 @@ def test_a_dropped_cache_gives_everything_back():
         time.sleep(0.01)
     assert budget.claimed_bytes == 0
     backend.shutdown()
-
-
-FORKING = """
-import os, sys, warnings
-warnings.simplefilter("ignore")
-from kvcached.broker.budget import LocalBudget
-from kvcached.cache import KVCache
-from kvcached.config import Config
-from kvcached.errors import ForkedProcessError
-from kvcached.layout import CacheSpec
-cache = KVCache(CacheSpec(2, 1, 64), name="forked", budget=LocalBudget(1 << 30),
-                config=Config(broker=False))
-sequence = cache.new_sequence()
-cache.extend(sequence, 40)
-keys = cache.layer(0)[0]
-keys[list(sequence.block_ids)] = 3
-child = os.fork()
-if child == 0:
-    for use in (cache.new_sequence, cache.trim, cache.stats, lambda: cache.extend(sequence, 1),
-                lambda: cache.free(sequence), lambda: cache.block_tables([sequence])):
-        try:
-            use()
-        except ForkedProcessError as error:
-            assert "child" in str(error) and error.hint
-        else:
-            os._exit(7)
-    assert "of process" in repr(cache) and "of process" in cache._repr_html_()
-    cache.close()
-    del cache, keys
-    sys.exit(0)  # runs what is registered for exit
-_, status = os.waitpid(child, 0)
-assert os.waitstatus_to_exitcode(status) == 0, status
-assert (keys[list(sequence.block_ids)] == 3).all()
-cache.check()
-cache.extend(sequence, 100)
-cache.close()
-print("fine")
-"""
-
-
-def test_a_forked_child_is_told_and_leaves_the_parent_alone():
-    pytest.importorskip("torch", reason="a layer is a tensor")
-    done = subprocess.run([sys.executable, "-c", FORKING], capture_output=True, text=True,
-                          check=False, env=os.environ | {"KVCACHED_BROKER": "0"})  # fmt: skip
-    assert done.stdout == "fine\n", done.stderr
-    assert "Traceback" not in done.stderr
 
 
 def test_a_backend_of_ones_own_is_left_open_and_the_caches_own_is_not():
