@@ -104,7 +104,7 @@ def compile_ahead() -> subprocess.Popen[bytes]:
     hold the interpreter up, and locks that a fork must not find held.
     """
     child = subprocess.Popen(
-        [sys.executable, "-c", "import kvcached._hot, kvcached._scan"],
+        [sys.executable, "-c", "import kvcached._calls, kvcached._hot, kvcached._scan"],
         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     threading.Thread(target=child.wait, name="kvcached-compiles", daemon=True).start()
