@@ -48,6 +48,15 @@ def interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
+def starts_early(device: torch.device) -> bool:
+    """Whether kernels can begin before the one in front has ended, and run in clusters.
+
+    (Programmatic dependent launch of CUDA, from compute capability 9 on.) Kernels launched so wait
+    for the end of the one in front before they touch memory.
+    """
+    return device.type == "cuda" and bool(torch.cuda.get_device_capability(device)[0] >= 9)
+
+
 def signature_of(kernel: Any, types: Mapping[str, str], constants: Mapping[str, Any]) -> Any:
     """What Triton compiles; arguments without a type or a value are ``i32``."""
     return {
@@ -116,7 +125,10 @@ class Handle:
     __slots__ = ("_attributes", "_calls", "_function", "_idle", "_pack", "compiled", "device",
                  "layout", "name", "shared", "streams", "success", "threads")  # fmt: skip
 
-    def __init__(self, compiled: Any, types: Mapping[str, str], device: int) -> None:
+    def __init__(
+        self, compiled: Any, types: Mapping[str, str], device: int, *, cluster: int = 1,
+        least_shared: int = 0,
+    ) -> None:  # fmt: skip
         needs = compiled.metadata
         if needs.global_scratch_size or needs.profile_scratch_size:
             raise InvalidInput(f"{needs.name} needs scratch memory, which no caller brings")
@@ -124,15 +136,19 @@ class Handle:
             raise InvalidInput(f"{needs.name} is for clusters, which are not launched here")
         self._calls = calls = driver_calls()
         self.compiled, self.device, self.name = compiled, device, needs.name
-        self.threads, self.shared = 32 * needs.num_warps, needs.shared
+        self.threads, self.shared = 32 * needs.num_warps, max(needs.shared, least_shared)
         self.layout = Layout.of(kind for kind in types.values() if kind != "constexpr")
         self._pack = struct.Struct(self.layout.format).pack_into
         self._idle: list[Packet] = []
         self.streams: dict[int, Any] = {}
         self.success = calls.success
-        self._attributes = [_early_start(_functions(calls))] if needs.launch_pdl else []
+        driver = _functions(calls)
+        self._attributes = [_early_start(driver)] if needs.launch_pdl else []
+        if cluster > 1:
+            self._attributes.append(_cluster_of(driver, cluster))
         with calls.in_context(_context(device)):
-            self._function = _loaded(calls, compiled.asm["cubin"], needs, device)
+            image = compiled.asm["cubin"]
+            self._function = _loaded(calls, image, needs.name, self.shared, device)
 
     def __call__(self, grid: Sequence[int], stream: int, *arguments: Any) -> None:
         try:
@@ -158,12 +174,12 @@ class Handle:
         """The driver's launch of ``grid``: takes a ``stream``, a ``Packet``'s address and 0."""
         x, y, z = (*grid, 1, 1)[:3]
         if self._attributes:
-            return self._early_starter(x, y, z)
+            return self._starter_with(x, y, z)
         run = _functions(self._calls).cuLaunchKernel
         return functools.partial(run, self._function, x, y, z, self.threads, 1, 1, self.shared)
 
-    def _early_starter(self, x: int, y: int, z: int) -> Callable[[Any, int, int], tuple[Any, ...]]:
-        """The same, begun before the kernel in front has ended; this one waits for it by itself."""
+    def _starter_with(self, x: int, y: int, z: int) -> Callable[[Any, int, int], tuple[Any, ...]]:
+        """The same with attributes: early, in clusters."""
         driver = _functions(self._calls)
         configs: dict[int, Any] = {}  # by the number of a stream, whose object is kept
 
@@ -220,6 +236,7 @@ def _give_context(handle: Handle) -> bool:
 
 
 def _early_start(driver: Any) -> Any:
+    """Before the kernel in front has ended; this one waits for it by itself."""
     attribute = driver.CUlaunchAttribute()
     kinds = driver.CUlaunchAttributeID
     attribute.id = kinds.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
@@ -227,23 +244,32 @@ def _early_start(driver: Any) -> Any:
     return attribute
 
 
-def _loaded(calls: Calls, cubin: bytes, needs: Any, device: int) -> Any:
+def _cluster_of(driver: Any, programs: int) -> Any:
+    """Programs that lie one after another in x run at the same time."""
+    attribute = driver.CUlaunchAttribute()
+    attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+    size = attribute.value.clusterDim
+    size.x, size.y, size.z = programs, 1, 1
+    return attribute
+
+
+def _loaded(calls: Calls, cubin: bytes, name: str, shared: int, device: int) -> Any:
     """The function of a cubin on the current context, with the shared memory that it needs."""
     driver = _functions(calls)
     module = calls("cuModuleLoadData", cubin)[0]
-    (function,) = calls("cuModuleGetFunction", module, needs.name.encode())
-    if needs.shared <= _DEFAULT_SHARED:
+    (function,) = calls("cuModuleGetFunction", module, name.encode())
+    if shared <= _DEFAULT_SHARED:
         return function
     most = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
     (limit,) = calls("cuDeviceGetAttribute", most, *calls("cuDeviceGet", device))
-    if needs.shared > limit:
+    if shared > limit:
         raise BackendUnavailable(
-            f"{needs.name} needs {needs.shared} bytes of shared memory, but the GPU has {limit}",
+            f"{name} needs {shared} bytes of shared memory, but the GPU has {limit}",
             hint="Smaller head dims or float16 need less.",
         )
     calls("cuFuncSetCacheConfig", function, driver.CUfunc_cache.CU_FUNC_CACHE_PREFER_SHARED)
     dynamic = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-    calls("cuFuncSetAttribute", function, dynamic, needs.shared)
+    calls("cuFuncSetAttribute", function, dynamic, shared)
     return function
 
 
@@ -257,15 +283,19 @@ def handle_of(
     *,
     device: int,
     aligned: tuple[str, ...] = (),
+    cluster: int = 1,
+    least_shared: int = 0,
     **options: int,
 ) -> Handle:
     """The compiled kernel for ``types`` of pointers and scalars and for ``constants``.
 
     Arguments named by ``aligned`` are multiples of 16; ``options`` (``num_warps``, ``launch_pdl``)
-    are the compiler's. Compiles at the first call, for device number ``device``.
+    are the compiler's. ``cluster`` programs that lie one after another in x run at the same time;
+    each has ``least_shared`` bytes of shared memory, if it needs no more. Compiles at the first
+    call, for device number ``device``.
     """
-    key = (kernel, device, aligned, tuple(types.items()), tuple(constants.items()),
-           tuple(options.items()))  # fmt: skip
+    key = (kernel, device, aligned, cluster, least_shared, tuple(types.items()),
+           tuple(constants.items()), tuple(options.items()))  # fmt: skip
     handle = _handles.get(key)
     if handle is None:
         signature = signature_of(kernel, types, constants)
@@ -274,7 +304,9 @@ def handle_of(
         # Named, because Triton would build a C library to ask the driver what GPU there is.
         target = GPUTarget("cuda", 10 * major + minor, 32)
         compiled = triton.compile(source, target=target, options=options)
-        handle = _handles[key] = Handle(compiled, signature, device)
+        handle = _handles[key] = Handle(
+            compiled, signature, device, cluster=cluster, least_shared=least_shared
+        )
     return handle
 
 

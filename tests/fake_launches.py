@@ -16,7 +16,7 @@ from kvcached.testing.fake_device import CUresult
 class Launched:
     """What a kernel was launched with; ``others`` are parameters that nobody gives.
 
-    ``early`` is before the launch in front has ended.
+    ``early`` is before the launch in front has ended; ``cluster`` programs run at the same time.
     """
 
     function: tuple
@@ -27,6 +27,7 @@ class Launched:
     arguments: tuple
     others: tuple
     early: bool = False
+    cluster: int = 1
 
 
 class FakeLaunches:
@@ -39,7 +40,10 @@ class FakeLaunches:
     CUdevice_attribute = SimpleNamespace(CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN=97)
     CUfunc_cache = SimpleNamespace(CU_FUNC_CACHE_PREFER_SHARED=1)
     CUfunction_attribute = SimpleNamespace(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES=8)
-    CUlaunchAttributeID = SimpleNamespace(CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION=6)
+    CUlaunchAttributeID = SimpleNamespace(
+        CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION=4,
+        CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION=6,
+    )
     CUstream = int
     CUlaunchConfig = SimpleNamespace
 
@@ -59,7 +63,7 @@ class FakeLaunches:
         raise AttributeError(name)
 
     def CUlaunchAttribute(self):
-        return SimpleNamespace(value=SimpleNamespace())
+        return SimpleNamespace(value=SimpleNamespace(clusterDim=SimpleNamespace()))
 
     def cuDriverGetVersion(self):
         return CUresult.CUDA_SUCCESS, 13_000
@@ -111,13 +115,20 @@ class FakeLaunches:
 
     def cuLaunchKernelEx(self, config, function, places, extra):
         assert extra == 0
-        assert (config.numAttrs, config.attrs[0].id) == (1, 6)
+        values = {one.id: one.value for one in config.attrs[: config.numAttrs]}
+        assert values
+        assert values.keys() <= {4, 6}
+        size = values[4].clusterDim if 4 in values else SimpleNamespace(x=1, y=1, z=1)
+        assert (size.y, size.z, config.gridDimX % size.x) == (1, 1, 0)
+        early = 6 in values and values[6].programmaticStreamSerializationAllowed == 1
         grid = config.gridDimX, config.gridDimY, config.gridDimZ
         self._record(function, grid, config.blockDimX, config.sharedMemBytes, config.hStream,
-                     places, early=True)  # fmt: skip
+                     places, early=early, cluster=size.x)  # fmt: skip
         return (CUresult.CUDA_SUCCESS,)
 
-    def _record(self, function, grid, threads, shared, stream, places, *, early):
+    def _record(
+        self, function, grid, threads, shared, stream, places, *, early, cluster=1
+    ):  # fmt: skip
         layout = self.layout_of(function)
         addresses = (ctypes.c_void_p * layout.parameters).from_address(places)
         codes = dict(zip(layout.at, layout.codes, strict=True))
@@ -125,7 +136,7 @@ class FakeLaunches:
         taken = tuple(values[i] for i in layout.at)
         others = tuple(x for i, x in enumerate(values) if i not in codes)
         self.launches.append(
-            Launched(function, grid, threads, shared, int(stream), taken, others, early)
+            Launched(function, grid, threads, shared, int(stream), taken, others, early, cluster)
         )
 
 
@@ -145,13 +156,15 @@ def launch_nothing(monkeypatch):
     driver = FakeLaunches(layouts.__getitem__)
     driver.taken = lambda one: dict(zip(names[one.function], one.arguments, strict=True))
 
-    def handle_of(kernel, types, constants, *, device, num_warps, aligned=()):
+    def handle_of(
+        kernel, types, constants, *, device, num_warps, aligned=(), launch_pdl=False, **starts
+    ):
         needs = SimpleNamespace(name=kernel.__name__, num_warps=num_warps, num_ctas=1, shared=0,
-                                launch_pdl=False, global_scratch_size=0,
+                                launch_pdl=launch_pdl, global_scratch_size=0,
                                 profile_scratch_size=0)  # fmt: skip
         compiled = SimpleNamespace(metadata=needs, asm={"cubin": kernel.__name__.encode()})
         kinds = _launch.signature_of(kernel, types, constants)
-        handle = _launch.Handle(compiled, kinds, device)
+        handle = _launch.Handle(compiled, kinds, device, **starts)
         names[handle._function] = [name for name, kind in kinds.items() if kind != "constexpr"]
         layouts[handle._function] = handle.layout
         driver.aligned[kernel.__name__] = aligned

@@ -59,13 +59,13 @@ def driver(monkeypatch):
     return driver
 
 
-def handle(*, shared=100, pdl=False, scratch=0, device=1, types=TYPES, ctas=1):
+def handle(*, shared=100, pdl=False, scratch=0, device=1, types=TYPES, ctas=1, **starts):
     needs = SimpleNamespace(
         name="kernel", num_warps=4, num_ctas=ctas, shared=shared, launch_pdl=pdl,
         global_scratch_size=scratch, profile_scratch_size=0,
     )  # fmt: skip
     compiled = SimpleNamespace(metadata=needs, asm={"cubin": b"code of kernel"})
-    return _launch.Handle(compiled, types, device)
+    return _launch.Handle(compiled, types, device, **starts)
 
 
 def test_arguments_are_written_as_their_types_say_at_their_alignment():
@@ -146,6 +146,17 @@ def test_dependent_launches_on_two_streams_do_not_mix(driver):
         repeat(start.stream(stream), packet.address, 0)
     assert [one.stream for one in driver.launches] == [9, 1 << 40, 9]
     assert {one.grid for one in driver.launches} == {(5, 1, 1)}
+
+
+@pytest.mark.parametrize("pdl", [False, True])
+def test_programs_may_run_in_clusters_and_have_memory_to_spare(driver, pdl):
+    handle(pdl=pdl, cluster=4, least_shared=60_000)((8, 3), 9, 1, 2, 3, 4.0)
+    (launched,) = driver.launches
+    assert (launched.cluster, launched.early) == (4, pdl)
+    assert (launched.grid, launched.shared) == ((8, 3, 1), 60_000)
+    assert driver.dynamic == {("kernel", 1): 60_000}, "more than a program gets unasked"
+    handle(shared=200, least_shared=100)((1,), 9, 1, 2, 3, 4.0)
+    assert (driver.launches[-1].shared, driver.launches[-1].cluster) == (200, 1)
 
 
 def test_a_launch_that_the_driver_refuses_says_which_and_why(driver):
