@@ -34,12 +34,12 @@ def _merged(PARTIAL, STATE, parts, ROWS: tl.constexpr, WIDTH: tl.constexpr, GROU
 
 @triton.jit
 def write(
-    acc, top, total, offs_m, head, first_token, queries, q_start, OUT, LSE, SINKS,
+    acc, top, total, offs_m, offs_v, head, first_token, queries, q_start, OUT, LSE, SINKS,
     TOKENS: tl.constexpr, G: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr,
     stride_ot: tl.constexpr, stride_oh: tl.constexpr, KV_HEADS: tl.constexpr,
     HAS_SINKS: tl.constexpr, HALVES: tl.constexpr, ALIGN_OUT: tl.constexpr,
 ):  # fmt: skip
-    """Normalise rows and write them; ``acc`` has the dims of both halves side by side."""
+    """Normalise rows and write them; ``acc`` has columns ``offs_v`` of both halves side by side."""
     LOG2_E: tl.constexpr = 1.4426950408889634
     token, query = first_token + offs_m // G, head * G + offs_m % G
     valid = (offs_m < TOKENS * G) & (token < queries)
@@ -49,7 +49,6 @@ def write(
         sink = tl.load(SINKS + query, mask=valid, other=0.0) * LOG2_E
         denominator = total + tl.exp2(tl.where(total > 0, sink - top, 0.0))
     out = acc / tl.where(total > 0, denominator, 1.0)[:, None]
-    offs_v = tl.arange(0, WIDTH)
     half = offs_v % (WIDTH // HALVES)
     dim = offs_v // (WIDTH // HALVES) * (DV // HALVES) + half
     base = tl.multiple_of(OUT + q_start.to(tl.int64) * stride_ot, ALIGN_OUT)
@@ -85,7 +84,45 @@ def finish(
         tl.store(FINISHED + counter, 0)  # ready for the next launch
         whole, its_top, its_total = _merged(PARTIAL, STATE, parts, ROWS, WIDTH, GROUP)
         write(
-            whole, its_top, its_total, tl.arange(0, ROWS), head, first_token, queries, q_start,
-            OUT, LSE, SINKS, TOKENS, G, DV, WIDTH, stride_ot, stride_oh, KV_HEADS, HAS_SINKS,
-            HALVES, ALIGN_OUT,
+            whole, its_top, its_total, tl.arange(0, ROWS), offs_v, head, first_token, queries,
+            q_start, OUT, LSE, SINKS, TOKENS, G, DV, WIDTH, stride_ot, stride_oh, KV_HEADS,
+            HAS_SINKS, HALVES, ALIGN_OUT,
         )  # fmt: skip
+
+
+@triton.jit
+def finish_together(
+    acc, top, total, part, parts, first_part, head, first_token, queries, q_start,
+    PARTIAL, STATE, OUT, LSE, SINKS,
+    BM: tl.constexpr, ROWS: tl.constexpr, CLUSTER: tl.constexpr, TOKENS: tl.constexpr,
+    G: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, stride_ot: tl.constexpr,
+    stride_oh: tl.constexpr, KV_HEADS: tl.constexpr, HAS_SINKS: tl.constexpr,
+    HALVES: tl.constexpr, ALIGN_OUT: tl.constexpr,
+):  # fmt: skip
+    """Store a part; when all of the cluster have, each merges its share of the columns."""
+    offs_m, offs_v, first = tl.arange(0, BM), tl.arange(0, WIDTH), first_part.to(tl.int64)
+    PARTIAL = tl.multiple_of(PARTIAL + first * (ROWS * WIDTH), 16)
+    STATE += first * (ROWS * 2)
+    own, real = part * ROWS + offs_m, offs_m < ROWS
+    tl.store(PARTIAL + own[:, None] * WIDTH + offs_v[None, :], acc, mask=real[:, None])
+    tl.store(STATE + own * 2, top, mask=real)
+    tl.store(STATE + own * 2 + 1, total, mask=real)
+    tl.inline_asm_elementwise(
+        "barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned; // $0",
+        "=r", [], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+    offs_r, offs_p = tl.arange(0, ROWS), tl.arange(0, CLUSTER)
+    mine = part * (WIDTH // CLUSTER) + tl.arange(0, WIDTH // CLUSTER)
+    row = offs_p[None, :] * ROWS + offs_r[:, None]
+    tops = tl.load(STATE + row * 2, cache_modifier=".cg")
+    totals = tl.load(STATE + row * 2 + 1, cache_modifier=".cg")
+    accs = tl.load(
+        PARTIAL + row[:, :, None] * WIDTH + mine[None, None, :], cache_modifier=".cg"
+    )  # fmt: skip
+    its_top = tl.max(tops, 1)
+    gain = tl.exp2(tops - its_top[:, None])
+    write(
+        tl.sum(accs * gain[:, :, None], 1), its_top, tl.sum(totals * gain, 1), offs_r, mine, head,
+        first_token, queries, q_start, OUT, LSE, SINKS, TOKENS, G, DV, WIDTH, stride_ot, stride_oh,
+        KV_HEADS, HAS_SINKS, HALVES, ALIGN_OUT,
+    )  # fmt: skip

@@ -23,7 +23,7 @@ import triton.language as tl
 from kvcached.errors import InvalidInput
 from kvcached.kernels._bound import Launch, launch_of
 from kvcached.kernels._decode import attend_kernel
-from kvcached.kernels._launch import TYPES, interpreted
+from kvcached.kernels._launch import TYPES, interpreted, starts_early
 from kvcached.kernels._workspace import workspace_of
 from kvcached.kernels.quant import INT4, require_hardware
 from kvcached.layout import cdiv
@@ -55,6 +55,12 @@ LONE_STAGES = 3
 SHORT_PART_TOKENS = 64
 """Parts of one tile have nothing to overlap; fewer warps wait less for each other."""
 SHORT_WARPS = 2
+MAX_CLUSTER = 8
+"""Programs of a cluster, on every GPU that has them."""
+CLUSTER_TILE = 128
+"""Keys of a part whose cluster merges it: its only tile."""
+LONE_TILE = 128
+"""Keys of a tile of 32 rows in programs that have an SM each."""
 MAX_MERGED = 8
 """Parts that are merged at a time."""
 MERGED_ELEMENTS = 8192
@@ -127,11 +133,31 @@ def num_warps(config: dict[str, int], itemsize: int) -> int:
     return 8 if exact or config["BM"] >= 64 else 4
 
 
-def alone(config: dict[str, int], itemsize: int, *, short: bool) -> tuple[dict[str, int], int]:
+def alone(
+    config: dict[str, int], itemsize: int, *, short: bool, early: bool = False
+) -> tuple[dict[str, int], int]:
     """(sizes, warps) of programs that have an SM each; ``short``: with one tile of keys or so."""
     config = config | {"STAGES": min(config["STAGES"], LONE_STAGES)}
-    small = config["BM"] == 16 and max(config["DP"], config["DVP"]) <= 128 and itemsize < 4
+    narrow = max(config["DP"], config["DVP"]) <= 128 and itemsize < 4
+    if early and narrow and config["BM"] == 32:
+        config["BN"] = LONE_TILE
+    small = config["BM"] == 16 and narrow
     return config, SHORT_WARPS if short and small else num_warps(config, itemsize)
+
+
+def together(
+    config: dict[str, int], itemsize: int, parts: int, longest: int
+) -> tuple[dict[str, int], int]:
+    """(sizes, parts) of short sequences, of up to ``longest`` tokens, whose clusters merge them.
+
+    The parts are one tile each and at most ``parts``; 0 where that is not enough. A barrier of the
+    cluster takes less time than the counter, and each program merges a share of the columns.
+    """
+    size = min(MAX_CLUSTER, 1 << (parts.bit_length() - 1))
+    small = config["BM"] == 16 and max(config["DP"], config["DVP"]) <= 128 and itemsize < 4
+    if size < 2 or not small or longest > size * CLUSTER_TILE:
+        return config, 0
+    return config | {"BN": CLUSTER_TILE, "STAGES": 2}, size
 
 
 def compute_type(dtype: torch.dtype, stored: torch.dtype) -> Any:
@@ -151,9 +177,10 @@ _STORED = {
 
 
 def constants_of(
-    call: AttentionCall, config: dict[str, int], *, split: bool, planned: bool
-) -> dict[str, Any]:
-    """The compile-time arguments of ``attend_kernel``."""
+    call: AttentionCall, config: dict[str, int], *, split: bool, planned: bool,
+    early: bool = False, cluster: int = 0,
+) -> dict[str, Any]:  # fmt: skip
+    """The compile-time arguments of ``attend_kernel``; parts in clusters of ``cluster`` or 0."""
     kv, q, out = call.kv, call.q, call.out
     unbounded = 1 << 30
     kind = "int4" if kv.dtype == INT4 else str(kv.dtype).removeprefix("torch.")
@@ -178,6 +205,8 @@ def constants_of(
         "ALIGN": 16 if (kv.k_ptr | kv.v_ptr) % 16 == 0 else kv.dtype.itemsize,
         "EXACT": interpreted(),
         "ALIGN_Q": _row_alignment(q), "ALIGN_OUT": _row_alignment(out),
+        "RESTS": not kv.quantized and q.element_size() == 2 and 2 * config["ROWS"] <= config["BM"],
+        "EARLY": early, "CLUSTER": cluster,
     }  # fmt: skip
 
 
@@ -233,27 +262,16 @@ def prepare(
     if plan is not None:
         config = plan.config_for(call)
     q_tiles = cdiv(call.max_q, config["TOKENS"])
-    tiles = batch * q_tiles
-    planned = plan is not None and plan.balanced
-    split = _split(call, tiles * kv.num_kv_heads, num_splits, plan)
-    width = config["DVP"] * (2 if kv.quantized else 1)
+    items = batch * q_tiles * kv.num_kv_heads
+    split = _split(call, items, num_splits, plan)
     if plan is None:
-        items = tiles * kv.num_kv_heads
-        parts = items * split.most if split.most > 1 else 0
-        rows = parts * config["ROWS"]
+        rows = items * split.most * config["ROWS"] if split.most > 1 else 0
+        width = config["DVP"] * (2 if kv.quantized else 1)
         work = memory(items, rows * width, rows, q.device)
     else:
         work = plan.workspace
-    grid = (tiles * kv.num_kv_heads, split.most)
-    if plan is not None and planned:
-        grid = (plan.slots * kv.num_kv_heads, 1)
-    warps = num_warps(config, q.element_size())
-    fixed = plan is not None and plan.fixed  # then the size of the batch must not show
-    if grid[0] * grid[1] <= multiprocessors(q.device) and not fixed:
-        longest = call.longest if plan is None else plan.shape["max_seqlen_k"]
-        short = longest * tiles * kv.num_kv_heads <= SHORT_PART_TOKENS * grid[0] * grid[1]
-        config, warps = alone(config, q.element_size(), short=short)
-    constants = constants_of(call, config, split=planned or split.most > 1, planned=planned)
+    start = _start(call, config, items, split, num_splits, plan)
+    split = start.split
     table = call.starts if call.table is None else call.table
     arguments = (
         q, kv.k_ptr, kv.v_ptr, table, call.lens, call.q_starts, call.masks, call.sinks, call.slopes,
@@ -261,8 +279,58 @@ def prepare(
         call.scale, call.softcap, min(call.left, 1 << 30), min(call.right, 1 << 30), call.max_q,
         q_tiles, split.divisor, split.least, 0 if call.table is None else call.table.stride(0),
     )  # fmt: skip
-    return [launch_of(attend_kernel, grid, arguments, constants, types_of(q.dtype), q.device,
-                      warps)]  # fmt: skip
+    return [launch_of(attend_kernel, start.grid, arguments, start.constants, types_of(q.dtype),
+                      q.device, start.warps, frozenset(), **start.options)]  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class _Start:
+    """How parts become programs."""
+
+    split: Split
+    grid: tuple[int, int]
+    constants: dict[str, Any]
+    warps: int
+    options: dict[str, int]
+
+
+def _start(
+    call: AttentionCall, config: dict[str, int], items: int, split: Split, asked: int,
+    plan: Plan | None,
+) -> _Start:  # fmt: skip
+    """Programs of ``items`` (tile, KV head), each in parts, or of the list of a plan.
+
+    Where each has an SM to itself, it gets so much shared memory that no two share one, and may
+    begin before the kernel in front has ended: its own next launch would else be placed beside it,
+    on some SMs twice and on others not at all, which costs more than an early start saves.
+    """
+    planned, size = plan is not None and plan.balanced, call.q.element_size()
+    grid = (plan.slots * call.kv.num_kv_heads, 1) if plan is not None and planned else (
+        items, split.most)  # fmt: skip
+    warps, cluster, options = num_warps(config, size), 0, {}
+    fixed = plan is not None and plan.fixed  # then the size of the batch must not show
+    early = False
+    if grid[0] * grid[1] <= multiprocessors(call.q.device) and not fixed:
+        early = starts_early(call.q.device)
+        longest = call.longest if plan is None else plan.shape["max_seqlen_k"]
+        if early and not asked and not planned:
+            config, cluster = together(config, size, split.most, longest)
+        if cluster:
+            split, grid = Split(cluster, cluster), (items * cluster, 1)
+        else:
+            short = longest * items <= SHORT_PART_TOKENS * grid[0] * grid[1]
+            config, warps = alone(config, size, short=short, early=early)
+    if early:
+        options = {"launch_pdl": True, "cluster": max(1, cluster),
+                   "least_shared": _half_of_shared(call.q.device)}  # fmt: skip
+    constants = constants_of(call, config, split=planned or split.most > 1, planned=planned,
+                             early=early, cluster=cluster)  # fmt: skip
+    return _Start(split, grid, constants, warps, options)
+
+
+def _half_of_shared(device: torch.device) -> int:
+    """Bytes of shared memory of which an SM has no two."""
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor) // 2
 
 
 def _split(call: AttentionCall, items: int, asked: int, plan: Plan | None) -> Split:

@@ -129,6 +129,49 @@ def test_block_sizes_and_splits(block_size):
         assert all(same(one.solve(num_splits=splits), first) for _ in range(RUNS - 1))
 
 
+@pytest.mark.parametrize("stored", [BF16, torch.int8])
+@pytest.mark.parametrize("lens", [(1024,), (1,), (700, 0, 129), (1000, 128, 1, 513, 64)])
+def test_clusters_merge_the_parts_of_short_sequences(lens, stored):
+    one = problem(lens, stored=stored)
+    first = one.solve()
+    close(first, one.expect())
+    assert all(same(one.solve(), first) for _ in range(RUNS - 1))
+
+
+@pytest.mark.parametrize("lens", [(1000,), (20_000,), (900,) * 30])
+def test_a_launch_that_begins_early_sees_what_those_in_front_wrote(lens):
+    one = problem(lens, softmax_scale=0.5)
+    two = replace(one, q=torch.empty_like(one.q))
+    q, k = one.q.clone(), one.k.clone()
+    block = int(one.table[0, 0])
+
+    def chain(between):
+        """Each call attends with the result of the last; keys are written between them."""
+        one.q.copy_(q)
+        one.k.copy_(k)
+        for _ in range(10):
+            between()
+            one.solve(out=two.q)
+            between()
+            two.solve(out=one.q)
+            between()
+            one.k[block] = one.q[:1, : one.k.shape[2]] * 0.5
+
+    one.solve(out=two.q)  # compiled
+    chain(torch.cuda.synchronize)
+    want = one.q.clone()
+    assert not want.isnan().any()
+    for _ in range(RUNS):
+        chain(lambda: None)
+        assert torch.equal(one.q, want)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        chain(lambda: None)
+    for _ in range(RUNS):
+        graph.replay()
+        assert torch.equal(one.q, want)
+
+
 @pytest.mark.parametrize(("q_heads", "heads", "dim", "options"), [
     (3, 3, 64, {}), (24, 3, 64, {}), (32, 1, 128, {}), (8, 4, 256, {}), (8, 2, 80, {}),
     (16, 4, 128, {"max_seqlen_q": 4}),

@@ -134,6 +134,25 @@ def test_3_deterministic_results_do_not_depend_on_the_batch(case, other):
     assert_close(beside, two, expect(beside), factor=2)
 
 
+@pytest.mark.parametrize("group", [1, 3, 8])
+def test_what_rounding_takes_off_weights_is_added_where_the_tile_has_rows_to_spare(group):
+    """Values whose weighted sum is almost 0, so that nothing else is rounded much."""
+    tokens, dim = 70, 32
+    case = Case(5, torch.float16, 16, 1, group, dim, dim, (tokens,), (1,))
+    q, (keys,), (values,) = case.rows()
+    q[:] = q[0, 0].clone()
+    weights = torch.softmax(keys[:, 0].double() @ q[0, 0].double() * dim**-0.5, 0)
+    values[-1, 0] -= (weights @ values[:, 0].double() / weights[-1]).half()
+    table = case.table()
+    with ElasticCache(owned(table), **case.sizes()) as cache:
+        append(keys, values, cache.k, cache.v, slots_of(table, case.lens, case.block_size))
+        call = check_call(q, cache.k, cache.v, page_table=table, **lengths(case))
+        out, _ = run(call, 2)
+    rounded = (weights / weights.max()).half().double() * weights.max()
+    assert ((weights - rounded) @ values[:, 0].double()).abs().max() > 1e-5, "a test of rounding"
+    assert (out[0].double() - weights @ values[:, 0].double()).abs().max() < 1e-6
+
+
 @few(10)
 @given(case=cases(decode=True))
 def test_a_plan_without_a_list_cuts_into_equal_parts(case):

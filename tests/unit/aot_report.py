@@ -42,15 +42,17 @@ def shaped(dtype, dim, *, stored=None, block_size=16, paged=True, max_q=1, heads
     )  # fmt: skip
 
 
-def attend(call, *, split=True, planned=False, alone=False):
+def attend(call, *, split=True, planned=False, alone=False, early=False, parts=0):
     """(kernel, types, constants, warps, bytes of tiles that are to be in flight)."""
     kv = call.kv
     config = decode.tile_config(call.q.shape[1] // kv.num_kv_heads, kv.head_dim, kv.head_dim_v,
                                 call.max_q, call.q.dtype, kv.dtype)  # fmt: skip
     warps = decode.num_warps(config, call.q.element_size())
     if alone:
-        config, warps = decode.alone(config, call.q.element_size(), short=True)
-    constants = decode.constants_of(call, config, split=split, planned=planned)
+        config, warps = decode.alone(config, call.q.element_size(), short=not early, early=early)
+    config, cluster = decode.together(config, call.q.element_size(), max(1, parts), 64 * parts)
+    constants = decode.constants_of(call, config, split=split, planned=planned, early=early,
+                                    cluster=cluster)  # fmt: skip
     pair = config["BN"] * decode.row_bytes(config["DP"], config["DVP"], kv.dtype)
     ahead = (config["STAGES"] - 1) * pair
     return attend_kernel, decode.types_of(call.q.dtype), constants, warps, ahead
@@ -89,6 +91,17 @@ def configurations():
     rows["attend int8 128 alone"] = attend(
         shaped(torch.bfloat16, 128, stored=torch.int8), alone=True
     )
+    rows["attend bf16 128 early"] = attend(plain, alone=True, early=True)
+    rows["attend bf16 128 MQA early"] = attend(
+        shaped(torch.bfloat16, 128, heads=1, group=32), alone=True, early=True
+    )
+    for dim in (64, 128):
+        rows[f"attend bf16 {dim} cluster"] = attend(
+            shaped(torch.bfloat16, dim), early=True, parts=16
+        )
+    rows["attend int8 128 cluster"] = attend(
+        shaped(torch.bfloat16, 128, stored=torch.int8), early=True, parts=16
+    )
     rows["attend bf16 128 planned"] = attend(plain, planned=True)
     for name, stored in QUANTIZED.items():
         for by_row in (True,) if stored == INT4 else (True, False):
@@ -101,9 +114,13 @@ def configurations():
 
 def report(kernel, types, constants, warps, ahead, *, arch=90):
     """What the code needs: registers, stack and shared bytes, copies ahead of use."""
+    if arch < 90 and "EARLY" in constants:
+        constants = constants | {"EARLY": False, "CLUSTER": 0}
     signature = signature_of(kernel, types, constants)
     ptx, needs = compile_for(arch, kernel, signature, constants, {}, warps)
+    early = ptx.count("griddepcontrol.wait"), ptx.count("griddepcontrol.launch_dependents")
     return needs | {
+        "early": early == (1, 1), "cluster": ptx.count("barrier.cluster") == 2,
         # 16-byte copies of K and V; narrower ones fetch scales, and V of one byte an element
         "wide_copies": wide_copies(ptx),
         "tiles_ahead": ahead,

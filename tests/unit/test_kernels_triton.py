@@ -35,7 +35,7 @@ def compiled():
 
 @pytest.mark.timeout(300)
 def test_every_kernel_compiles_for_sm_90_without_spills(compiled):
-    assert len(compiled) == 45
+    assert len(compiled) == 50
     for name, needs in compiled.items():
         assert needs["stack"] == 0, (name, needs)
         assert needs["shared"] <= SHARED_LIMIT, (name, needs)
@@ -47,3 +47,14 @@ def test_keys_and_values_are_copied_ahead_in_16_byte_pieces(compiled):
         if name.startswith("attend"):
             assert needs["wide_copies"] > 0, (name, needs)
             assert needs["shared"] >= needs["tiles_ahead"], (name, needs)
+
+
+@pytest.mark.timeout(300)
+def test_early_kernels_wait_and_those_of_clusters_meet(compiled):
+    words = {name: set(name.split()) for name in compiled}
+    early = {name for name, needs in compiled.items() if needs["early"]}
+    assert early == {name for name, said in words.items() if said & {"early", "cluster"}}
+    together = {name for name, needs in compiled.items() if needs["cluster"]}
+    assert together == {name for name, said in words.items() if "cluster" in said}
+    assert early > together
+    assert together

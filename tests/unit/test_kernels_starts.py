@@ -1,0 +1,88 @@
+"""How parts become programs: alone on an SM, in clusters, begun early. Nothing is launched."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("triton")
+pytest.importorskip("torch")
+import torch
+
+from kvcached.kernels import decode
+from kvcached.kernels.checks import check_call
+
+SMS, SHARED = 132, 233_472
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    monkeypatch.setattr(decode, "multiprocessors", lambda _: SMS)
+    monkeypatch.setattr(decode, "starts_early", lambda _: True)
+    monkeypatch.setattr(decode, "_half_of_shared", lambda _: SHARED // 2)
+
+
+def started(batch, length, *, heads=8, group=4, asked=0, plan=None):
+    """(start, sizes before) of a batch of one length; so cut as on a GPU of 132 SMs."""
+    q = torch.empty(batch, heads * group, 128, dtype=torch.bfloat16)
+    k = torch.empty(2, 16, heads, 128, dtype=torch.bfloat16)
+    call = check_call(
+        q, k, k, cache_seqlens=torch.empty(batch, dtype=torch.int32),
+        page_table=torch.empty(batch, length // 16, dtype=torch.int32),
+    )  # fmt: skip
+    config = decode.tile_config(group, 128, 128, 1, q.dtype, k.dtype)
+    parts = asked or max(1, min(SMS // (batch * heads), length // 64))
+    split = decode.Split(parts, parts)
+    return decode._start(call, config, batch * heads, split, asked, plan), config
+
+
+def test_short_sequences_are_cut_into_a_tile_each_and_merged_by_clusters(hopper):
+    start, _ = started(1, 1024)
+    assert (start.split.most, start.split.divisor) == (8, 8)
+    assert (start.grid, start.warps) == ((64, 1), 4)
+    assert start.options == {"launch_pdl": True, "cluster": 8, "least_shared": SHARED // 2}
+    assert (start.constants["CLUSTER"], start.constants["BN"], start.constants["EARLY"]) == (
+        8, 128, True
+    )  # fmt: skip
+    start, _ = started(4, 512)
+    assert (start.grid, start.constants["CLUSTER"]) == ((128, 1), 4)
+
+
+@pytest.mark.parametrize(("batch", "length", "options"), [
+    (1, 1040, {}),  # more than a tile each
+    (1, 1024, {"group": 32}),  # tiles of more than 16 rows
+    (1, 1024, {"asked": 8}), (16, 4096, {}), (17, 64, {}),
+])  # fmt: skip
+def test_others_are_merged_by_the_last_part(hopper, batch, length, options):
+    start, _ = started(batch, length, **options)
+    assert start.constants["CLUSTER"] == 0
+    assert start.options.get("cluster", 1) == 1
+    assert start.grid[1] == start.split.most
+
+
+def test_programs_that_have_an_sm_each_begin_early_and_share_it_with_none(hopper):
+    for start in (started(1, 32768)[0], started(16, 4096)[0]):
+        assert start.options == {"launch_pdl": True, "cluster": 1, "least_shared": SHARED // 2}
+        assert start.constants["EARLY"]
+    start, config = started(32, 8192, heads=1, group=32)
+    assert (start.grid, config["BN"], start.constants["BN"]) == ((32, 4), 64, 128)
+
+
+def test_more_programs_do_not_and_neither_do_fixed_parts(hopper):
+    start, config = started(17, 4096)
+    assert not start.options
+    assert not start.constants["EARLY"]
+    assert start.constants["STAGES"] == config["STAGES"]
+    plan = SimpleNamespace(balanced=False, fixed=2048, shape={"max_seqlen_k": 1024}, slots=1)
+    start, config = started(1, 1024, plan=plan)
+    assert not start.options
+    assert start.constants["STAGES"] == config["STAGES"]
+
+
+def test_gpus_before_hopper_know_neither(hopper, monkeypatch):
+    monkeypatch.setattr(decode, "starts_early", lambda _: False)
+    start, _ = started(1, 1024)
+    assert (start.grid, start.warps, start.options) == ((8, 16), 2, {})
+    assert not start.constants["EARLY"]
+    assert not start.constants["CLUSTER"]
