@@ -191,6 +191,43 @@ def _joined(acc, acc_high, HALVES: tl.constexpr):
 
 
 @triton.jit
+def _masks_and_slopes(
+    MASKS, SLOPES, token, row, query, valid, BM: tl.constexpr, TREE: tl.constexpr,
+    HAS_SLOPES: tl.constexpr,
+):  # fmt: skip
+    """Of a tile's rows, slopes in base 2; anything where there are none."""
+    LOG2_E: tl.constexpr = 1.4426950408889634
+    masks, slope = token, tl.zeros([BM], tl.float32)
+    if TREE:
+        masks = tl.load(MASKS + row, mask=valid, other=0)
+    if HAS_SLOPES:
+        slope = tl.load(SLOPES + query, mask=valid, other=0.0) * LOG2_E
+    return masks, slope
+
+
+# Tensor cores take 16 rows at least. Of those that pad a tile, the first ROWS are the same queries
+# again: their weights are what rounding took off, so that sums are as of exact weights.
+@triton.jit
+def _or_rests(weights, offs_m, ROWS: tl.constexpr, COMPUTE: tl.constexpr):
+    """Weights in the first ROWS rows, in others what rounding takes off them."""
+    rest = weights - weights.to(COMPUTE).to(tl.float32)
+    return tl.where((offs_m < ROWS)[:, None], weights, rest)
+
+
+@triton.jit
+def _with_rests(
+    acc, top, total, offs_m, BM: tl.constexpr, ROWS: tl.constexpr, VP: tl.constexpr
+):  # fmt: skip
+    """ROWS rows of BM: the sums of weights and of rests, one of the equal tops and totals."""
+    times: tl.constexpr = BM // ROWS
+    acc = tl.where((offs_m < 2 * ROWS)[:, None], acc, 0.0)
+    acc = tl.sum(tl.reshape(acc, [times, ROWS, VP]), 0)
+    top = tl.max(tl.reshape(top, [times, ROWS]), 0)
+    total = tl.max(tl.reshape(total, [times, ROWS]), 0)
+    return acc, top, total
+
+
+@triton.jit
 def _attend_part(
     Q, K, V, TABLE, MASKS, SLOPES, K_SCALE, V_SCALE, scale, softcap, left, right,
     seq, head, first_token, q_start, queries, length, floor, lo, hi, stride_table,
@@ -198,21 +235,18 @@ def _attend_part(
     stride_ks: tl.constexpr, stride_kh: tl.constexpr, stride_vb: tl.constexpr,
     stride_vs: tl.constexpr, stride_vh: tl.constexpr, stride_kcb: tl.constexpr,
     stride_kcs: tl.constexpr, stride_kch: tl.constexpr, stride_vcb: tl.constexpr,
-    stride_vcs: tl.constexpr, stride_vch: tl.constexpr,
-    G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
-    STAGES: tl.constexpr, BLOCK_SIZE: tl.constexpr, PAGED: tl.constexpr,
-    LEFT: tl.constexpr, RIGHT: tl.constexpr, TREE: tl.constexpr, HAS_SLOPES: tl.constexpr,
-    HAS_CAP: tl.constexpr, KIND: tl.constexpr, STORED: tl.constexpr, COMPUTE: tl.constexpr,
-    K_SCALES: tl.constexpr, V_SCALES: tl.constexpr, ALIGN: tl.constexpr, ALIGN_Q: tl.constexpr,
-    INT4: tl.constexpr, EXACT: tl.constexpr, RESTS: tl.constexpr,
+    stride_vcs: tl.constexpr, stride_vch: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
+    DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    ROWS: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    PAGED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, TREE: tl.constexpr,
+    HAS_SLOPES: tl.constexpr, HAS_CAP: tl.constexpr, KIND: tl.constexpr, STORED: tl.constexpr,
+    COMPUTE: tl.constexpr, K_SCALES: tl.constexpr, V_SCALES: tl.constexpr, ALIGN: tl.constexpr,
+    ALIGN_Q: tl.constexpr, INT4: tl.constexpr, EXACT: tl.constexpr, RESTS: tl.constexpr,
 ):  # fmt: skip
     """(acc, top, total) of the tile over keys [lo, hi): FlashAttention's online softmax, base 2.
 
-    They have BM rows, with RESTS only ROWS.
-    K_SCALES, V_SCALES: 0 none, 1 one for the head, 2 one for each row.
+    They have BM rows, ROWS with RESTS. K_SCALES, V_SCALES: 0 none, 1 the head's, 2 each row's.
     """
-    LOG2_E: tl.constexpr = 1.4426950408889634
     # The interpreter has no assembler, and computes in float32.
     ASM: tl.constexpr = tl.float16 == COMPUTE and not EXACT
     DS: tl.constexpr = D // 2 if INT4 else D  # stored elements of a row
@@ -225,8 +259,6 @@ def _attend_part(
     VP: tl.constexpr = DVP // 2 if INT4 else DVP
     offs_m, offs_n = tl.arange(0, BM), tl.arange(0, BN)
     offs_d, offs_v = tl.arange(0, DP), tl.arange(0, VP)
-    # Tensor cores take 16 rows at least. Of those that pad the tile, the first ROWS are the same
-    # queries again: their weights are what rounding took off, so sums are as of exact weights.
     same = offs_m % ROWS if RESTS else offs_m
     token, query = first_token + same // G, head * G + same % G
     valid_m = (same < TOKENS * G) & (token < queries)
@@ -241,12 +273,9 @@ def _attend_part(
     factor = scale
     if K_SCALES == 1:
         factor *= tl.load(K_SCALE + head * stride_kch)
-    masks, slope = token, tl.zeros([BM], tl.float32)
-    if TREE:
-        masks = tl.load(MASKS + row, mask=valid_m, other=0)
-    if HAS_SLOPES:
-        slope = tl.load(SLOPES + query, mask=valid_m, other=0.0) * LOG2_E
-
+    masks, slope = _masks_and_slopes(
+        MASKS, SLOPES, token, row, query, valid_m, BM, TREE, HAS_SLOPES
+    )
     base = 0
     if PAGED:
         TABLE += seq.to(tl.int64) * stride_table
@@ -308,8 +337,7 @@ def _attend_part(
             if tl.float32 == COMPUTE:
                 v = v.to(tl.float32)
             if RESTS:
-                rest = weights - weights.to(COMPUTE).to(tl.float32)
-                weights = tl.where((offs_m < ROWS)[:, None], weights, rest)
+                weights = _or_rests(weights, offs_m, ROWS, COMPUTE)
             acc = tl.dot(weights.to(COMPUTE), v, acc, input_precision="ieee")
     if V_SCALES == 1:
         unit = tl.load(V_SCALE + head * stride_vch)
@@ -318,9 +346,5 @@ def _attend_part(
     if INT4:
         acc = _joined(acc, _joined(acc_high * unit, acc_high_odd * unit, False), True)
     if RESTS:
-        times: tl.constexpr = BM // ROWS
-        acc = tl.where((offs_m < 2 * ROWS)[:, None], acc, 0.0)
-        acc = tl.sum(tl.reshape(acc, [times, ROWS, VP]), 0)
-        top = tl.max(tl.reshape(top, [times, ROWS]), 0)  # all are equal
-        total = tl.max(tl.reshape(total, [times, ROWS]), 0)
+        acc, top, total = _with_rests(acc, top, total, offs_m, BM, ROWS, VP)
     return acc, top, total

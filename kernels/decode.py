@@ -6,6 +6,8 @@ read of K and V serves them all. Parts store their partial results; the last one
 by a counter that it also resets, merges them in a fixed order (FlashDecoding, Dao et al. 2023, in
 one launch). So the result does not depend on timing, and a captured CUDA graph can be replayed.
 The parts are equal shares of each sequence, or come from a list that a ``Plan`` made on the device.
+On GPUs that have clusters (sm_90 on), those of short sequences are one, and merge together after a
+barrier; and where each program has an SM to itself, a launch begins while the one in front ends.
 
 K and V come as integer addresses: Triton asks the driver about pointer objects and refuses an
 address that is not mapped, and the base of an elastic cache may be just that. Rows are masked by
@@ -301,8 +303,9 @@ def _start(
     """Programs of ``items`` (tile, KV head), each in parts, or of the list of a plan.
 
     Where each has an SM to itself, it gets so much shared memory that no two share one, and may
-    begin before the kernel in front has ended: its own next launch would else be placed beside it,
-    on some SMs twice and on others not at all, which costs more than an early start saves.
+    begin before the kernel in front has ended (programmatic dependent launch of CUDA). Else the
+    next launch would be placed beside it, on some SMs twice and on others not at all, which costs
+    more than an early start saves.
     """
     planned, size = plan is not None and plan.balanced, call.q.element_size()
     grid = (plan.slots * call.kv.num_kv_heads, 1) if plan is not None and planned else (
