@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -80,7 +81,8 @@ def test_kernels_compile_and_run_where_no_c_compiler_is(tmp_path):
         trap = tmp_path / name
         trap.write_text(f'#!/bin/sh\necho {name} >> "{note}"\nexit 1\n')
         trap.chmod(0o755)
-    said = run_python("-c", PROGRAM, timeout=240, PATH=str(tmp_path), CC="",
+    program = f"import sys\nsys.path.append({str(Path(__file__).parent)!r})\n{PROGRAM}"
+    said = run_python("-c", program, timeout=240, PATH=str(tmp_path), CC="",
                       TRITON_CACHE_DIR=str(tmp_path / "cache"))  # fmt: skip
     assert said == "done\n"
     assert not note.exists(), note.read_text()

@@ -33,6 +33,7 @@ def taken(monkeypatch):
 
     monkeypatch.setattr(prefill, "prepare_tma", noted)
     monkeypatch.setattr(_prefill_tma, "SHORT", 0)
+    monkeypatch.setattr(_prefill_tma, "FULL_TILES", 0)
     monkeypatch.setattr(_prefill_tma, "FASTER", set(_prefill_tma.KEYS))
     return calls
 
