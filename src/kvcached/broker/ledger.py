@@ -222,14 +222,14 @@ class Ledger:
         shares = self.shares(now) if self.queue else {}
         # Those that leave their tenant within its share come first, then all as they came.
         for claim in sorted(self.queue, key=lambda c: self._is_over(c.tenant, c.need, shares)):
-            done = self._try(claim, now, first=not waiting)
+            done = self._try(claim, shares, now, first=not waiting)
             if done is not None:
                 effects.append(done)
                 continue
             if waiting:
                 hopeless = due and self._is_over(claim.tenant, claim.need, shares)
             elif not self.in_grace(now):
-                asks = self._ask_for(claim, now)
+                asks = self._ask_for(claim, shares, now)
                 effects.extend(asks)
                 under_way = bool(asks) or self._something_under_way()
                 due = not under_way and self._is_due(claim, shares)
@@ -288,14 +288,16 @@ class Ledger:
         over = any(t.lease > shares[t.ident] for t in self.live() if t.ident != claim.tenant)
         return claim.stays and over and not self._is_over(claim.tenant, claim.need, shares)
 
-    def _try(self, claim: Claim, now: float, *, first: bool) -> Grant | None:
+    def _try(
+        self, claim: Claim, shares: dict[int, int], now: float, *, first: bool
+    ) -> Grant | None:
         """Answer a claim if that is possible now. Those behind the first wait, to be fair."""
         tenant = self.tenants[claim.tenant]
         if claim.transient:
-            nbytes = self._at_once(claim, tenant, now)
+            nbytes = self._at_once(claim, tenant, shares, now)
             tenant.lease += nbytes
             return Grant(claim.tenant, claim.request, nbytes, 0 if nbytes else REFUSED)
-        over = self._is_over(claim.tenant, claim.need, self.shares(now))
+        over = self._is_over(claim.tenant, claim.need, shares)
         reserve = self._reserve_beside(tenant)
         kept = reserve if over else 0
         if tenant.lease + claim.need > min(tenant.limit, self._most(tenant, now) - kept):
@@ -315,12 +317,12 @@ class Ledger:
             return Grant(claim.tenant, claim.request, 0, REFUSED)
         return None
 
-    def _at_once(self, claim: Claim, tenant: Tenant, now: float) -> int:
+    def _at_once(self, claim: Claim, tenant: Tenant, shares: dict[int, int], now: float) -> int:
         """What a transient claim gets of what is free: more than it needs only if nobody waits."""
         free = 0 if self.in_grace(now) else self.available(tenant, now)
         if free < claim.need:
             return 0
-        if len(self.queue) > 1 or self._is_over(claim.tenant, claim.want, self.shares(now)):
+        if len(self.queue) > 1 or self._is_over(claim.tenant, claim.want, shares):
             return claim.need
         return max(claim.need, min(claim.want, free - self._reserve_beside(tenant)))
 
@@ -340,14 +342,14 @@ class Ledger:
     def _something_under_way(self) -> bool:
         return bool(self.asks) or any(t.state != LIVE and t.lease for t in self.tenants.values())
 
-    def _ask_for(self, claim: Claim, now: float) -> list[Reclaim]:
+    def _ask_for(self, claim: Claim, shares: dict[int, int], now: float) -> list[Reclaim]:
         """Ask by the reports first; then once for all that may be asked, as reports are old.
 
         Whoever is, or would be, above its fair share takes what others do not need, but makes no
         engine at work move its blocks: two that want more than there is would only take turns.
         """
-        tenant, shares = self.tenants[claim.tenant], self.shares(now)
-        over = tenant.lease + claim.need > shares[claim.tenant]
+        tenant = self.tenants[claim.tenant]
+        over = self._is_over(claim.tenant, claim.need, shares)
         missing = claim.need - self.available(tenant, now) - self._coming()
         missing += self._reserve_beside(tenant) if over else 0
         if missing <= 0:
