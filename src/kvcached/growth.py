@@ -211,11 +211,7 @@ class Grower:
         if epoch != pages.epoch:
             pages.refund(nbytes)
             return []
-        try:
-            return pages.grow(runs)
-        except BaseException:  # the claim goes back, whatever it was
-            pages.refund(nbytes)
-            raise
+        return self._grow_claimed(runs, nbytes)
 
     def _note_demand(self, wanted: int) -> None:
         pool = self._blocks
