@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -127,13 +128,10 @@ class EngineBlocks(ElasticBlocks):
         The engine goes on if the memory cannot be given back.
         """
         may_evict = not self._matching  # a request may end while the scheduler looks
-
-        def some(nbytes: int) -> int:
-            return self._blocks.reclaim(nbytes, may_evict=may_evict)
-
         try:
             self._blocks.poll_fences()
             if self._owed and not self._closed:
+                some = partial(self._blocks.reclaim, may_evict=may_evict)
                 given = self.turns.part(min(self._owed, self.turns.part_bytes), some)
                 self._owed = max(0, self._owed - given)
         except KvcachedError:  # nobody here has asked for it; the next growth meets it again
@@ -154,12 +152,8 @@ class EngineBlocks(ElasticBlocks):
         could not be given is owed: it goes back as requests end, and none is let in meanwhile.
         Between two parts a step that waits for the lock may have it.
         """
-
-        def some(most: int) -> int:
-            return ElasticBlocks.reclaim(self, most, patient=False)
-
         with self._lock:
-            freed = self.turns.give(nbytes, some)
+            freed = self.turns.give(nbytes, super().reclaim)
             if patient:
                 self._owed = max(0, nbytes - freed)
                 self._owed_until = self._blocks.clock() + _DEBT_SECONDS
