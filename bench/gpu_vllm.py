@@ -31,6 +31,7 @@ from vllm_run import (
     SMALL,
     Recorded,
     add,
+    compared,
     engine,
     read_recorded,
     same,
@@ -55,15 +56,14 @@ def tokens() -> None:
     Where they differ, stock runs once more: how far it agrees with itself says what that means.
     """
     shown: dict[str, str] = {}
-    again: dict[str, str] = {}
+    again: dict[str, str | None] = {}
     for backend, runner in RUNNERS:
         env = {"VLLM_BATCH_INVARIANT": "1", "VLLM_USE_V2_MODEL_RUNNER": runner}
-        name, label = f"tokens_{backend}_{runner}", f"{backend} V{1 + int(runner)}"
-        options = {"env": env, "engine": SMALL | {"attention_backend": backend}} | TOKENS
-        stock = engine(f"{name}_False", elastic=False, **options)
-        shown[label] = same(stock, engine(f"{name}_True", elastic=True, **options))
-        if share(shown[label]) < 1:
-            again[label] = same(stock, engine(f"{name}_again", elastic=False, **options))
+        label = f"{backend} V{1 + int(runner)}"
+        shown[label], again[label] = compared(
+            f"tokens_{backend}_{runner}", env=env,
+            engine=SMALL | {"attention_backend": backend}, **TOKENS,
+        )  # fmt: skip
     add("tokens_identical", min(map(share, shown.values())), "share", 1.0, repeats=200,
         requests=shown, stock_again=again)  # fmt: skip
 
@@ -183,33 +183,29 @@ def layouts() -> None:
     import torch
 
     shown: dict[str, str] = {}
+    again: dict[str, str | None] = {}
+    failed: dict[str, str] = {}
     for label, changes in LAYOUTS.items():
         chosen = os.environ.get("LAYOUTS")
         if chosen and not any(word in label for word in chosen.split(",")):
             continue
-        if (
-            not Recorded.folder
-            and changes.get("tensor_parallel_size", 1) > torch.cuda.device_count()
-        ):
+        ranks = changes.get("tensor_parallel_size", 1)
+        if not Recorded.folder and ranks > torch.cuda.device_count():
             continue
-        engine_options = SMALL | {k: v for k, v in changes.items() if k != "shape"}
-        options = {"shape": changes["shape"], "phases": "4,24,8", "prompt": 500, "output": 96,
-                   "settle": 0, "seconds": 120, "engine": engine_options | {
-                       "max_model_len": 1024, "kv_cache_memory_bytes": GIB,
-                       "compilation_config": {"cudagraph_capture_sizes": [1, 4, 8, 16, 24, 32]},
-                   }}  # fmt: skip
+        arguments = SMALL | {k: v for k, v in changes.items() if k != "shape"} | {
+            "max_model_len": 1024, "kv_cache_memory_bytes": GIB,
+            "compilation_config": {"cudagraph_capture_sizes": [1, 4, 8, 16, 24, 32]},
+        }  # fmt: skip
         name = "layout_" + "".join(c if c.isalnum() else "_" for c in label)
         try:
-            runs = [engine(f"{name}_{elastic}", elastic=elastic, **options)
-                    for elastic in (False, True)]  # fmt: skip
-            shown[label] = same(*runs)
-            if share(shown[label]) < 1:
-                again = same(runs[0], engine(f"{name}_again", elastic=False, **options))
-                shown[label] += f" (stock again {again})"
+            shown[label], again[label] = compared(
+                name, shape=changes["shape"], phases="4,24,8", prompt=500, output=96, settle=0,
+                seconds=120, engine=arguments,
+            )  # fmt: skip
         except RuntimeError as error:
-            shown[label] = f"failed: {str(error)[-600:]}"
-    equal = [share(" ".join(text.split()[:3])) for text in shown.values() if text[0].isdigit()]
-    add("layouts_identical", min(equal, default=0.0), "share", 1.0, repeats=36, requests=shown)
+            failed[label] = str(error)[-600:]
+    add("layouts_identical", min(map(share, shown.values()), default=0.0), "share", 1.0,
+        repeats=36, requests=shown, stock_again=again, failed=failed)  # fmt: skip
 
 
 def ttft(burst: Any) -> list[float]:

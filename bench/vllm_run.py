@@ -87,3 +87,15 @@ def share(text: str) -> float:
     """Of ``same``."""
     equal, _, total = text.split()
     return int(equal) / int(total)
+
+
+def compared(name: str, **options: Any) -> tuple[str, str | None]:
+    """How many requests get the same tokens from stock and elastic, and from stock run twice.
+
+    The latter only if the former are not all, for what that means.
+    """
+    stock = engine(f"{name}_False", elastic=False, **options)
+    shown = same(stock, engine(f"{name}_True", elastic=True, **options))
+    if share(shown) == 1:
+        return shown, None
+    return shown, same(stock, engine(f"{name}_again", elastic=False, **options))
