@@ -61,6 +61,23 @@ def write(
 
 
 @triton.jit
+def _store(
+    acc, top, total, part, first_part, PARTIAL, STATE,
+    BM: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Store a part; where the parts of its tile lie."""
+    offs_m, offs_v, first = tl.arange(0, BM), tl.arange(0, WIDTH), first_part.to(tl.int64)
+    # Said of an argument, it would be forgotten, and each thread would store 4 bytes at a time.
+    PARTIAL = tl.multiple_of(PARTIAL + first * (ROWS * WIDTH), 16)
+    STATE += first * (ROWS * 2)
+    own, real = part * ROWS + offs_m, offs_m < ROWS
+    tl.store(PARTIAL + own[:, None] * WIDTH + offs_v[None, :], acc, mask=real[:, None])
+    tl.store(STATE + own * 2, top, mask=real)
+    tl.store(STATE + own * 2 + 1, total, mask=real)
+    return PARTIAL, STATE
+
+
+@triton.jit
 def finish(
     acc, top, total, part, parts, first_part, counter, head, first_token, queries, q_start,
     PARTIAL, STATE, FINISHED, OUT, LSE, SINKS,
@@ -70,22 +87,15 @@ def finish(
     HALVES: tl.constexpr, ALIGN_OUT: tl.constexpr,
 ):  # fmt: skip
     """Store a part; the last one of its tile to get here merges them all."""
-    offs_m, offs_v, first = tl.arange(0, BM), tl.arange(0, WIDTH), first_part.to(tl.int64)
-    # Said of an argument, it would be forgotten, and each thread would store 4 bytes at a time.
-    PARTIAL = tl.multiple_of(PARTIAL + first * (ROWS * WIDTH), 16)
-    STATE += first * (ROWS * 2)
-    own, real = part * ROWS + offs_m, offs_m < ROWS
-    tl.store(PARTIAL + own[:, None] * WIDTH + offs_v[None, :], acc, mask=real[:, None])
-    tl.store(STATE + own * 2, top, mask=real)
-    tl.store(STATE + own * 2 + 1, total, mask=real)
+    PARTIAL, STATE = _store(acc, top, total, part, first_part, PARTIAL, STATE, BM, ROWS, WIDTH)
     tl.debug_barrier()  # all of this program's stores come before its count
     finished = tl.atomic_add(FINISHED + counter, 1, sem="acq_rel", scope="gpu")
     if finished == parts - 1:
         tl.store(FINISHED + counter, 0)  # ready for the next launch
         whole, its_top, its_total = _merged(PARTIAL, STATE, parts, ROWS, WIDTH, GROUP)
         write(
-            whole, its_top, its_total, tl.arange(0, ROWS), offs_v, head, first_token, queries,
-            q_start, OUT, LSE, SINKS, TOKENS, G, DV, WIDTH, stride_ot, stride_oh, KV_HEADS,
+            whole, its_top, its_total, tl.arange(0, ROWS), tl.arange(0, WIDTH), head, first_token,
+            queries, q_start, OUT, LSE, SINKS, TOKENS, G, DV, WIDTH, stride_ot, stride_oh, KV_HEADS,
             HAS_SINKS, HALVES, ALIGN_OUT,
         )  # fmt: skip
 
@@ -100,13 +110,7 @@ def finish_together(
     HALVES: tl.constexpr, ALIGN_OUT: tl.constexpr,
 ):  # fmt: skip
     """Store a part; when all of the cluster have, each merges its share of the columns."""
-    offs_m, offs_v, first = tl.arange(0, BM), tl.arange(0, WIDTH), first_part.to(tl.int64)
-    PARTIAL = tl.multiple_of(PARTIAL + first * (ROWS * WIDTH), 16)
-    STATE += first * (ROWS * 2)
-    own, real = part * ROWS + offs_m, offs_m < ROWS
-    tl.store(PARTIAL + own[:, None] * WIDTH + offs_v[None, :], acc, mask=real[:, None])
-    tl.store(STATE + own * 2, top, mask=real)
-    tl.store(STATE + own * 2 + 1, total, mask=real)
+    PARTIAL, STATE = _store(acc, top, total, part, first_part, PARTIAL, STATE, BM, ROWS, WIDTH)
     tl.inline_asm_elementwise(
         "barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned; // $0",
         "=r", [], dtype=tl.int32, is_pure=False, pack=1,
