@@ -39,6 +39,8 @@ TYPES = {
     torch.int64: "i64",
 }
 """Triton's names of element types."""
+GLUON = (3, 6)
+"""The version of Triton whose Gluon our kernels are written in."""
 _DEFAULT_SHARED = 48 << 10
 """Bytes of shared memory of a program that need not be asked for."""
 
@@ -55,6 +57,17 @@ def starts_early(device: torch.device) -> bool:
     for the end of the one in front before they touch memory.
     """
     return device.type == "cuda" and bool(torch.cuda.get_device_capability(device)[0] >= 9)
+
+
+@functools.cache
+def runs_gluon(device: torch.device) -> bool:
+    """Whether kernels in Gluon run here: they are for Hopper's instructions and one Triton."""
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    return (
+        version == GLUON
+        and device.type == "cuda"
+        and bool(torch.cuda.get_device_capability(device) == (9, 0))
+    )
 
 
 def signature_of(kernel: Any, types: Mapping[str, str], constants: Mapping[str, Any]) -> Any:

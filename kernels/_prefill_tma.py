@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import TYPE_CHECKING, Any
 
 import torch
-import triton
 
 from kvcached.kernels._bound import launch_of
-from kvcached.kernels._launch import TYPES
+from kvcached.kernels._launch import TYPES, runs_gluon
 from kvcached.kernels._prefill_parts import ALIGNED, chunks, splits_of, with_positive_scale
 from kvcached.kernels._tensor_maps import can_map, tensor_map
 from kvcached.kernels.checks import UNBOUNDED
@@ -21,8 +19,6 @@ if TYPE_CHECKING:
     from kvcached.kernels._bound import Launch
     from kvcached.kernels.checks import AttentionCall
 
-TRITON = (3, 6)
-"""The version whose Gluon the kernel is written in."""
 ROWS = 128
 """Query tokens x heads of a KV head in a tile: 64 for each of two warpgroups."""
 GROUP_WARPS = 4
@@ -40,13 +36,6 @@ FULL_TILES = 4
 """On average of a sequence; most of a mixed batch would fill none."""
 REGISTERS = 168
 """A thread at the start, so that the 384 threads of a program fit an SM."""
-
-
-@functools.cache
-def runs_on(device: int) -> bool:
-    """Whether this GPU and this Triton have what the kernel needs."""
-    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    return version == TRITON and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def suits_tma(call: AttentionCall, num_splits: int = 0) -> bool:
@@ -69,7 +58,7 @@ def suits_tma(call: AttentionCall, num_splits: int = 0) -> bool:
         return False
     if call.longest <= SHORT or call.q.shape[0] * group < FULL_TILES * ROWS * len(call.lens):
         return False
-    if not (can_copy(call) and runs_on(call.q.device.index)):
+    if not (can_copy(call) and runs_gluon(call.q.device)):
         return False
     items = tiles_of(call) * kv.num_kv_heads
     return num_splits == 1 or splits_of(call, items, programs_per_sm=1, most=2, least=1) == 1

@@ -8,7 +8,6 @@ KV head whose value is the front of its key. Prefill expands the latents to keys
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -271,22 +270,16 @@ def merge_wide(call: AttentionCall, partial: Any, state: Any, splits: int, _widt
 
 def is_wide(call: AttentionCall) -> bool:
     """Whether ``mla_wide_kernel`` can run it: DeepSeek's sizes in 16 bits, on Hopper."""
-    from kvcached.kernels._launch import interpreted
+    from kvcached.kernels._launch import interpreted, runs_gluon
 
     kv, q = call.kv, call.q
     strides = kv.block_stride | kv.slot_stride | q.stride(0) | q.stride(1)
     return (
         (kv.head_dim, kv.head_dim_v, q.element_size()) == (576, 512, 2)
         and not (strides % 16 or (kv.k_ptr | q.data_ptr()) % 16)
-        and is_hopper(q.device)
+        and runs_gluon(q.device)
         and not interpreted()
     )
-
-
-@functools.cache
-def is_hopper(device: torch.device) -> bool:
-    """Whether a device has the matrix instructions of warpgroups."""
-    return device.type == "cuda" and bool(torch.cuda.get_device_capability(device) == (9, 0))
 
 
 def is_fused(sizes: Mapping[str, int], splits: int) -> bool:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from kvcached.kernels import _prefill_tma, attn_with_kvcache, prefill, reference
+from kvcached.kernels._launch import runs_gluon
 from kvcached.layout import cdiv
 
 pytestmark = pytest.mark.gpu
@@ -22,7 +23,7 @@ def taken(monkeypatch):
     """Calls that took the kernel, without those that a stream has seen before."""
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    if not _prefill_tma.runs_on(torch.cuda.current_device()):
+    if not runs_gluon(torch.device("cuda", torch.cuda.current_device())):
         pytest.skip("the kernel is for sm_90 and Triton 3.6")
     torch.manual_seed(0)
     calls, prepare = [], _prefill_tma.prepare_tma

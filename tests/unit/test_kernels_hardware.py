@@ -7,8 +7,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from kvcached.errors import InvalidInput  # noqa: E402
-from kvcached.kernels import mla  # noqa: E402
-from kvcached.kernels.mla import check_mla, is_hopper, is_wide  # noqa: E402
+from kvcached.kernels.mla import check_mla, is_wide  # noqa: E402
 from kvcached.kernels.quant import require_hardware  # noqa: E402
 
 CARD = torch.device("cuda", 0)
@@ -46,7 +45,7 @@ def latents(dtype=torch.bfloat16, dim=576, dim_v=512, offset=0, pad=0):
 def test_warpgroups_take_latents_of_deepseeks_sizes_that_lie_aligned(monkeypatch):
     pytest.importorskip("triton")
     assert not is_wide(latents()), "no Hopper"
-    monkeypatch.setattr(mla, "is_hopper", lambda _: True)
+    monkeypatch.setattr("kvcached.kernels._launch.runs_gluon", lambda _: True)
     assert is_wide(latents())
     assert is_wide(latents(torch.float16, pad=64))
     for other in (latents(torch.float32), latents(dim=320, dim_v=256), latents(dim=512),
@@ -55,10 +54,13 @@ def test_warpgroups_take_latents_of_deepseeks_sizes_that_lie_aligned(monkeypatch
 
 
 def test_only_hopper_has_the_instructions_of_warpgroups(monkeypatch):
+    pytest.importorskip("triton")
+    from kvcached.kernels._launch import runs_gluon
+
     for major, minor in ((8, 0), (9, 0), (10, 0), (12, 0)):
-        is_hopper.cache_clear()
+        runs_gluon.cache_clear()
         capability = (major, minor)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, it=capability: it)
-        assert is_hopper(CARD) == (major == 9)
-        assert not is_hopper(torch.device("cpu"))
-    is_hopper.cache_clear()
+        assert runs_gluon(CARD) == (major == 9)
+        assert not runs_gluon(torch.device("cpu"))
+    runs_gluon.cache_clear()

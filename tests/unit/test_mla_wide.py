@@ -71,10 +71,10 @@ def launched(monkeypatch):
     """(splits) -> the launches of three sequences of two tokens: name, grid, arguments by name."""
     from fake_launches import launch_nothing
 
-    from kvcached.kernels import mla
+    from kvcached.kernels import _launch, mla
 
     driver = launch_nothing(monkeypatch)
-    monkeypatch.setattr(mla, "is_hopper", lambda _: True)
+    monkeypatch.setattr(_launch, "runs_gluon", lambda _: True)
     cache = torch.zeros(6, 64, 576, dtype=torch.bfloat16)
     table, lens = torch.arange(6).int().view(3, 2), torch.tensor([128, 70, 2]).int()
 

@@ -14,9 +14,11 @@ from other_python import run_python
 pytest.importorskip("triton")
 pytest.importorskip("torch")
 import torch
+import triton
 
 from kvcached.kernels import _prefill_tma as tma
 from kvcached.kernels import _tensor_maps
+from kvcached.kernels._launch import runs_gluon
 from kvcached.kernels.checks import UNBOUNDED, AttentionCall
 from kvcached.kernels.view import KVView
 from kvcached.memory.driver import Calls
@@ -57,7 +59,7 @@ def tensor(*shape, dtype=torch.bfloat16, at=1 << 20):
     strides = torch.empty(shape, device="meta").stride()
     return SimpleNamespace(
         shape=torch.Size(shape), dtype=dtype, is_cuda=True,
-        device=SimpleNamespace(type="cuda", index=0), data_ptr=lambda: at,
+        device=torch.device("cuda", 0), data_ptr=lambda: at,
         stride=lambda i=None: strides if i is None else strides[i], element_size=lambda: 2,
     )  # fmt: skip
 
@@ -82,7 +84,7 @@ def a_call(*, tokens=8192, sequences=1, heads=8, group=4, dim=128, dim_v=None, b
 
 @pytest.fixture(autouse=True)
 def an_h100(monkeypatch):
-    monkeypatch.setattr(tma, "runs_on", lambda device: device == 0)
+    monkeypatch.setattr(tma, "runs_gluon", lambda device: device.index == 0)
     monkeypatch.setattr(tma, "multiprocessors", lambda _: 132)
     monkeypatch.setattr("kvcached.kernels._prefill_parts.multiprocessors", lambda _: 132)
 
@@ -117,14 +119,14 @@ def test_another_gpu_another_triton_and_parts_do_not(monkeypatch):
     assert not tma.suits_tma(call, 2)
     assert tma.suits_tma(a_call(tokens=512, heads=1), 1), "one part was asked for"
     monkeypatch.undo()
-    tma.runs_on.cache_clear()
+    runs_gluon.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (10, 0))
     assert not tma.suits_tma(call)
-    tma.runs_on.cache_clear()
+    runs_gluon.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    monkeypatch.setattr(tma.triton, "__version__", "3.7.1")
-    assert not tma.runs_on(0)
-    tma.runs_on.cache_clear()
+    monkeypatch.setattr(triton, "__version__", "3.7.1")
+    assert not runs_gluon(torch.device("cuda", 0))
+    runs_gluon.cache_clear()
 
 
 def launched(monkeypatch, call):
