@@ -1,6 +1,6 @@
 """Several engines on one device in bursts, elastic against a static split: time to first token.
 
-    python burst.py run --mode elastic|static --out run.json [--shape ...] [--peaks 16,24,32]
+    python burst.py run --mode elastic|static --out run.json [--shape ...] [--peaks 16,24@1,32]
     python burst.py engine ...                       (started by ``run``: one engine)
 
 Each engine gets its load in a triangle: the rate rises from 0 to the peak by ``--slope`` requests a
@@ -185,6 +185,12 @@ def burst(fleet: Fleet, peak: float, slope: float) -> dict[str, Any]:
             "samples": samples}  # fmt: skip
 
 
+def peaks(text: str, slope: float) -> list[tuple[float, float]]:
+    """Each peak and its slope: ``24,32@1`` has a slope of its own for the second one."""
+    pairs = [part.partition("@") for part in text.split(",")]
+    return [(float(peak), float(own or slope)) for peak, _, own in pairs]
+
+
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """All engines of one mode through all peaks; results are written as they come."""
     found: dict[str, Any] = {"mode": options.mode, "total_bytes": options.total,
@@ -196,8 +202,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
     try:
         fleet.ready()
-        for peak in map(float, options.peaks.split(",")):
-            found["bursts"].append(burst(fleet, peak, options.slope))
+        for peak, slope in peaks(options.peaks, options.slope):
+            found["bursts"].append(burst(fleet, peak, slope))
             write()
         if options.mode == "elastic":
             time.sleep(1.5)
@@ -233,7 +239,9 @@ def main() -> int:
     parser.add_argument("--index", type=int, default=0)
     parser.add_argument("--engines", type=int, default=3)
     parser.add_argument("--shape", default="tiny")
-    parser.add_argument("--peaks", default="24", help="requests a second, one burst each")
+    parser.add_argument(
+        "--peaks", default="24", help="requests a second, one burst each; 24@2: by 2 a second"
+    )
     parser.add_argument("--slope", type=float, default=1)
     parser.add_argument("--prompt", type=int, default=256)
     parser.add_argument("--output", type=int, default=256)
