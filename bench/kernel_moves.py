@@ -162,10 +162,12 @@ def swap(limits: Limits, way: str, *, dry: bool) -> Moved:
             back(1)
             return
         here = torch.cuda.current_stream()
-        for stream, work in zip(streams, (out, back), strict=True):
+        for stream in streams:  # before any work: the second must not wait for the first
             stream.wait_stream(here)
-            with torch.cuda.stream(stream):
-                work(streams.index(stream))
+        for index, work in enumerate((out, back)):
+            with torch.cuda.stream(streams[index]):
+                work(index)
+        for stream in streams:
             here.wait_stream(stream)
 
     works = {"d2h": (out, 1, 50), "h2d": (back, 1, 50), "both": (both, 2, 80)}
