@@ -42,6 +42,8 @@ def compile_rows(rows: list[str], processes: int, *, dry: bool, limit_s: float) 
     Rows of host copies compile nothing.
     """
     work = [(ident, dry) for ident in rows if not ident.startswith("O1")]
+    if not work:
+        return
     context = multiprocessing.get_context("spawn")
     with context.Pool(min(processes, len(work)), _begin, (attention_peers.FOLDER,)) as pool:
         found = pool.map_async(_job, work, chunksize=1)
