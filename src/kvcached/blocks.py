@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kvcached.bump import Bump
 from kvcached.errors import InvalidInput, OutOfPages, OwnershipError
 from kvcached.growth import Grower, back_ahead
 from kvcached.memory.base import Fence
@@ -71,11 +72,13 @@ class BlockPool:
         lock: threading.RLock | None = None,
         most_ahead: int = 0,
     ) -> None:
-        from kvcached import _hot, _scan  # here, at the first hot call: numba takes 0.3 s to import
+        # Here, at the first hot call: numba takes 0.3 s to import.
+        from kvcached import _bound, _hot, _scan
 
         self.hot: Any = _hot
-        self._alloc, self._free, self._m_free = _hot.alloc, _hot.free, _hot.M_FREE
-        self._attach_and_alloc = _scan.attach_and_alloc
+        self._bound: Any = _bound
+        self._alloc, self._free, self._m_free = _bound.alloc_at, _bound.free_at, _hot.M_FREE
+        self._attach_and_alloc = _bound.attach_and_alloc_at
         self._num_blocks = pages.geometry.num_blocks
         self._named = False  # whether a prefix has ever named a block
         self._scan: Any = _scan
@@ -96,7 +99,9 @@ class BlockPool:
         self.meta = np.zeros(_hot.META_SIZE, np.int64)
         self.meta[_hot.M_BB], self.meta[_hot.M_PB] = g.block_bytes, g.page_bytes
         self._counts = self.meta.data  # the same numbers as Python's own: faster to read
+        self.make_rows(0)
         self._back_null_block()
+        self._grow = Bump(self, _bound).grow
 
     def _back_null_block(self) -> None:
         """Block 0 is mapped for the life of the pool: engines point padding at it."""
@@ -161,20 +166,6 @@ class BlockPool:
         """Whether anything is backed that no block in use or in quarantine needs."""
         return self.pages.backed_bytes > self.split_floor_bytes()
 
-    def page_runs(self) -> list[tuple[int, int, str]]:
-        """See ``KVCache.page_runs``."""
-        h, runs = self.hot, list[tuple[int, int, str]]()
-        for extent in sorted(self.pages.extents.values(), key=lambda e: e.first):
-            counts = self.ext[extent.id]
-            state = ("in use" if counts[h.X_USED] else
-                     "quarantined" if counts[h.X_QUARANTINED] else
-                     "cached" if counts[h.X_CACHED] else "spare")  # fmt: skip
-            if runs and runs[-1][2] == state and runs[-1][0] + runs[-1][1] == extent.first:
-                runs[-1] = (runs[-1][0], runs[-1][1] + extent.pages, state)
-            else:
-                runs.append((extent.first, extent.pages, state))
-        return runs
-
     # --- taking and giving ---------------------------------------------------------------------
 
     def alloc(self, count: int) -> Ids:
@@ -196,9 +187,10 @@ class BlockPool:
             self.poll_fences()
             short = count - self.num_free
         if short > 0:
-            self.grower.fill(out, short)
+            if short > 1 or not self._grow(out):
+                self.grower.fill(out)
         else:
-            self._alloc(out, self.blk, self.page, self.ext, self.meta)
+            self._alloc(self.where, out)
         return out
 
     def take(self, count: int) -> Ids:
@@ -236,7 +228,7 @@ class BlockPool:
         """
         number = self._next_fence if fence is not None else 0
         stamp = self.now() if self._named else 0  # only cached blocks are stamped
-        code = self._free(ids, stamp, number, self.blk, self.page, self.ext, self.meta)
+        code = self._free(self.where, ids, stamp, number)
         if code:
             raise self._not_owned(int(ids[~code]), "freed")
         if fence is not None and len(ids):
@@ -304,13 +296,17 @@ class BlockPool:
 
     def attach_and_take(self, extent: Extent, out: Ids) -> bool:
         """Count the blocks of an extent in; fill ``out`` with free ones, if there are enough."""
-        ident, ext = extent.id, self.ext
-        while ident >= len(ext):
-            ext = self.ext = np.concatenate([ext, np.zeros_like(ext)])
-        code: int = self._attach_and_alloc(
-            out, ident, extent.first, extent.pages, self.blk, self.page, ext, self.meta
-        )
+        if extent.id >= len(self.ext):
+            self.make_rows(extent.id)
+        first, count = extent.first, extent.pages
+        code: int = self._attach_and_alloc(self.where, out, extent.id, first, count)
         return code == 0
+
+    def make_rows(self, ident: int) -> None:
+        """Have counters for the extent with this id."""
+        while ident >= len(self.ext):
+            self.ext = np.concatenate([self.ext, np.zeros_like(self.ext)])
+        self._kept, self.where = self._bound.record_of(self.blk, self.page, self.ext, self.meta)
 
     def detach_all(self, extents: Sequence[Extent]) -> None:
         """Count the free blocks of extents out; those with a claim keep their state."""

@@ -28,7 +28,7 @@ from kvcached.memory.base import Fence, MemoryBackend
 from kvcached.memory.fences import PassedFence, fence_on, wait_for
 from kvcached.pauses import Pauses
 from kvcached.resources import make_pages, release
-from kvcached.snapshot import free_blocks_hint, take_report, take_stats
+from kvcached.snapshot import free_blocks_hint, page_runs, take_report, take_stats
 from kvcached.spares import SparePolicy
 from kvcached.stats import CacheStats, LimitRecord, TenantReport
 
@@ -134,8 +134,8 @@ class ElasticBlocks:
 
     def evict_prefixes(self, nbytes: int | str) -> int:
         """Give back about ``nbytes`` of spares and cached prefixes, the oldest first."""
-        size = parse_size(nbytes, total=self._blocks.pages.backed_bytes)
         with self._entered():
+            size = parse_size(nbytes, total=self._blocks.pages.backed_bytes)
             return self._blocks.reclaim(size)
 
     def set_limit(self, limit: int | str) -> LimitRecord:
@@ -214,7 +214,7 @@ class ElasticBlocks:
         """Backed runs in address order, as (first page, pages, state); neighbours are merged."""
         with self._lock:
             self._require_open()
-            return self._blocks.page_runs()
+            return page_runs(self._blocks)
 
     # --- life cycle ----------------------------------------------------------------------------
 

@@ -38,36 +38,36 @@ class Grower:
     """
 
     def __init__(self, blocks: BlockPool, most_ahead: int) -> None:
-        self._blocks, self._most_ahead = blocks, most_ahead
+        self._blocks, self.most_ahead = blocks, most_ahead
         self._block_bytes = blocks.geometry.block_bytes * blocks.geometry.num_planes
-        self._refused_until = -1.0  # nothing was free: cached blocks of our own come first
+        self.refused_until = -1.0  # nothing was free: cached blocks of our own come first
         self._denied_until, self._denied_blocks = -1.0, 0  # others were asked for them in vain
         self._short_until = -math.inf  # there was nothing that growth ahead could have taken
         self.low_water = 0  # free blocks below which growth ahead is due
         self._used_seen = 0  # blocks in use when growth was last measured
-        self._demanded = 0  # blocks that growth on demand has told the policy of since then
+        self.demanded = 0  # blocks that growth on demand has told the policy of since then
         self.ahead = Timer()
 
     # --- on demand -----------------------------------------------------------------------------
 
-    def fill(self, out: Ids, short: int) -> None:
-        """Take blocks into ``out``, though ``short`` are missing: grow, then evict cached prefixes.
+    def fill(self, out: Ids) -> None:
+        """Take blocks into ``out``, though some are missing: grow, then evict cached prefixes.
 
         Nothing is evicted unless that, with what can be grown, is enough (I6).
         """
         pool, count = self._blocks, len(out)
-        for _ in range(_ROUNDS):
-            if self._refused_until < 0 or not self._evict_instead(short):
-                try:
-                    if self._grow(short, out):
-                        return
-                except MemoryError as error:  # ours: of the budget, the device, the address space
-                    self._grow_and_evict(count, error)
+        for _ in range(_ROUNDS + 1):
             short = count - pool.num_free
             if short <= 0:
                 code = pool.hot.alloc(out, pool.blk, pool.page, pool.ext, pool.meta)
                 assert code == 0, "BlockPool: made room, but not enough"
                 return
+            if self.refused_until < 0 or not self._evict_instead(short):
+                try:
+                    if self._grow(short, out):
+                        return
+                except MemoryError as error:  # ours: of the budget, the device, the address space
+                    self._grow_and_evict(count, error)
         raise BudgetExceeded(f"{count} blocks could not be kept free: other threads took them")
 
     def _evict_instead(self, short: int) -> bool:
@@ -75,8 +75,8 @@ class Grower:
         pool = self._blocks
         if short > pool.num_cached:
             return False
-        if pool.clock() >= self._refused_until:
-            self._refused_until = -1.0
+        if pool.clock() >= self.refused_until:
+            self.refused_until = -1.0
             return False
         pool.evict_oldest(short)
         return True
@@ -96,7 +96,7 @@ class Grower:
             if pool.num_free >= count:
                 return True
             short, now = count - self._ready(), pool.clock()
-            if short <= 0 and now < self._refused_until:
+            if short <= 0 and now < self.refused_until:
                 return True
             if short >= self._denied_blocks and now < self._denied_until:
                 return False
@@ -110,7 +110,7 @@ class Grower:
                 if answer.pending:
                     return self._ready() >= count
                 self._denied_until, self._denied_blocks = pool.clock() + _REFUSAL_SECONDS, short
-            self._refused_until = pool.clock() + _REFUSAL_SECONDS
+            self.refused_until = pool.clock() + _REFUSAL_SECONDS
             return self._ready() >= count
         return False
 
@@ -118,8 +118,8 @@ class Grower:
         """Have ``count`` blocks free in one go, if that takes nothing from anybody."""
         pool = self._blocks
         short = count - pool.num_free
-        if short > 0 and pool.clock() >= self._refused_until and not self._grow_if_free(short):
-            self._refused_until = pool.clock() + _REFUSAL_SECONDS
+        if short > 0 and pool.clock() >= self.refused_until and not self._grow_if_free(short):
+            self.refused_until = pool.clock() + _REFUSAL_SECONDS
 
     def _grow_patiently(self, wanted: int, seconds: float | None) -> BudgetExceeded | None:
         """Grow by ``wanted`` blocks, others may give for it; ``None``, or why that was refused."""
@@ -175,7 +175,7 @@ class Grower:
                 self._grow(short - pool.num_cached, _NOTHING)
             except MemoryError:  # ours: then what stood in the way of all of it is what to name
                 raise refusal from None
-        self._refused_until = pool.clock() + _REFUSAL_SECONDS
+        self.refused_until = pool.clock() + _REFUSAL_SECONDS
         short = count - pool.num_free
         if 0 < short <= pool.num_cached:
             pool.evict_oldest(short)
@@ -187,14 +187,19 @@ class Grower:
         and the caller looks again. So it does if blocks were not taken into ``out`` in passing,
         which is what is returned.
         """
-        if self._most_ahead and self._grow_with_extra(wanted):
+        if self.most_ahead and self._grow_with_extra(wanted):
             return False
         pool, pages = self._blocks, self._blocks.pages
         runs = planning.plan(pool.geometry, pool.page, pages.runs, wanted)
         try:
             extents = self._claim_and_grow(runs, seconds)
         except OutOfPages as error:
-            extents = self._grow_again(runs, error)
+            return self.grow_again(runs, error, wanted, out)
+        return self._take_from(extents, wanted, out)
+
+    def _take_from(self, extents: list[Extent], wanted: int, out: Ids) -> bool:
+        """Count extents in that were grown for ``wanted`` blocks; whether ``out`` has its own."""
+        pool = self._blocks
         if not extents:
             return False
         self._note_demand(wanted)
@@ -215,12 +220,12 @@ class Grower:
 
     def _note_demand(self, wanted: int) -> None:
         pool = self._blocks
-        self._demanded += wanted
+        self.demanded += wanted
         pool.spares.grew(wanted * self._block_bytes, pool.clock())
-        if self._most_ahead:
+        if self.most_ahead:
             pool.on_low()
 
-    def _grow_again(self, runs: list[Run], error: OutOfPages) -> list[Extent]:
+    def grow_again(self, runs: list[Run], error: OutOfPages, wanted: int, out: Ids) -> bool:
         """Once more after the device was out of memory, if it may have more by now.
 
         What it would not release before is tried again, and others are asked through the budget.
@@ -234,9 +239,10 @@ class Grower:
         if not pages.budget.report_out_of_memory(pages.bytes_of(runs)) and not freed:
             raise error
         try:
-            return self._claim_and_grow(runs)
+            extents = self._claim_and_grow(runs)
         except BudgetExceeded:  # nobody can give: what the device said is what matters
             raise error from None
+        return self._take_from(extents, wanted, out)
 
     def _grow_with_extra(self, wanted: int) -> bool:
         """Grow by more than is wanted, if the pool has been growing and the lease covers it."""
@@ -268,18 +274,18 @@ class Grower:
 
     def target(self) -> int:
         """Bytes that should be ready, or may stay so, though nothing is in them."""
-        if not self._most_ahead:
+        if not self.most_ahead:
             return 0
         pool = self._blocks
         wanted = pool.spares.target(pool.clock())
-        return min(wanted, self._most_ahead, pool.pages.budget.limit_bytes // _LEAST_SHARE)
+        return min(wanted, self.most_ahead, pool.pages.budget.limit_bytes // _LEAST_SHARE)
 
     def measure(self) -> None:
         """Tell the policy how much ready memory went into use since the last time."""
         pool = self._blocks
         used = pool.num_used
-        gone = used - self._used_seen - self._demanded
-        self._used_seen, self._demanded = used, 0
+        gone = used - self._used_seen - self.demanded
+        self._used_seen, self.demanded = used, 0
         if gone > 0:
             pool.spares.grew(gone * self._block_bytes, pool.clock())
 

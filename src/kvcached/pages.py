@@ -24,8 +24,8 @@ from kvcached.errors import ClosedError, KvcachedError, PoolBroken
 from kvcached.layout import Geometry
 from kvcached.memory.base import Handle, MemoryBackend
 from kvcached.memory.ledger import Ledger, Undo
-from kvcached.memory.mappings import joined
-from kvcached.runs import Extent, FreeRuns, Run
+from kvcached.page_books import PageBooks
+from kvcached.runs import Extent, Run
 from kvcached.splits import Job, Splitter
 from kvcached.stats import Timer
 
@@ -33,7 +33,7 @@ __all__ = ["Extent", "PagePool", "Run"]
 _log = logging.getLogger(__name__)
 
 
-class PagePool:
+class PagePool(PageBooks):
     """Which pages of a reservation are backed, and by what.
 
     Parameters
@@ -58,16 +58,10 @@ class PagePool:
         max_extent_pages: int,
         bounce_pages: int = 0,
     ) -> None:
+        super().__init__(geometry.num_pages)
         self.backend, self.geometry, self.budget = backend, geometry, budget
         self.max_extent_pages, self.bounce_pages = max(1, max_extent_pages), bounce_pages
-        self.extents: dict[int, Extent] = {}
-        self.in_transit: dict[int, Extent] = {}  # addresses taken, but not (any more) in use
-        self.runs = FreeRuns(geometry.num_pages)
-        self.backed_pages = 0
-        self.epoch = 0  # changes whenever what is backed, or free to be backed, changes
         self.grown, self.shrunk, self.splits = Timer(), Timer(), Timer()
-        self._free_ids: list[int] = []
-        self._next_id = 1
         self._limbo: list[Handle] = []  # unmapped, but the driver refused to release them
         self._kept = 0  # claims that a broken pool cannot return before it is closed
         self._broken: str = ""
@@ -126,11 +120,11 @@ class PagePool:
         for (first, count), handles in zip(places, self._back(places)):  # noqa: B905 (one each)
             # After the driver's part: if that fails, nothing has changed.
             self.runs.take(first, count)
-            ident = self._free_ids.pop() if self._free_ids else self._new_id()
-            extent = self.extents[ident] = Extent(ident, first, count, handles)
-            self.backed_pages += count
+            ident = self._free_ids.pop() if self._free_ids else self.new_id()
+            extent = self._extents[ident] = Extent(ident, first, count, handles)
+            self._backed_pages += count
             extents.append(extent)
-        self.epoch += 1
+        self._epoch += 1
         grown = self.grown
         grown.count += len(extents)
         grown.ns += time.perf_counter_ns() - started
@@ -139,8 +133,8 @@ class PagePool:
     def stage(self, runs: Sequence[Run]) -> list[Extent]:
         """Set free runs aside for extents to be: in transit, nobody else plans with them."""
         self.require_usable()
-        self.epoch += 1
-        extents = [Extent(self._new_id(), first, count) for first, count in self._pieces(runs)]
+        self._epoch += 1
+        extents = [Extent(self.new_id(), first, count) for first, count in self._pieces(runs)]
         for extent in extents:
             self.runs.take(extent.first, extent.pages)
             self.in_transit[extent.id] = extent
@@ -166,28 +160,11 @@ class PagePool:
         try:
             handles = self._ledger.back(self.reservation, places)
         except PoolBroken as error:
-            self._break(error.message)
+            self.note_broken(error.message)
             raise
         if planes == 1:
             return zip(handles)
         return [tuple(handles[i :: len(runs)]) for i in range(len(runs))]
-
-    def admit(self, extents: Sequence[Extent]) -> None:
-        """Count extents whose pages have been backed in."""
-        for extent in extents:
-            del self.in_transit[extent.id]
-            self.extents[extent.id] = extent
-            self.backed_pages += extent.pages
-        self.epoch += 1
-
-    def unstage(self, extents: Sequence[Extent]) -> None:
-        """Give the addresses of staged or withdrawn extents, which are not backed, back."""
-        self.epoch += 1
-        for extent in reversed(extents):
-            del self.in_transit[extent.id]
-            self._free_ids.append(extent.id)
-        for first, count in joined([(extent.first, extent.pages) for extent in extents]):
-            self.runs.give(first, count)
 
     # --- shrinking -----------------------------------------------------------------------------
 
@@ -210,16 +187,20 @@ class PagePool:
         if freed := freed + nbytes:
             self.budget.give_back(freed)
             self.shrunk.add(started, len(gone))
+            self.prepare()
         if error is not None:
             raise error
         return freed
 
-    def withdraw(self, extent: Extent) -> None:
-        """Take an extent out of what is backed; its bytes count until it is unstaged."""
-        del self.extents[extent.id]
-        self.in_transit[extent.id] = extent
-        self.backed_pages -= extent.pages
-        self.epoch += 1
+    def count_in(self, first: int, pages: int, ids: Sequence[int], made: Sequence[int]) -> None:
+        """Extents of ``pages`` pages each, one after the other, that were backed by ``made``."""
+        places = [(first + i * pages, pages, native) for i, native in enumerate(made)]
+        handles = self._ledger.adopt(self.reservation, places)
+        for ident, (page, _, _), handle in zip(ids, places, handles, strict=True):
+            self._extents[ident] = Extent(ident, page, pages, (handle,))
+        self._runs.take(first, pages * len(made))
+        self._backed_pages += pages * len(made)
+        self._epoch += 1
 
     def unback(self, extents: Sequence[Extent]) -> tuple[int, BaseException | None]:
         """Unmap and release withdrawn extents, each all or nothing, by address. Needs no lock.
@@ -233,7 +214,7 @@ class PagePool:
             mapped = [(extent.first, extent.handles[0]) for extent in ordered]
             count, error = self._ledger.unback(self.reservation, mapped)
             if isinstance(error, PoolBroken):
-                self._break(error.message)
+                self.note_broken(error.message)
             del ordered[count:]
             for extent in ordered:
                 extent.handles = ()
@@ -288,60 +269,33 @@ class PagePool:
             raise
         freed = handles[0].num_pages * self.geometry.page_bytes + self._release_late(handles[1:])
         for extent, keep in jobs:
-            self._forget(extent, keep)
+            self.forget(extent, keep)
         for piece in new:
-            piece.id = self._new_id()
+            piece.id = self.new_id()
             self.in_transit[piece.id] = piece
         self.admit(new)
         self.budget.give_back(freed)
         self.splits.add(started, len(jobs))
         return new
 
-    def _forget(self, extent: Extent, keep: Sequence[Run]) -> None:
-        """Strike an extent that was split; the pages that are not kept are free."""
-        del self.extents[extent.id]
-        self._free_ids.append(extent.id)
-        self.backed_pages -= extent.pages
-        start = extent.first
-        for first, count in (*keep, (extent.first + extent.pages, 0)):
-            if first > start:
-                self.runs.give(start, first - start)
-            start = first + count
-
     def check(self) -> None:
         """Extents, runs and the record of handles agree (I1, I4)."""
-        self.runs.check()
-        backed = [(e.first, e.pages) for e in self.extents.values()]
-        transit = [(e.first, e.pages) for e in self.in_transit.values()]
-        spans = sorted([*backed, *transit, *self.runs])
-        end = 0
-        for first, count in spans:
-            assert first == end, "I1: a page is both free and backed, or neither"
-            end = first + count
-        assert end == self.geometry.num_pages, "I1: pages lost"
-        assert self.backed_pages == sum(count for _, count in backed), "I1: backed pages miscounted"
-        if not (self._broken or transit):
+        self.check_books()
+        if not (self._broken or self.in_transit):
             assert self._ledger.nbytes == self.backed_bytes, "I4: handles and extents disagree"
         assert self.backed_bytes <= self.budget.claimed_bytes, "I1: backed more than claimed"
         assert self._ledger.nbytes <= self.budget.claimed_bytes, "I8: credited before it is back"
-        ids = [*self.extents, *self.in_transit, *self._free_ids]
-        assert len(ids) == len(set(ids)), "PagePool: extent id used twice"
-        assert len(ids) == self._next_id - 1, "PagePool: extent id lost"
 
     def close(self) -> None:
         """Unmap and release everything, whatever state the pool is in. Idempotent."""
         if self._closed and not self._ledger.reservations:
             return
         self._closed, self.usable = True, False
+        self.close_journal()
         self._ledger.close_all()
         freed, self._kept = self.backed_bytes + self._kept, 0
-        self.extents.clear()
-        self.in_transit.clear()
-        self.epoch += 1
         self._limbo.clear()
-        self._free_ids = list(range(1, self._next_id))
-        self.runs = FreeRuns(self.geometry.num_pages)
-        self.backed_pages = 0
+        self.forget_all()
         self.budget.give_back(freed)
 
     # --- steps -----------------------------------------------------------------------------
@@ -351,10 +305,11 @@ class PagePool:
         try:
             undo.unwind(cause)
         except PoolBroken as error:
-            self._break(error.message)
+            self.note_broken(error.message)
             raise
 
-    def _break(self, why: str) -> None:
+    def note_broken(self, why: str) -> None:
+        """What the backend holds is not known any more: refuse all work."""
         self.usable, self._broken = False, why
 
     def unback_all(self, extents: Sequence[Extent]) -> None:
@@ -392,9 +347,3 @@ class PagePool:
             else:
                 freed += handle.num_pages * self.geometry.page_bytes
         return freed
-
-    def _new_id(self) -> int:
-        if self._free_ids:
-            return self._free_ids.pop()
-        self._next_id += 1
-        return self._next_id - 1

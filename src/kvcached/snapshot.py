@@ -58,3 +58,18 @@ def take_stats(name: str, blocks: BlockPool, sequences: int) -> CacheStats:
         blocks_free=blocks.num_free, extents=len(pages.extents), sequences=sequences,
         counters=take_counters(blocks),
     )  # fmt: skip
+
+
+def page_runs(blocks: BlockPool) -> list[tuple[int, int, str]]:
+    """See ``ElasticBlocks.page_runs``."""
+    h, runs = blocks.hot, list[tuple[int, int, str]]()
+    for extent in sorted(blocks.pages.extents.values(), key=lambda e: e.first):
+        counts = blocks.ext[extent.id]
+        state = ("in use" if counts[h.X_USED] else
+                 "quarantined" if counts[h.X_QUARANTINED] else
+                 "cached" if counts[h.X_CACHED] else "spare")  # fmt: skip
+        if runs and runs[-1][2] == state and runs[-1][0] + runs[-1][1] == extent.first:
+            runs[-1] = (runs[-1][0], runs[-1][1] + extent.pages, state)
+        else:
+            runs.append((extent.first, extent.pages, state))
+    return runs

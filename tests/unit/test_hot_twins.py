@@ -87,12 +87,12 @@ def test_a_read_only_installation_works(tmp_path):
     package = tmp_path / "kvcached"
     package.mkdir()
     source = Path(_hot.__file__).parent
-    for name in ("_compile.py", "_hot.py", "_scan.py"):
+    for name in ("_compile.py", "_hot.py", "_scan.py", "_calls.py", "_bound.py"):
         shutil.copy(source / name, package)
     (package / "__init__.py").touch()
     (package / "__pycache__").touch()  # a file: no directory can be made, even by root
     nowhere = str(package / "__pycache__" / "nowhere")
-    code = "import kvcached._hot as h, kvcached._scan; print(h.__file__, bool(h.alloc.signatures))"
+    code = "import kvcached._hot as h, kvcached._bound; print(h.__file__, bool(h.alloc.signatures))"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=False,
         env=os.environ | {"PYTHONPATH": str(tmp_path), "XDG_CACHE_HOME": nowhere, "HOME": nowhere},

@@ -53,6 +53,9 @@ class Handle(NamedTuple):  # a tuple: one is made at every growth, and a datacla
     num_pages: int
 
 
+Made = tuple[int, int, int]
+"""``(page index in a reservation, number of pages, what the driver calls the handle there)``."""
+
 Mapped = tuple[int, Handle]
 """``(page index in a reservation, the handle that is mapped there)``."""
 
@@ -152,4 +155,31 @@ class Backing(Protocol):
 
     def unback(self, reservation: Reservation, mapped: Sequence[Mapped]) -> Unbacked:
         """Unmap and release handles that are mapped nowhere else, each all or nothing, in order."""
+        ...
+
+
+@runtime_checkable
+class Direct(Protocol):
+    """A backend whose memory a pool's own machine code may back, and tell it of afterwards."""
+
+    def direct_calls(self) -> int:
+        """Address of six words that live as long as the backend; 0 if it must be asked instead.
+
+        1 (0: call no more), the addresses of ``cuMemCreate``, ``cuMemMap`` and ``cuMemSetAccess``,
+        and those of the handles' properties and of the access to them.
+        """
+        ...
+
+    def adopt(self, reservation: Reservation, made: Sequence[Made]) -> list[Handle]:
+        """The handles that were made and mapped: from here on as if by ``Backing.back``."""
+        ...
+
+    def undo_direct(
+        self, reservation: Reservation, made: Made, done: int, cause: BaseException
+    ) -> None:
+        """Give back what ``done`` of the three calls have done; errors as ``Backing.back``."""
+        ...
+
+    def raise_direct(self, status: int, place: Place, done: int, reservation: Reservation) -> None:
+        """Raise what a status stands for: that of the call after ``done``, or below 0."""
         ...

@@ -161,6 +161,8 @@ class CudaBackend(CudaHandles):
                 return
             self._books.shutdown_plan()
             self._closed = True
+            if self._native is not None:
+                self._native.forbid()
             fences = list(self._fences)
         forks.unwatch(self)
         with self._call.in_context(self._context):
@@ -200,6 +202,8 @@ class CudaBackend(CudaHandles):
     def disown(self) -> None:
         """After a fork, in the child: a CUDA context does not survive, so nothing is called."""
         self._forked, self._lock = True, threading.Lock()
+        if self._native is not None:
+            self._native.forbid()
 
     # --- internals ------------------------------------------------------------------------------
 

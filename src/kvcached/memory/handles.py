@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from kvcached.config import format_size
 from kvcached.errors import ClosedError, DriverError, KvcachedError, PoolBroken
 from kvcached.memory import forks
-from kvcached.memory.base import Handle, Mapped, Place, Reservation, Unbacked
+from kvcached.memory.base import Handle, Made, Mapped, Place, Reservation, Unbacked
 from kvcached.memory.driver import Calls
 from kvcached.memory.leftovers import Leftovers
 from kvcached.memory.mappings import Mappings, joined
@@ -170,6 +170,39 @@ class CudaHandles:
             broken.__cause__ = error
             return Unbacked(released, adrift, broken)
         return Unbacked(released, 0, error)
+
+    # --- growth by a pool's own machine code ------------------------------------------------------
+
+    def direct_calls(self) -> int:
+        """See ``Direct.direct_calls``: not where fresh memory is cleared, which is a copy more."""
+        if self.clears or self._closed or self._forked:
+            return 0
+        native = self._native or self._find_native()
+        return 0 if native is None else native.address
+
+    def adopt(self, reservation: Reservation, made: Sequence[Made]) -> list[Handle]:
+        """See ``Direct.adopt``."""
+        with self._lock:
+            places = [(page_index, num_pages) for page_index, num_pages, _ in made]
+            _, handles, states = self._books.add_backed(reservation, places)
+            for state, (_, _, native) in zip(states, made):  # noqa: B905 (one each)
+                state.native = native
+        return handles
+
+    def undo_direct(
+        self, reservation: Reservation, made: Made, done: int, cause: BaseException
+    ) -> None:
+        """See ``Direct.undo_direct``."""
+        page_index, num_pages, native = made
+        places, natives = [(page_index, num_pages)], [native][:done]
+        self._leftovers.undo(reservation, self.page_bytes, places, natives, done - 1, cause)
+
+    def raise_direct(self, status: int, place: Place, done: int, reservation: Reservation) -> None:
+        """See ``Direct.raise_direct``."""
+        self._require_usable()
+        assert self._native is not None
+        address = reservation.address + place[0] * self.page_bytes
+        self._native.fail(status, done, address, place[1] * self.page_bytes)
 
     # --- internals ------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from kvcached.errors import PoolBroken
-from kvcached.memory.base import Backing, Handle, Mapped, MemoryBackend, Place, Reservation
+from kvcached.memory.base import Backing, Handle, Made, Mapped, MemoryBackend, Place, Reservation
 
 
 class Ledger:
@@ -59,6 +59,13 @@ class Ledger:
         except BaseException as cause:  # KeyboardInterrupt too must leave nothing behind
             undo.unwind(cause)
             raise
+        return handles
+
+    def adopt(self, reservation: Reservation, made: Sequence[Made]) -> list[Handle]:
+        """Handles that machine code has made and mapped (``Direct``): recorded."""
+        handles: list[Handle] = self.backend.adopt(reservation, made)  # type: ignore[attr-defined]
+        for (page, _, _), handle in zip(made, handles):  # noqa: B905 (one each)
+            self.handles[handle.key] = self.mappings[reservation.address, page] = handle
         return handles
 
     def unback(

@@ -50,6 +50,9 @@ class Native:
     ) -> None:
         self._calls, self._structs = calls, (prop, rights)  # which must outlive their pointers
         fixed = (*backing, int(prop.getPtr()), int(rights.getPtr()))
+        self._words = array("Q", (1, *fixed))
+        self.address = self._words.buffer_info()[0]
+        """Where ``Direct.direct_calls`` finds the driver."""
         self._one, self._many = partial(_calls.back_one, *fixed), partial(_calls.back_many, *fixed)
         self._unback = partial(_calls.unback, *freeing)
         self._records: list[tuple[array[int], int]] = []  # and their addresses, to be used again
@@ -79,7 +82,7 @@ class Native:
                 mapped.append(record[1])
             self._records.append((record, where))
         if status:
-            self._fail(status, _BACKING[done], address, nbytes)
+            self.fail(status, done, address, nbytes)
 
     def _back_many(
         self, base: int, page_bytes: int, places: Sequence[Place],
@@ -97,6 +100,14 @@ class Native:
             made = done < 2 * count
             where = parts[done // 2] if made else runs[done - 2 * count]
             self._fail(status, _BACKING[done % 2 if made else 2], *where[:2].tolist())
+
+    def forbid(self) -> None:
+        """No machine code may call the driver any more: it is not ours, or not there."""
+        self._words[0] = 0
+
+    def fail(self, status: int, done: int, address: int, nbytes: int) -> None:
+        """Raise what the status of the call after ``done`` of the three stands for."""
+        self._fail(status, _BACKING[done], address, nbytes)
 
     def unback(self, places: Sequence[int], done: list[int]) -> None:
         """Unmap ``places``, then release them, both in order: address, bytes and handle of each.

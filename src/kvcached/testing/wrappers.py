@@ -25,9 +25,9 @@ class BackendWrapper:
         self.inner = inner
 
     def __getattr__(self, name: str) -> Any:
-        # ``inner`` is not set yet in a half-made or unpickled wrapper; its ``back`` would create
-        # and map handles past us.
-        if name in {"inner", "back"}:
+        # ``inner`` is not set yet in a half-made or unpickled wrapper; with its ``back``, or its
+        # ``direct_calls``, handles would be created and mapped past us.
+        if name in {"inner", "back", "direct_calls"}:
             raise AttributeError(name)
         return getattr(self.inner, name)
 
