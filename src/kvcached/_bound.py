@@ -14,9 +14,21 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from kvcached._calls import _put, back_one
-from kvcached._hot import _I, _VEC, BLK_WIDTH, EXT_WIDTH, META_SIZE, _jit, alloc, free
-from kvcached._scan import attach_and_alloc
+from kvcached._calls import _call, _create
+from kvcached._hot import (
+    _I,
+    _VEC,
+    BLK_WIDTH,
+    EXT_WIDTH,
+    M_BB,
+    M_PB,
+    META_SIZE,
+    OK,
+    _jit,
+    alloc,
+    free,
+)
+from kvcached._scan import attach, attach_and_alloc, attach_used
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -24,10 +36,11 @@ if TYPE_CHECKING:
 _COMPILED = not nb.config.DISABLE_JIT
 _WORD = ir.IntType(64)
 
-# A journal of growth, 64 bits each (``bump.py`` writes it up). ``DONE`` and ``HANDLE``: driver
-# calls that succeeded for the handle that is being made, and that handle. ``COUNT``: how many rows
-# are full; each has the id of an extent and its handle. ``FIRST``: page of the first row's extent.
-DONE, HANDLE, COUNT, FIRST, PAGES, BASE, PAGE_BYTES, DRIVER, ROWS = range(9)
+# A journal of growth, 64 bits each (``bump.py`` writes it up). ``DONE``: calls of the growth under
+# way that succeeded, but for the last, access to all. ``COUNT``: rows that are full, and ``PAGE``
+# the page after theirs. A row: id of an extent, first page, number of pages, the driver's handle.
+DONE, COUNT, PAGE, BASE, PAGE_BYTES, DRIVER, ROWS = range(7)
+ROW_WIDTH = 4
 GONE = -2  # the driver is not to be called any more
 
 
@@ -51,6 +64,18 @@ def _word(_, record, index):
         return builder.load(builder.gep(pointer, [values[1]]), align=8)
 
     return types.int64(record, types.int64), codegen
+
+
+@intrinsic
+def _put(_, record, index, value):
+    """Store number ``index`` of the ``int64`` at address ``record``."""
+
+    def codegen(context, builder, signature, values):
+        pointer = builder.inttoptr(values[0], _WORD.as_pointer())
+        builder.store(values[2], builder.gep(pointer, [values[1]]), align=8)
+        return context.get_dummy_value()
+
+    return types.void(record, types.int64, types.int64), codegen
 
 
 def _pointer_to(kind):
@@ -105,25 +130,54 @@ def attach_and_alloc_at(where, out, e, first_page, num_pages):
     return attach_and_alloc(out, e, first_page, num_pages, blk, page, ext, meta)
 
 
-@_jit(_I(_I, _I, _VEC), nogil=True)
-def grow_at(where, journal, out):
-    """Back the next row's extent, attach it and ``alloc`` into ``out``: growth, in one call.
+@_jit(_I(_I, _I, _I, _I), nogil=True)
+def _back_rows(driver, journal, pages, most):
+    """Make and map a handle of at most ``most`` pages for each row, and give access to all."""
+    base, page_bytes = _word(journal, BASE), _word(journal, PAGE_BYTES)
+    first, row, done = _word(journal, PAGE), _word(journal, COUNT), 0
+    address, nbytes = base + first * page_bytes, pages * page_bytes
+    while pages > 0:
+        at, count = ROWS + ROW_WIDTH * row, min(pages, most)
+        _put(journal, at + 1, first)
+        _put(journal, at + 2, count)
+        status, handle = _create(_word(driver, 1), count * page_bytes, _word(driver, 4))
+        if status:
+            return status
+        _put(journal, at + 3, nb.int64(handle))
+        _put(journal, DONE, done + 1)
+        place = base + first * page_bytes
+        status = _call(_word(driver, 2), (place, count * page_bytes, 0, nb.int64(handle), 0))
+        if status:
+            return status
+        done += 2
+        _put(journal, DONE, done)
+        row, first, pages = row + 1, first + count, pages - count
+    return _call(_word(driver, 3), (address, nbytes, _word(driver, 5), 1))
 
-    The status of the driver call that failed, ``GONE``, or 0.
+
+@_jit(_I(_I, _I, _I, _I, _VEC), nogil=True)
+def grow_at(where, journal, pages, most, out):
+    """Back the next ``pages``, attach them and ``alloc`` into ``out``: growth, in one call.
+
+    The status of the driver call that failed, ``GONE``, or what ``alloc`` returns.
     """
-    driver, row = _word(journal, DRIVER), _word(journal, COUNT)
+    driver = _word(journal, DRIVER)
     if _word(driver, 0) == 0:
         return GONE
-    pages, page_bytes = _word(journal, PAGES), _word(journal, PAGE_BYTES)
-    first = _word(journal, FIRST) + row * pages
-    status = back_one(
-        _word(driver, 1), _word(driver, 2), _word(driver, 3), _word(driver, 4), _word(driver, 5),
-        _word(journal, BASE) + first * page_bytes, pages * page_bytes, journal,
-    )  # fmt: skip
+    status = _back_rows(driver, journal, pages, most)
     if status:
         return status
-    _put(journal, ROWS + 2 * row + 1, nb.uint64(_word(journal, HANDLE)))
-    _put(journal, COUNT, nb.uint64(row + 1))
-    _put(journal, DONE, nb.uint64(0))
+    row, stop = _word(journal, COUNT), _word(journal, COUNT) + _word(journal, DONE) // 2
+    _put(journal, COUNT, stop)
+    _put(journal, PAGE, _word(journal, PAGE) + pages)
+    _put(journal, DONE, 0)
     blk, page, ext, meta = _arrays(where)
-    return attach_and_alloc(out, _word(journal, ROWS + 2 * row), first, pages, blk, page, ext, meta)
+    if len(out) == 1 and pages * meta[M_PB] == meta[M_BB]:  # one block, and no other is free
+        at = ROWS + ROW_WIDTH * row
+        ident, first = _word(journal, at), _word(journal, at + 1)
+        out[0] = attach_used(ident, first, pages, blk, page, ext, meta)
+        return OK
+    for at in range(ROWS + ROW_WIDTH * row, ROWS + ROW_WIDTH * stop, ROW_WIDTH):
+        ident, first, count = _word(journal, at), _word(journal, at + 1), _word(journal, at + 2)
+        attach(ident, first, count, blk, page, ext, meta)
+    return alloc(out, blk, page, ext, meta)

@@ -16,13 +16,18 @@ from kvcached._hot import (
     _VEC,
     CACHED,
     FREE,
+    KEEP,
     M_BB,
     M_FREE,
     M_LRU_OLD,
     M_PB,
     M_SPARE,
+    M_USED,
     NEXT,
+    PREV,
     QUARANTINED,
+    REFS,
+    STAMP,
     STATE,
     UNBACKED,
     USED,
@@ -169,6 +174,22 @@ def attach(e, first_page, num_pages, blk, page, ext, meta):
         elif _is_backed(b, page, meta):
             _push_free(b, blk, page, ext, meta)
     _relevel(e, ext, meta)
+
+
+@_jit(_I(_I, _I, _I, *_ARRAYS))
+def attach_used(e, first_page, num_pages, blk, page, ext, meta):
+    """``attach`` of an extent that is one block, and ``alloc`` of that: its id."""
+    b = first_page * meta[M_PB] // meta[M_BB]
+    for row in range(ext.shape[1]):
+        ext[e, row] = 0
+    ext[e, X_FIRST], ext[e, X_PAGES] = first_page, num_pages
+    ext[e, X_BLOCKS] = ext[e, X_USED] = 1
+    for p in range(first_page, first_page + num_pages):
+        page[p] = e
+    blk[b, NEXT], blk[b, PREV] = 0, 0
+    blk[b, STATE], blk[b, REFS], blk[b, KEEP], blk[b, STAMP] = USED, 1, 0, 0
+    meta[M_USED] += 1
+    return b
 
 
 @_jit(_I(_VEC, _I, _I, _I, *_ARRAYS))

@@ -181,16 +181,17 @@ class BlockPool:
                 f"{count} blocks wanted, but the cache has only {self._num_blocks - 1}",
                 hint="Make the cache with a larger max_tokens.",
             )
-        out = np.empty(count, _INT32)
         short = count - self._counts[self._m_free]
         if short > 0 and (self._fences or self._lifted):
             self.poll_fences()
             short = count - self.num_free
         if short > 0:
-            if short > 1 or not self._grow(out):
-                self.grower.fill(out)
-        else:
-            self._alloc(self.where, out)
+            grown = self._grow(count, short)
+            if grown is not None:
+                return grown
+            return self.grower.fill(np.empty(count, _INT32))
+        out = np.empty(count, _INT32)
+        self._alloc(self.where, out)
         return out
 
     def take(self, count: int) -> Ids:

@@ -50,10 +50,11 @@ class Grower:
 
     # --- on demand -----------------------------------------------------------------------------
 
-    def fill(self, out: Ids) -> None:
+    def fill(self, out: Ids, failed: tuple[Run, OutOfPages] | None = None) -> Ids:
         """Take blocks into ``out``, though some are missing: grow, then evict cached prefixes.
 
-        Nothing is evicted unless that, with what can be grown, is enough (I6).
+        Nothing is evicted unless that, with what can be grown, is enough (I6). ``failed``: for what
+        run the device was out of memory just now.
         """
         pool, count = self._blocks, len(out)
         for _ in range(_ROUNDS + 1):
@@ -61,11 +62,16 @@ class Grower:
             if short <= 0:
                 code = pool.hot.alloc(out, pool.blk, pool.page, pool.ext, pool.meta)
                 assert code == 0, "BlockPool: made room, but not enough"
-                return
+                return out
             if self.refused_until < 0 or not self._evict_instead(short):
                 try:
-                    if self._grow(short, out):
-                        return
+                    if failed is not None:
+                        (run, error), failed = failed, None
+                        done = self._grow_again([run], error, short, out)
+                    else:
+                        done = self._grow(short, out)
+                    if done:
+                        return out
                 except MemoryError as error:  # ours: of the budget, the device, the address space
                     self._grow_and_evict(count, error)
         raise BudgetExceeded(f"{count} blocks could not be kept free: other threads took them")
@@ -194,7 +200,7 @@ class Grower:
         try:
             extents = self._claim_and_grow(runs, seconds)
         except OutOfPages as error:
-            return self.grow_again(runs, error, wanted, out)
+            return self._grow_again(runs, error, wanted, out)
         return self._take_from(extents, wanted, out)
 
     def _take_from(self, extents: list[Extent], wanted: int, out: Ids) -> bool:
@@ -225,7 +231,7 @@ class Grower:
         if self.most_ahead:
             pool.on_low()
 
-    def grow_again(self, runs: list[Run], error: OutOfPages, wanted: int, out: Ids) -> bool:
+    def _grow_again(self, runs: list[Run], error: OutOfPages, wanted: int, out: Ids) -> bool:
         """Once more after the device was out of memory, if it may have more by now.
 
         What it would not release before is tried again, and others are asked through the budget.

@@ -22,7 +22,7 @@ from kvcached import planning
 from kvcached.broker.budget import Budget
 from kvcached.errors import ClosedError, KvcachedError, PoolBroken
 from kvcached.layout import Geometry
-from kvcached.memory.base import Handle, MemoryBackend
+from kvcached.memory.base import Handle, Made, MemoryBackend
 from kvcached.memory.ledger import Ledger, Undo
 from kvcached.page_books import PageBooks
 from kvcached.runs import Extent, Run
@@ -192,14 +192,14 @@ class PagePool(PageBooks):
             raise error
         return freed
 
-    def count_in(self, first: int, pages: int, ids: Sequence[int], made: Sequence[int]) -> None:
-        """Extents of ``pages`` pages each, one after the other, that were backed by ``made``."""
-        places = [(first + i * pages, pages, native) for i, native in enumerate(made)]
-        handles = self._ledger.adopt(self.reservation, places)
-        for ident, (page, _, _), handle in zip(ids, places, handles, strict=True):
-            self._extents[ident] = Extent(ident, page, pages, (handle,))
-        self._runs.take(first, pages * len(made))
-        self._backed_pages += pages * len(made)
+    def count_in(self, ids: Sequence[int], made: Sequence[Made]) -> None:
+        """Extents one after the other, of one plane, whose handles others have made."""
+        handles = self._ledger.adopt(self.reservation, made)
+        for ident, (first, pages, _), handle in zip(ids, made, handles, strict=True):
+            self._extents[ident] = Extent(ident, first, pages, (handle,))
+        total = sum(handle.num_pages for handle in handles)
+        self._runs.take(made[0][0], total)
+        self._backed_pages += total
         self._epoch += 1
 
     def unback(self, extents: Sequence[Extent]) -> tuple[int, BaseException | None]:

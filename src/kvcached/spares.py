@@ -26,41 +26,42 @@ class SparePolicy:
 
     decay: float = 1.0
     horizon: float = 0.25
-    _rate: float = 0.0  # bytes per second
-    _last_growth: float = -math.inf
-    _updated: float = -math.inf
-    _time_constant: float = field(init=False)
-    _burst: float = field(init=False)  # growth this close together decays as one: 1.6 % at most
+    rate: float = 0.0
+    """Bytes a second, as of the last growth: since then it may have decayed."""
+    last_growth: float = -math.inf
+    updated: float = -math.inf
+    time_constant: float = field(init=False)
+    burst: float = field(init=False)
+    """Seconds: growth this close together decays as one, 1.6 % at most."""
 
     def grew(self, nbytes: int, now: float) -> None:
-        """Extents of ``nbytes`` went from empty, or unbacked, into use at time ``now``."""
-        if now - self._updated > self._burst:
-            self._advance(now)
-        self._rate += nbytes / self._time_constant
-        self._last_growth = now
+        """Extents of ``nbytes`` went from empty, or unbacked, into use at time ``now``.
 
-    @property
-    def rate(self) -> float:
-        """Bytes a second, as of the last growth: since then it may have decayed."""
-        return self._rate
+        ``Bump`` has this written out.
+        """
+        if now - self.updated > self.burst:
+            self.advance(now)
+        self.rate += nbytes / self.time_constant
+        self.last_growth = now
 
     def forget(self) -> None:
         """What was measured holds no more: the memory is wanted elsewhere."""
-        self._rate, self._last_growth = 0.0, -math.inf
+        self.rate, self.last_growth = 0.0, -math.inf
 
     def target(self, now: float) -> int:
         """Bytes that may stay spare at time ``now``."""
-        if now - self._last_growth >= self.decay:
+        if now - self.last_growth >= self.decay:
             return 0
-        self._advance(now)
-        return int(self._rate * self.horizon)
+        self.advance(now)
+        return int(self.rate * self.horizon)
 
     def __post_init__(self) -> None:
-        self._time_constant = max(self.decay / 4, 1e-3)
-        self._burst = self._time_constant / 64
+        self.time_constant = max(self.decay / 4, 1e-3)
+        self.burst = self.time_constant / 64
 
-    def _advance(self, now: float) -> None:
-        elapsed = now - self._updated
+    def advance(self, now: float) -> None:
+        """Let the rate decay until ``now``."""
+        elapsed = now - self.updated
         if elapsed > 0:
-            self._rate *= math.exp(-elapsed / self._time_constant)
-            self._updated = now
+            self.rate *= math.exp(-elapsed / self.time_constant)
+            self.updated = now

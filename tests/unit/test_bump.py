@@ -1,11 +1,13 @@
 """Growth by one block: planned ahead, made in one compiled call, written up afterwards."""
 
 import itertools
+from random import Random
 
 import numpy as np
 import pytest
 from cache_rig import Clock, YieldingBudget
 
+from kvcached import _hot
 from kvcached.blocks import BlockPool
 from kvcached.errors import (
     BudgetExceeded,
@@ -72,8 +74,9 @@ def rig():
 def backed(rig):
     """Pages that the driver has mapped and made accessible."""
     base = rig.pages.reservation.address
-    mapped = rig.driver.mappings.values()
-    return sorted((m.address - base) // PAGE for m in mapped if m.accessible)
+    mapped = [m for m in rig.driver.mappings.values() if m.accessible]
+    places = [range(m.address - base, m.end - base, PAGE) for m in mapped]
+    return sorted(start // PAGE for place in places for start in place)
 
 
 def test_it_asks_the_driver_for_no_more_than_three_calls_a_block(rig):
@@ -100,6 +103,23 @@ def test_what_was_grown_is_given_back_like_any_other(rig):
         rig.pool.check()
     assert backed(rig) == [0]
     assert len(rig.pool.ext) == 64, "ids are used again"
+
+
+def test_many_blocks_get_their_access_in_one_call(rig):
+    rig.pool.alloc(1)
+    before = rig.driver.calls.copy()
+    assert sorted(rig.pool.alloc(9).tolist()) == list(range(2, 11))
+    assert dict(rig.driver.calls - before) == dict(zip(CALLS, (3, 3, 1), strict=True))
+    assert sorted(e.pages for e in rig.pages.extents.values()) == [1, 1, 1, 4, 4]
+    assert rig.pages.grown.count == 5
+    assert backed(rig) == list(range(11))
+
+
+def test_what_takes_too_many_handles_goes_the_general_way():
+    rig = Rig(blocks=300)
+    rig.pool.alloc(280)
+    assert len(rig.pages.extents) == 71
+    rig.end()
 
 
 def test_the_end_of_the_address_space():
@@ -158,19 +178,66 @@ def test_memory_that_must_be_cleared_goes_the_general_way():
     backend.shutdown()
 
 
+def arrays(pool):
+    """What the compiled functions know, with extents called by their first pages, not by ids."""
+    extents = pool.pages.extents
+    first = {0: -1} | {e.id: e.first for e in extents.values()}
+    rows = {first[e]: [*row[:_hot.X_NEXT], first[row[_hot.X_NEXT]] if row[_hot.X_LEVEL] else None]
+            for e, row in ((e, pool.ext[e].tolist()) for e in extents)}  # fmt: skip
+    meta = pool.meta.tolist()
+    levels = [first[e] for e in meta[_hot.M_LEVEL :]]
+    pages = [first[e] for e in pool.page.tolist()]
+    used = pool.blk[:, _hot.STATE] == _hot.USED
+    blocks = np.where(used[:, None], pool.blk[:, [_hot.STATE, _hot.REFS, _hot.STATE, _hot.STATE,
+                      _hot.KEEP, _hot.STAMP, 6, 7]], pool.blk)  # fmt: skip
+    return blocks.tolist(), pages, rows, meta[: _hot.M_LEVEL], levels
+
+
+@pytest.mark.parametrize("block", [PAGE, 2 * PAGE])
+@pytest.mark.parametrize("seed", range(8))
+def test_both_ways_to_grow_leave_the_same_arrays(block, seed):
+    both, rng, held = [Rig(block=block), Rig(block=block, wrap=FailingBackend)], Random(seed), []
+    assert [rig.by_journal for rig in both] == [True, False]
+    for _ in range(150):
+        what, count = rng.random(), rng.randint(1, 5)
+        if what < 0.6 and len(held) + count < 60:
+            for _ in range(count):  # for several at once the general way may choose another run
+                mine, theirs = (rig.pool.alloc(1).tolist() for rig in both)
+                assert mine == theirs
+                held += mine
+        elif what < 0.9 and held:
+            gone = [held.pop(rng.randrange(len(held))) for _ in range(min(count, len(held)))]
+            for rig in both:
+                rig.pool.free(np.asarray(gone, np.int32))
+        else:
+            for rig in both:  # all of it: among equals it is by id what goes first
+                rig.pool.trim(may_split=count > 1)
+        mine, theirs = (arrays(rig.pool) for rig in both)
+        assert mine == theirs
+    for rig in both:
+        rig.end()
+
+
 # --- failures -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("ahead", [0, 1, 15, 16])
-@pytest.mark.parametrize("call", CALLS)
-def test_a_call_that_fails_leaves_nothing(rig, call, ahead):
+@pytest.mark.parametrize(("call", "count", "at"), [
+    *((call, 1, 1) for call in CALLS), ("cuMemCreate", 9, 3), ("cuMemMap", 9, 2),
+    ("cuMemSetAccess", 9, 1)])  # fmt: skip
+def test_a_call_that_fails_leaves_nothing_and_is_named(rig, call, count, at, ahead):
     for _ in range(ahead):
         rig.pool.alloc(1)
     before = rig.state()
-    rig.driver.fail(call)
+    rig.driver.fail(call, at)
     with pytest.raises(DriverError, match=call) as caught:
-        rig.pool.alloc(1)
+        rig.pool.alloc(count)
     assert (caught.value.call, caught.value.status) == (call, "CUDA_ERROR_UNKNOWN")
+    first = ahead + 1 + 4 * (at - 1)
+    place = first, (count if call == "cuMemSetAccess" else min(4, count - 4 * (at - 1)))
+    address, nbytes = hex(rig.pages.address_of(place[0])), hex(place[1] * PAGE)
+    shown = f"({nbytes}" if call == "cuMemCreate" else f"({address}, {nbytes}"
+    assert shown in str(caught.value)
     assert rig.state() == before, "I6"
     assert rig.pool.alloc(1).tolist() == [ahead + 1]
 
@@ -227,7 +294,7 @@ def test_without_budget_cached_blocks_go_first_and_then_it_is_refused():
 # --- interrupts, forks, ends ----------------------------------------------------------------------
 
 
-def interrupted(monkeypatch, rig, when):
+def interrupted(rig, when):
     """``KeyboardInterrupt`` before the compiled call, in it (after a failed call), or after it."""
     inner = rig.pool._grow.__closure__
     names = rig.pool._grow.__code__.co_freevars
@@ -243,16 +310,17 @@ def interrupted(monkeypatch, rig, when):
     cell.cell_contents = call
 
 
+@pytest.mark.parametrize("count", [1, 9])
 @pytest.mark.parametrize("failing", [None, *CALLS])
-def test_an_interrupt_never_hides_what_was_done(rig, monkeypatch, failing):
+def test_an_interrupt_never_hides_what_was_done(rig, failing, count):
     rig.pool.alloc(1)
     for when in ("after", "before"):  # what the first leaves behind is not taken for the second's
         before = rig.state()
         if failing and when == "after":
             rig.driver.fail(failing)
-        interrupted(monkeypatch, rig, when)
+        interrupted(rig, when)
         with pytest.raises(KeyboardInterrupt):
-            rig.pool.alloc(1)
+            rig.pool.alloc(count)
         if failing or when == "before":
             assert rig.state() == before
         rig.pool.check()
@@ -294,7 +362,7 @@ def test_the_nth_call_fails_wherever_that_is():
                     rig.pool.free(held.pop(0))
                     rig.pool.trim()
                 else:
-                    held.append(rig.pool.alloc(1 + 2 * (step % 4 == 2)))
+                    held.append(rig.pool.alloc(1 + 8 * (step % 4 == 2)))
             except KvcachedError:
                 rig.pool.check()
         failed = rig.driver.last_failed

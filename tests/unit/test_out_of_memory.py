@@ -68,7 +68,9 @@ def state(cache):
 # --- alone on the device ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("room", "cached", "wanted"), [(0, 6, 6), (0, 6, 4), (2, 6, 8), (3, 6, 7)])
+@pytest.mark.parametrize(
+    ("room", "cached", "wanted"), [(0, 6, 1), (0, 6, 6), (0, 6, 4), (2, 6, 8), (3, 6, 7)]
+)
 def test_cached_prefixes_serve_what_the_device_cannot(driver, room, cached, wanted):
     cache = make(driver)
     stop_caretaker(cache)

@@ -170,9 +170,11 @@ class LocalBudget:
     def claim_if_free(self, nbytes: int, *, ask: bool) -> bool:  # noqa: ARG002 (the protocol's)
         """See ``Budget.claim_if_free``."""
         with self._lock:
-            free = not self._closed and self._claimed + nbytes <= self._limit
-            self._claimed += nbytes if free else 0
-            return free
+            claimed = self._claimed + nbytes
+            if self._closed or claimed > self._limit:
+                return False
+            self._claimed = claimed
+            return True
 
     def report_out_of_memory(self, nbytes: int) -> bool:  # noqa: ARG002 (the protocol's)
         """See ``Budget.report_out_of_memory``: there are no others."""

@@ -142,7 +142,7 @@ class BrokerBudget:
             if self._closed or self._forked or self._claimed + nbytes > self.limit_bytes:
                 return False
             if self._fits(nbytes):
-                self._claimed += nbytes
+                self._claimed, self._busy_at = self._claimed + nbytes, time.monotonic()
                 return True
             ask = ask and not self._session.pressure
             return ask and self._ask(nbytes, _GOODBYE_S, p.TRANSIENT) is None

@@ -175,11 +175,11 @@ class Direct(Protocol):
         ...
 
     def undo_direct(
-        self, reservation: Reservation, made: Made, done: int, cause: BaseException
+        self, reservation: Reservation, made: Sequence[Made], mapped: int, cause: BaseException
     ) -> None:
-        """Give back what ``done`` of the three calls have done; errors as ``Backing.back``."""
+        """Give back handles, the first ``mapped`` of which were; errors as ``Backing.back``."""
         ...
 
-    def raise_direct(self, status: int, place: Place, done: int, reservation: Reservation) -> None:
-        """Raise what a status stands for: that of the call after ``done``, or below 0."""
+    def raise_direct(self, status: int, call: int, reservation: Reservation, place: Place) -> None:
+        """Raise what the status of one of the three calls stands for, or one below 0."""
         ...

@@ -190,19 +190,19 @@ class CudaHandles:
         return handles
 
     def undo_direct(
-        self, reservation: Reservation, made: Made, done: int, cause: BaseException
+        self, reservation: Reservation, made: Sequence[Made], mapped: int, cause: BaseException
     ) -> None:
         """See ``Direct.undo_direct``."""
-        page_index, num_pages, native = made
-        places, natives = [(page_index, num_pages)], [native][:done]
-        self._leftovers.undo(reservation, self.page_bytes, places, natives, done - 1, cause)
+        places = [(page_index, num_pages) for page_index, num_pages, _ in made]
+        natives = [native for _, _, native in made]
+        self._leftovers.undo(reservation, self.page_bytes, places, natives, mapped, cause)
 
-    def raise_direct(self, status: int, place: Place, done: int, reservation: Reservation) -> None:
+    def raise_direct(self, status: int, call: int, reservation: Reservation, place: Place) -> None:
         """See ``Direct.raise_direct``."""
         self._require_usable()
         assert self._native is not None
         address = reservation.address + place[0] * self.page_bytes
-        self._native.fail(status, done, address, place[1] * self.page_bytes)
+        self._native.fail(status, call, address, place[1] * self.page_bytes)
 
     # --- internals ------------------------------------------------------------------------------
 

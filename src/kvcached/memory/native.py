@@ -105,9 +105,9 @@ class Native:
         """No machine code may call the driver any more: it is not ours, or not there."""
         self._words[0] = 0
 
-    def fail(self, status: int, done: int, address: int, nbytes: int) -> None:
-        """Raise what the status of the call after ``done`` of the three stands for."""
-        self._fail(status, _BACKING[done], address, nbytes)
+    def fail(self, status: int, call: int, address: int, nbytes: int) -> None:
+        """Raise what the status of one of the three calls that back memory stands for."""
+        self._fail(status, _BACKING[call], address, nbytes)
 
     def unback(self, places: Sequence[int], done: list[int]) -> None:
         """Unmap ``places``, then release them, both in order: address, bytes and handle of each.
