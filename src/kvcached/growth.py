@@ -331,15 +331,17 @@ class Grower:
         if not pages.budget.claim_if_free(nbytes, ask=True):
             return [], 0
         try:
-            runs = self._runs_within(wanted, nbytes) if epoch == pages.epoch else []
+            same = epoch == pages.epoch and pages.usable  # others may have had the lock
+            runs = self._runs_within(wanted, nbytes) if same else []
         except BaseException:  # the claim goes back, whatever it was
             pages.refund(nbytes)
             raise
         taken = pages.bytes_of(runs)
         if taken < nbytes:
             pages.refund(nbytes - taken)
-        if runs:
-            self._short_until = -math.inf
+        if not runs:
+            return [], 0
+        self._short_until = -math.inf
         return pages.stage(runs), taken
 
     def _runs_within(self, wanted: int, nbytes: int) -> list[Run]:

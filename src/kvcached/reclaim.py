@@ -232,10 +232,12 @@ def release_excess(blocks: BlockPool) -> None:
             blocks.pages.withdraw(extent)
         freed, error = blocks.pages.unback([extent])
         with blocks.lock:
-            if error is not None:
+            if extent.handles:
                 blocks.pages.admit([extent])
                 blocks.attach([extent])
+            else:  # even if something came in between afterwards
+                blocks.pages.unstage([extent])
+                blocks.pages.shrunk.add(started)
+                blocks.pages.budget.give_back(freed)
+            if error is not None:
                 raise error
-            blocks.pages.unstage([extent])
-            blocks.pages.shrunk.add(started)
-            blocks.pages.budget.give_back(freed)
