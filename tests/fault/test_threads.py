@@ -10,7 +10,8 @@ from cache_rig import FOREVER, block_pool, tiny_spec
 from kvcached.broker.budget import LocalBudget
 from kvcached.cache import KVCache
 from kvcached.errors import BudgetExceeded, ClosedError, OwnershipError
-from kvcached.testing import FakeBackend
+from kvcached.memory.cuda import CudaBackend
+from kvcached.testing import FakeBackend, FakeCudaDriver
 
 THREADS, OPERATIONS = 6, 400
 
@@ -98,12 +99,39 @@ def hammer(cache, backend, number, operations):
         give()
 
 
+class LockedDriver(FakeCudaDriver):
+    """The fake's own tables are no threads' game: what tests read and write holds the cache's lock,
+    as the driver's calls do. Its growth is by the journal.
+    """
+
+    lock = None
+
+    def read(self, address, nbytes):
+        with self.lock:
+            return super().read(address, nbytes)
+
+    def write(self, address, data):
+        with self.lock:
+            super().write(address, data)
+
+
+def cuda_backend(page_bytes):
+    driver = LockedDriver(page_bytes)
+    backend = CudaBackend(driver=driver, zero="never")
+    backend.read, backend.write, backend.driver = driver.read, driver.write, driver
+    return backend
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("make", [FakeBackend, cuda_backend])
 @pytest.mark.parametrize("budget", [LocalBudget, SlowBudget])
-def test_many_threads_on_one_cache(eager_switches, budget):
-    backend, budget = FakeBackend(32), budget(150 * 32)
+def test_many_threads_on_one_cache(eager_switches, budget, make):
+    backend, budget = make(32), budget(150 * 32)
     cache = KVCache(tiny_spec(), name="threads", max_tokens=800, budget=budget, backend=backend,
                     config=FOREVER)  # fmt: skip
+    if make is cuda_backend:
+        backend.driver.lock = cache._lock
+        assert cache._blocks._grow.__name__ == "grow"
     run_threads(lambda number: hammer(cache, backend, number, OPERATIONS))
     cache.check()
     cache.trim()
