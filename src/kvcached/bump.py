@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from kvcached.blocks import BlockPool, Ids
 
 _INT32 = np.dtype(np.int32)
-_ROOM, _MOST_ROOM = 16, 64  # extents planned at a time, and for growth that needs more of them
+_ROOM, _MOST_ROOM = 8, 64  # extents planned at a time, and for growth that needs more of them
 
 
 class Bump:
