@@ -369,6 +369,7 @@ class BlockPool:
         back_ahead(self)
         with self.lock:
             low = self.grower.set_low_water()
+            self.pages.prepare()
             return low > 0 or self.num_spare_extents > 0 or self.num_quarantined > 0
 
     # --- invariants ----------------------------------------------------------------------------

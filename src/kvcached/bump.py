@@ -53,7 +53,7 @@ class Bump:
         self._journal[bound.BASE] = pool.pages.reservation.address
         self.grow = self._make()
         pool.pages.settle, pool.pages.close_journal = self.settle, self.close
-        pool.pages.prepare = self._plan
+        pool.pages.prepare = self._prepare
 
     def _make(self) -> Callable[[int, int], Ids | None]:
         pool, grower, journal, most = self._pool, self._pool.grower, self._journal, self._most
@@ -101,6 +101,11 @@ class Bump:
             return out
 
         return grow
+
+    def _prepare(self) -> None:
+        """Have a plan, if there is none."""
+        if not self._room:
+            self._plan()
 
     def _plan(self, wanted: int = 1, rows: int = 1) -> bool:
         """Set a run for ``wanted`` pages aside, and ids for extents; whether there is one."""
