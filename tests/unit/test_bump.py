@@ -13,6 +13,7 @@ from kvcached.errors import (
     BudgetExceeded,
     DriverError,
     ForkedProcessError,
+    InvalidInput,
     KvcachedError,
     OutOfPages,
     PoolBroken,
@@ -289,6 +290,19 @@ def test_without_budget_cached_blocks_go_first_and_then_it_is_refused():
         rig.pool.alloc(1)
     assert rig.budget.claimed_bytes == 3 * PAGE
     rig.end()
+
+
+def test_what_cannot_be_is_not_adopted():
+    backend = CudaBackend(driver=FakeCudaDriver(), zero="never")
+    reservation = backend.reserve(8 * PAGE)
+    for made in ([(0, 1, 7), (2, 1, 8)], [(0, 0, 7)], [(7, 2, 7)], [(-1, 1, 7)]):
+        with pytest.raises(InvalidInput):
+            backend.adopt(reservation, made)
+    backend.check()
+    backend.back(reservation, [(1, 1)])
+    with pytest.raises(InvalidInput, match="mapped already"):
+        backend.adopt(reservation, [(0, 1, 7), (1, 1, 8)])
+    backend.check()
 
 
 # --- interrupts, forks, ends ----------------------------------------------------------------------

@@ -171,7 +171,10 @@ class Direct(Protocol):
         ...
 
     def adopt(self, reservation: Reservation, made: Sequence[Made]) -> list[Handle]:
-        """The handles that were made and mapped: from here on as if by ``Backing.back``."""
+        """What was made and mapped, each where the one before ends: from here on as if by ``back``.
+
+        ``InvalidInput`` if that cannot be so.
+        """
         ...
 
     def undo_direct(

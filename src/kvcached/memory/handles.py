@@ -183,11 +183,7 @@ class CudaHandles:
     def adopt(self, reservation: Reservation, made: Sequence[Made]) -> list[Handle]:
         """See ``Direct.adopt``."""
         with self._lock:
-            places = [(page_index, num_pages) for page_index, num_pages, _ in made]
-            _, handles, states = self._books.add_backed(reservation, places)
-            for state, (_, _, native) in zip(states, made):  # noqa: B905 (one each)
-                state.native = native
-        return handles
+            return self._books.add_made(reservation, made)
 
     def undo_direct(
         self, reservation: Reservation, made: Sequence[Made], mapped: int, cause: BaseException

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from kvcached.errors import InvalidInput
-from kvcached.memory.base import Handle, Mapped, Place, Reservation
+from kvcached.memory.base import Handle, Made, Mapped, Place, Reservation
 
 MAKING = object()
 """What the backend calls a handle while it is being made."""
@@ -289,6 +289,26 @@ class Mappings:
             handles.append(handle)
             states.append(state)
         return rng, handles, states
+
+    def add_made(self, reservation: Reservation, made: Sequence[Made]) -> list[Handle]:
+        """Check and record handles that were made and mapped, each where the one before ends."""
+        rng, (first, end) = self._range(reservation), (made[0][0], made[0][0])
+        for page_index, num_pages, _ in made:
+            if page_index != end or num_pages <= 0:
+                raise InvalidInput(f"pages {page_index}.. do not begin where page {end} does")
+            end += num_pages
+        if not rng.is_free(first, end - first):
+            raise _cannot_map(rng, first, end - first)
+        i, key, handles = bisect_right(rng.spans.starts, first), self._last_key, []
+        rng.spans.starts[i:i] = [page_index for page_index, _, _ in made]
+        rng.spans.ends[i:i] = [page_index + num_pages for page_index, num_pages, _ in made]
+        for page_index, num_pages, native in made:
+            key += 1
+            handles.append(_new_tuple(Handle, (key, num_pages)))
+            self.handles[key] = rng.handles[page_index] = HandleState(handles[-1], native, 1)
+        self._last_key = key
+        self.handle_bytes += (end - first) * self.page_bytes
+        return handles
 
     def drop_backed(
         self, rng: RangeState, places: Sequence[tuple[int, object]], states: Sequence[HandleState]
