@@ -369,7 +369,8 @@ class BlockPool:
         back_ahead(self)
         with self.lock:
             low = self.grower.set_low_water()
-            self.pages.prepare()
+            if low == 0:  # else it is this thread that grows
+                self.pages.prepare()
             return low > 0 or self.num_spare_extents > 0 or self.num_quarantined > 0
 
     # --- invariants ----------------------------------------------------------------------------
