@@ -119,9 +119,9 @@ class Bump:
             return False
         if wanted > per_block and pages.runs.best(per_block) != run:
             end = first + wanted  # what is wanted later may fit better elsewhere
-        ids, journal, width = [pages.new_id() for _ in range(room)], self._journal, h.ROW_WIDTH
+        ids, journal, width = pages.new_ids(room), self._journal, h.ROW_WIDTH
         journal[h.DRIVER], journal[h.PAGE], journal[h.COUNT] = driver, first, 0
-        journal[h.ROWS : h.ROWS + width * room] = array("q", [i for n in ids for i in (n, 0, 0, 0)])
+        journal[h.ROWS : h.ROWS + width * room : width] = array("q", ids)
         if max(ids) >= len(self._pool.ext):
             self._pool.make_rows(max(ids))
         self._settled, self._room, self._end = 0, room, end

@@ -72,6 +72,13 @@ class PageBooks:
             self._backed_pages += extent.pages
         self._epoch += 1
 
+    def new_ids(self, count: int) -> list[int]:
+        """As ``new_id``, so many."""
+        free, first = self._free_ids, self._next_id
+        ids = [free.pop() for _ in range(min(count, len(free)))]
+        self._next_id += count - len(ids)
+        return [*ids, *range(first, self._next_id)]
+
     def drop_ids(self, ids: Sequence[int]) -> None:
         """Ids that came to nothing."""
         self._free_ids += ids
