@@ -81,14 +81,15 @@ def address_of(x: Any) -> Any:
 class Bound:
     """A launch to be repeated with other tensors of the same layout and alignment.
 
-    ``bound(stream, addresses)``: of the tensors that take the place of ``given``, in that order.
-    Others are kept, those are not. May be called by several threads.
+    ``bound(stream, addresses)``: of what takes the place of ``given``, in that order: tensors, and
+    numbers that the launch was described with. Other tensors are kept, those are not. May be called
+    by several threads.
     """
 
     __slots__ = ("_fixed", "_handle", "_idle", "_kept", "_layout", "_pack", "_picks",
                  "_start", "_streams", "_success")  # fmt: skip
 
-    def __init__(self, launch: Launch, given: Sequence[torch.Tensor]) -> None:
+    def __init__(self, launch: Launch, given: Sequence[Any]) -> None:
         assert launch.handle is not None  # the interpreter binds nothing
         handle, arguments = launch.handle, launch.arguments
         order = {id(x): i for i, x in enumerate(given)}

@@ -29,11 +29,22 @@ def can_map(addresses: Sequence[int], strides: Sequence[int], itemsize: int) -> 
     )
 
 
+class TensorMap(bytes):
+    """The 128 bytes of a map, and what they were made of."""
+
+    address: int
+    form: tuple[Any, ...]
+
+    def at(self, address: int) -> TensorMap:
+        """The same at another address."""
+        return tensor_map(address, *self.form)
+
+
 @functools.lru_cache(maxsize=4096)
 def tensor_map(
     address: int, dtype: torch.dtype, sizes: tuple[int, int, int], strides: tuple[int, int],
     rows: int,
-) -> bytes:  # fmt: skip
+) -> TensorMap:  # fmt: skip
     """The map of a 16-bit tensor of ``sizes``, the last dimension of which is consecutive.
 
     ``strides`` are those of the first two in elements; a box is ``rows`` of the second dimension by
@@ -55,4 +66,6 @@ def tensor_map(
         driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
         driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
     )  # fmt: skip
-    return ctypes.string_at(made.getPtr(), _MAP_BYTES)
+    found = TensorMap(ctypes.string_at(made.getPtr(), _MAP_BYTES))
+    found.address, found.form = address, (dtype, sizes, strides, rows)
+    return found

@@ -147,8 +147,10 @@ def prepare(
     memory = memory or workspace_of
     if plan is not None and not hasattr(plan, "split"):
         raise InvalidInput(f"plan is a {type(plan).__name__}, not what plan_attention makes")
-    if prefill.suits_prefill(call) and (plan is None or call.max_q > plan.shape["max_q"]):
-        return prefill.prepare(call, num_splits, memory=memory if plan is None else plan.memory)
+    if plan is not None and call.max_q > plan.shape["max_q"]:
+        memory, plan = plan.memory, None
+    if plan is None and prefill.suits_prefill(call):
+        return prefill.prepare(call, num_splits, memory=memory)
     return decode.prepare(call, num_splits, plan, memory)
 
 

@@ -7,6 +7,7 @@ host about as much as the driver does. Tensors that differ from call to call are
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -22,17 +23,20 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from kvcached.kernels._bound import Bound, Launch
+    from kvcached.kernels._tensor_maps import TensorMap
     from kvcached.kernels.checks import AttentionCall
     from kvcached.kernels.mla_plan import MlaPlan
     from kvcached.kernels.plan import Plan
 
 _TAKES: dict[Callable[..., Any], tuple[str, ...]] = {
-    attention.attn_with_kvcache: ("q", "out", "cache_seqlens", "page_table", "cache_start"),
+    attention.attn_with_kvcache: ("q", "out", "cache_seqlens", "page_table", "cache_start",
+                                  "k_cache", "v_cache", "sinks", "alibi_slopes"),
     mla.mla_with_kvcache: ("q", "out", "cache_seqlens", "page_table"),
-    append.reshape_and_cache: ("key", "value", "slot_mapping"),
+    append.reshape_and_cache: ("key", "value", "slot_mapping", "k_cache", "v_cache"),
     append.concat_and_cache_mla: ("kv_c", "k_pe", "slot_mapping"),
-}
+}  # fmt: skip
 """What can be bound, and the arguments that may be replaced."""
+_signature = functools.cache(inspect.signature)
 
 
 def bind(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> BoundCall:
@@ -51,7 +55,7 @@ def bind(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> BoundCal
     if takes is None:
         every = ", ".join(one.__name__ for one in _TAKES)
         raise InvalidInput(f"{function!r} cannot be bound", hint=f"These can: {every}.")
-    given = inspect.signature(function).bind(*args, **kwargs).arguments
+    given = _signature(function).bind(*args, **kwargs).arguments
     if given.get("k") is not None or given.get("v") is not None:
         raise InvalidInput("k and v cannot be bound", hint="Bind reshape_and_cache apart.")
     names = [name for name in takes if name == "out" or given.get(name) is not None]
@@ -69,8 +73,9 @@ class BoundCall:
 
     Without arguments it is made with the tensors that it was bound to, and what they hold by then.
     ``takes`` names those that others of the same shape, strides, dtype and alignment (to 16 bytes)
-    may replace: the first few are given, in that order. It returns what the function does; an
-    output that ``bind`` was not given, and an LSE, are its own and written at each call.
+    may replace: the first few are given, in that order. Caches are among them, so one serves all
+    layers of a model that differ in nothing else. It returns what the function does; an output that
+    ``bind`` was not given, and an LSE, are its own and written at each call.
 
     Calls run on the current stream, one after another: for several streams bind several, with a
     plan each. A call may be captured in a CUDA graph, which needs it alive, and made by several
@@ -89,7 +94,7 @@ class BoundCall:
         """Names of the arguments that may be given anew, in their order."""
         self._function, self._given = function, dict(given)
         self._steps: list[Bound] | None = None
-        self._results = tuple(results)
+        self._results: tuple[Any, ...] = tuple(results)
         if launches is None or used is None:
             return
         from kvcached.kernels._bound import Bound
@@ -98,11 +103,11 @@ class BoundCall:
         _refuse_copies(given, used, launches)
         self._stream_of, self._device_here = stream_of, device_here
         self._index = used[takes[0]].get_device()
-        self._tensors = [used[name] for name in takes]
+        self._taken = [used[name] for name in takes]
         self._given["out"] = used.get("out")
         self._forms = [_form_of(self._given[name]) for name in takes]
-        self._launches = launches
-        self._replacing: dict[int, list[Bound]] = {}
+        self._launches, self._least = launches, 0
+        self._replacing: dict[int, tuple[list[Bound], list[tuple[int, TensorMap]]]] = {}
         self._steps = [Bound(launch, ()) for launch in launches]
 
     def __call__(self, *tensors: torch.Tensor) -> Any:
@@ -114,12 +119,15 @@ class BoundCall:
             with torch.cuda.device(self._index):
                 return self(*tensors)
         stream = self._stream_of(self._index)
-        if not tensors:
+        if not tensors and not self._least:
             for step in steps:
                 step.again(stream)
         else:
-            addresses = self._addresses(tensors)
-            for step in self._replacing.get(len(tensors)) or self._replace(len(tensors)):
+            addresses: list[Any] = self._addresses(tensors)
+            steps, maps = self._replacing.get(len(tensors)) or self._replace(len(tensors))
+            for i, one in maps:
+                addresses.append(one.at(addresses[i]))
+            for step in steps:
                 step(stream, addresses)
         if not self._results:
             return None
@@ -143,13 +151,38 @@ class BoundCall:
             ) from None
         return addresses
 
-    def _replace(self, count: int) -> list[Bound]:
-        """The launches with the first ``count`` tensors replaced."""
-        from kvcached.kernels._bound import Bound
+    def _replace(self, count: int) -> tuple[list[Bound], list[tuple[int, TensorMap]]]:
+        """The launches with the first ``count`` tensors replaced, and the maps of those.
 
-        steps = [Bound(launch, self._tensors[:count]) for launch in self._launches]
-        self._replacing[count] = steps
-        return steps
+        Of each map comes the place of its tensor among them.
+        """
+        from kvcached.kernels._bound import Bound
+        from kvcached.kernels._tensor_maps import TensorMap
+
+        taken = self._taken[:count]
+        if len(taken) < self._least:
+            raise InvalidInput(
+                f"{count} tensors, but this call keeps none: it takes {', '.join(self.takes)}"
+            )
+        caches = {x: i for i, x in enumerate(taken) if isinstance(x, int)}
+        maps = {id(x): x for launch in self._launches for x in launch.arguments
+                if isinstance(x, TensorMap) and x.address in caches}.values()  # fmt: skip
+        steps = [Bound(launch, [*taken, *maps]) for launch in self._launches]
+        self._replacing[count] = steps, [(caches[one.address], one) for one in maps]
+        return self._replacing[count]
+
+    def release(self) -> BoundCall:
+        """Keep the tensors no longer that it was bound to, and return it.
+
+        From now on each call gives all that it takes.
+        """
+        count = len(self.takes)
+        if self._steps is not None:
+            self._replace(count)
+            self._least, self._launches, self._steps, self._taken = count, (), [], []
+            self._results = (None, *self._results[1:]) if self._results else ()
+        self._given = {k: x for k, x in self._given.items() if k not in self.takes}
+        return self
 
 
 def _on_gpu(tensor: torch.Tensor) -> bool:
@@ -173,6 +206,8 @@ def _refuse_copies(
     given: Mapping[str, Any], used: Mapping[str, Any], launches: Sequence[Launch]
 ) -> None:
     """What a launch reads must be what was given, or it would not see later contents."""
+    from kvcached.kernels._bound import address_of
+
     taken = {id(x) for launch in launches for x in launch.arguments}
     for name, x in used.items():
         if launches and id(x) not in taken:
@@ -181,7 +216,7 @@ def _refuse_copies(
                 hint="Index tensors are contiguous int32, sinks and slopes float32, "
                 "softmax_scale is not negative.",
             )
-        if name in given and given[name] is not x and x.data_ptr() != given[name].data_ptr():
+        if name in given and given[name] is not x and address_of(x) != given[name].data_ptr():
             raise InvalidInput(f"{name} cannot be bound: it is converted at every call")
 
 
@@ -195,7 +230,8 @@ def _attention(
     options.pop("k", None), options.pop("v", None)
     call = check_call(q, k_cache, v_cache, **options)
     results = (call.out, call.lse) if return_softmax_lse else (call.out,)
-    return attention.prepare(call, num_splits, plan, make_workspace), _used(call), results
+    used = _used(call) | {"k_cache": call.kv.k_ptr, "v_cache": call.kv.v_ptr}
+    return attention.prepare(call, num_splits, plan, make_workspace), used, results
 
 
 def _mla(
@@ -209,13 +245,15 @@ def _mla(
 
 def _append(*args: Any, **given: Any) -> _Prepared:
     call = append.check_append(*args, **given)
+    launches = append.prepare(call)
+    caches = launches[0].arguments[2:4] if launches else (call.k_cache, call.v_cache)
     used = {"key": call.key, "value": call.value, "slot_mapping": call.slots}
-    return append.prepare(call), used, ()
+    return launches, used | dict(zip(("k_cache", "v_cache"), caches, strict=True)), ()
 
 
 def _append_mla(**given: Any) -> _Prepared:
     launches, used, _ = _append(*append.split_latents(**given))
-    return launches, dict(zip(("kv_c", "k_pe", "slot_mapping"), used.values(), strict=True)), ()
+    return launches, dict(zip(("kv_c", "k_pe", "slot_mapping"), used.values(), strict=False)), ()
 
 
 def _used(call: AttentionCall) -> dict[str, Any]:

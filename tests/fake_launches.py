@@ -157,7 +157,16 @@ def launch_nothing(monkeypatch):
     driver.taken = lambda one: dict(zip(names[one.function], one.arguments, strict=True))
 
     def handle_of(
-        kernel, types, constants, *, device, num_warps, aligned=(), launch_pdl=False, **starts
+        kernel,
+        types,
+        constants,
+        *,
+        device,
+        num_warps,
+        aligned=(),
+        launch_pdl=False,
+        maxnreg=0,
+        **starts,
     ):
         needs = SimpleNamespace(name=kernel.__name__, num_warps=num_warps, num_ctas=1, shared=0,
                                 launch_pdl=launch_pdl, global_scratch_size=0,

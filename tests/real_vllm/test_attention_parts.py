@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from kvcached import kernels
 from kvcached.engines.vllm import install
-from kvcached.errors import EngineUnsupported
+from kvcached.errors import EngineUnsupported, InvalidInput
 from kvcached.kernels import reference
 
 pytestmark = pytest.mark.vllm
@@ -106,6 +107,118 @@ def test_layers_that_share_the_cache_of_another_do_not_write(ours):
     q, k = torch.randn(tokens, HEADS, DIM), torch.randn(tokens, KV_HEADS, DIM)
     impl.forward(None, q, k, k, layer, builder_of(ours).build(0, common), torch.empty_like(q))
     assert torch.equal(keys, before)
+
+
+def test_a_call_is_described_once_a_step_for_all_layers_that_are_alike(ours, monkeypatch):
+    made = []
+
+    def bind(function, **given):
+        made.append(function.__name__)
+        return kernels.bind(function, **given)
+
+    monkeypatch.setattr(ours, "bind", bind)
+    common, tokens = step_of(*BATCHES["mixed"])
+    meta, results = builder_of(ours).build(0, common), []
+    q, k = torch.randn(tokens, HEADS, DIM), torch.randn(tokens, KV_HEADS, DIM)
+    layers = [({}, 1), ({}, 1), ({"logits_soft_cap": 5.0}, 2), ({"sliding_window": 4}, 3), ({}, 3)]
+    for options, kinds in layers:
+        *_, layer = cache_of("packed")
+        impl = ours.KvcachedAttentionImpl(HEADS, DIM, 1.0, KV_HEADS, **options)
+        results.append(impl.forward(None, q, k, k, layer, meta, torch.empty_like(q)))
+        assert made.count("attn_with_kvcache") == kinds
+    assert made.count("reshape_and_cache") == 1
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[4])
+    assert not torch.equal(results[0], results[2])
+
+
+def test_a_layer_whose_tensors_lie_otherwise_is_described_anew(ours):
+    """As a call does on a GPU, where strides are compiled in."""
+    seen = []
+
+    class Strict:
+        def __init__(self, k_cache):
+            self.strides = k_cache.stride()
+
+        def release(self):
+            return self
+
+        def __call__(self, *tensors):
+            seen.append(tensors[-1].stride())
+            if seen[-1] != self.strides:
+                raise InvalidInput("strides")
+
+    made = []
+    meta = builder_of(ours).build(0, step_of(*BATCHES["decode"])[0])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ours, "bind", lambda _, **given: made.append(1) or Strict(given["k_cache"]))
+        for cache in (torch.ones(2, 3), torch.ones(2, 3), torch.ones(3, 2).T):
+            meta.call("attend", None, {"k_cache": cache})
+    assert (len(made), seen) == (2, [(3, 1), (3, 1), (1, 2), (1, 2)])
+    with pytest.raises(InvalidInput, match="value"):
+        meta.call("write", kernels.reshape_and_cache, {
+            "key": torch.ones(1, 1, 8), "value": torch.ones(1, 2, 8),
+            "slot_mapping": torch.zeros(1, dtype=torch.int32),
+            "k_cache": torch.ones(1, 1, 1, 8), "v_cache": torch.ones(1, 1, 1, 8)})  # fmt: skip
+
+
+class APlan:
+    """What ``plan_attention`` was asked for, and the updates."""
+
+    def __init__(self, *given, device, window_size, max_q=1):
+        if max_q > 8:
+            raise InvalidInput("no tile holds them")
+        self.given, self.window, self.shape = given, window_size, {"max_q": max_q}
+        self.updates = []
+
+    def update(self, lens, starts):
+        self.updates.append((lens, starts))
+
+
+@pytest.mark.parametrize(("drafts", "most"), [(0, 1), (4, 5), (9, 1)])
+def test_a_plan_for_each_kind_of_layer_follows_decodes_and_drafts(ours, drafts, most, monkeypatch):
+    monkeypatch.setitem(vars(kernels), "plan_attention", APlan)
+    spec = SimpleNamespace(num_speculative_tokens=drafts) if drafts else None
+    config = SimpleNamespace(
+        speculative_config=spec, scheduler_config=SimpleNamespace(max_num_seqs=16,
+                                                                  max_num_batched_tokens=64),
+        compilation_config=SimpleNamespace(max_cudagraph_capture_size=24),
+        model_config=SimpleNamespace(max_model_len=80),
+    )  # fmt: skip
+    layers = [ours.KvcachedAttentionImpl(HEADS, DIM, 1.0, KV_HEADS, sliding_window=window)
+              for window in (None, 12, None)]  # fmt: skip
+    plans = ours.plans_of(layers, config, torch.bfloat16, "cuda:0")
+    assert [plan.window for plan in plans.values()] == [(-1, -1), (11, -1)]
+    assert {plan.given for plan in plans.values()} == {(24, 80, HEADS, KV_HEADS, DIM,
+                                                        torch.bfloat16)}  # fmt: skip
+    assert {plan.shape["max_q"] for plan in plans.values()} == {most}
+    builder = builder_of(ours)
+    monkeypatch.setattr(builder, "_make_plans", lambda: plans)
+    decode, prompts = (step_of(*BATCHES[name])[0] for name in ("decode", "prefill"))
+    meta = builder.build(0, decode)
+    builder.build(0, prompts)
+    for layer in layers:
+        ((lens, starts),) = meta.plans[layer.plan_key].updates
+        assert lens is decode.seq_lens
+        assert (starts is decode.query_start_loc) is (most > 1)
+    assert builder.build_for_cudagraph_capture(decode) in builder._captured
+
+
+def test_prompts_are_cut_by_the_columns_that_they_use_and_decodes_by_all(ours):
+    prompts, decode = (step_of(*BATCHES[name])[0] for name in ("prefill", "decode"))
+    meta = builder_of(ours).build(0, prompts)  # of 33 and 7 tokens
+    assert [meta.table(size).shape[1] for size in (16, 64, 16)] == [3, 1, 3]
+    assert meta.table(16) is meta.table(16)
+    assert builder_of(ours).build(0, decode).table(16) is decode.block_table_tensor
+
+
+def test_sinks_are_read_again_when_weights_were_loaded(ours):
+    sinks = torch.zeros(HEADS, dtype=torch.bfloat16)
+    impl = ours.KvcachedAttentionImpl(HEADS, DIM, 1.0, KV_HEADS, sinks=sinks)
+    sinks.fill_(3)
+    impl.process_weights_after_loading(torch.bfloat16)
+    assert impl._per_head["sinks"].tolist() == [3.0] * HEADS
+    assert impl._per_head["sinks"].dtype == torch.float32
 
 
 def test_slots_lie_where_a_captured_graph_reads_them_again(ours):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 
 import pytest
 import torch
@@ -11,7 +12,14 @@ from fake_launches import launch_nothing
 pytest.importorskip("triton")
 from kvcached import kernels
 from kvcached.errors import InvalidInput
-from kvcached.kernels import _prefill_parts, _write_triton, append, binding
+from kvcached.kernels import (
+    _prefill_parts,
+    _tensor_maps,
+    _write_triton,
+    append,
+    binding,
+    prefill,
+)
 
 BF16 = torch.bfloat16
 
@@ -67,15 +75,19 @@ def int8_rows():
 
 
 CALLS = {
-    "decode": (kernels.attn_with_kvcache, attention, ["attend_kernel"], "Q OUT LENS TABLE"),
+    "decode": (kernels.attn_with_kvcache, attention, ["attend_kernel"],
+               "Q OUT LENS TABLE K V"),
     "prefill": (kernels.attn_with_kvcache, lambda: attention(40),
-                ["prefill_kernel"], "Q OUT LENS TABLE"),
+                ["prefill_kernel"], "Q OUT LENS TABLE K V"),
     "prefill in parts": (kernels.attn_with_kvcache, lambda: attention(40, num_splits=2),
-                         ["prefill_kernel", "merge_kernel"], "Q OUT LENS TABLE"),
+                         ["prefill_kernel", "merge_kernel"], "Q OUT LENS TABLE K V"),
+    "sinks and slopes": (kernels.attn_with_kvcache,
+                         lambda: attention(sinks=torch.ones(8), alibi_slopes=torch.ones(8)),
+                         ["attend_kernel"], "Q OUT LENS TABLE K V SINKS SLOPES"),
     "mla": (kernels.mla_with_kvcache, latents, ["mla_kernel"], "Q OUT LENS TABLE"),
-    "append": (kernels.reshape_and_cache, rows, ["append_kernel"], "KEY VALUE SLOTS"),
+    "append": (kernels.reshape_and_cache, rows, ["append_kernel"], "KEY VALUE SLOTS K V"),
     "append int8": (kernels.reshape_and_cache, int8_rows, ["append_quant_kernel"],
-                    "KEY VALUE SLOTS"),
+                    "KEY VALUE SLOTS K V"),
     "append latents": (kernels.concat_and_cache_mla, latent_rows, ["append_kernel"],
                        "KEY VALUE SLOTS"),
 }  # fmt: skip
@@ -180,6 +192,59 @@ def test_calls_of_mla_with_one_plan_share_its_memory(driver, monkeypatch):
         kernels.plan_mla(0, 4, device="cpu")
 
 
+def test_a_released_call_keeps_none_of_its_tensors_and_is_given_all(driver, case):
+    function, given, launches, names = case
+    given |= {"out": zeros(*given["q"].shape[:2], 64)} if "q" in given else {}
+    call = kernels.bind(function, **given).release()
+    others = {name: given[name].clone() for name in call.takes}
+    gone = [weakref.ref(given.pop(name)) for name in call.takes]
+    assert not any(ref() is not None for ref in gone)
+    result = call(*others.values())
+    assert (result[0] if isinstance(result, tuple) else result) is others.get("out")
+    assert [one.function[0] for one in driver.launches] == launches
+    taken = [x for one in driver.launches for x in driver.taken(one).items()]
+    assert {(n, x.data_ptr()) for n, x in zip(names, others.values(), strict=True)} <= set(taken)
+    for few in ((), list(others.values())[:-1]):
+        with pytest.raises(InvalidInput, match="keeps none"):
+            call(*few)
+
+
+def test_a_map_of_a_cache_goes_with_it(driver, monkeypatch):
+    """One bound call serves all layers, also of the kernel that finds blocks by a tensor map."""
+    from kvcached.kernels import _prefill_tma as tma
+
+    def made(address, *form):
+        found = _tensor_maps.TensorMap(address.to_bytes(128, "little"))
+        found.address, found.form = address, form
+        return found
+
+    for module in (_tensor_maps, tma):
+        monkeypatch.setattr(module, "tensor_map", made)
+    monkeypatch.setattr(tma, "multiprocessors", lambda _: 132)
+    monkeypatch.setattr(prefill, "suits_tma", lambda *_: True)
+    given = attention(40, q=zeros(40, 8, 128), k_cache=zeros(4, 16, 2, 128),
+                      v_cache=zeros(4, 16, 2, 128), out=zeros(40, 8, 128))  # fmt: skip
+    call = kernels.bind(kernels.attn_with_kvcache, **given)
+    call()
+    others = [given[name].clone() for name in call.takes]
+    call(*others)
+    for one, (keys, values) in zip(driver.launches, ([given[n] for n in ("k_cache", "v_cache")],
+                                                     others[-2:]), strict=True):  # fmt: skip
+        taken = driver.taken(one)
+        maps = [int.from_bytes(taken[n], "little") for n in ("K_MAP", "K_REST_MAP", "V_MAP")]
+        assert maps == [keys.data_ptr(), keys.data_ptr(), values.data_ptr()]
+        assert (taken["K"], taken["V"]) == (keys.data_ptr(), values.data_ptr())
+
+
+def test_a_plan_takes_calls_of_more_tokens_than_it_is_made_for(driver):
+    """Few rows are not the prefill kernel's: they are cut as without a plan, in its memory."""
+    plan = kernels.plan_attention(1, 64, 8, 2, 64, BF16, device="cpu")
+    kernels.bind(kernels.attn_with_kvcache, **attention(3), plan=plan, num_splits=2)()
+    assert driver.launches[0].function[0] == "attend_kernel"
+    held = {work.partial.data_ptr() for work in plan.memory._held}
+    assert driver.taken(driver.launches[0])["PARTIAL"] in held
+
+
 @pytest.mark.parametrize(("change", "says"), [
     (lambda q: q[:, :4], "shape"), (lambda q: q.float(), "dtype"),
     (lambda q: zeros(1, 8, 128)[..., :64], "strides"),
@@ -192,7 +257,8 @@ def test_a_tensor_that_the_kernel_was_not_made_for_is_refused(driver, change, sa
     with pytest.raises(InvalidInput, match=f"q has .*{says}"):
         call(change(given["q"]))
     q, lens, table = given["q"], given["cache_seqlens"], given["page_table"]
-    for others in (("q",), (q, q, lens, table, table)):
+    every = q, q, lens, table, given["k_cache"], given["v_cache"], q
+    for others in (("q",), every):
         with pytest.raises(InvalidInput, match=r"q, out, cache_seqlens, page_table"):
             call(*others)
     assert not driver.launches

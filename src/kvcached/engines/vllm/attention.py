@@ -6,14 +6,19 @@ are read where they lie. Imported by vLLM alone, in a process that has it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from vllm.v1.attention import backend as base
 
-from kvcached.errors import EngineUnsupported
-from kvcached.kernels import attn_with_kvcache, reshape_and_cache
+from kvcached.errors import EngineUnsupported, InvalidInput
+from kvcached.kernels import attn_with_kvcache, bind, reshape_and_cache
+from kvcached.layout import cdiv
+
+if TYPE_CHECKING:
+    from kvcached.kernels import BoundCall, Plan
 
 _MOST_HEAD_DIM = 256
 _BLOCK_STEP = 16
@@ -34,6 +39,38 @@ class KvcachedMetadata:
     block_table: torch.Tensor
     slots: torch.Tensor
     """Slot of each query token, -1: not to be written."""
+    max_seq_len: int
+    """No sequence is longer. To capture, vLLM names the most that there may be."""
+    plans: dict[Any, Plan]
+    """By ``KvcachedAttentionImpl.plan_key``: memory for parts, and how sequences are cut."""
+    calls: dict[Any, BoundCall] = field(default_factory=dict)
+    """Checked and described for the first layer; the others differ from it in addresses only."""
+    tables: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def table(self, block_size: int) -> torch.Tensor:
+        """The block table; of prompts its used columns: how one is cut follows from its width."""
+        if self.max_query_len == 1:  # of one shape, whatever is captured
+            return self.block_table
+        found = self.tables.get(block_size)
+        if found is None:
+            columns = max(1, cdiv(self.max_seq_len, block_size))
+            found = self.tables[block_size] = self.block_table[:, :columns]
+        return found
+
+    def call(
+        self, key: Any, function: Callable[..., Any], tensors: dict[str, torch.Tensor],
+        **options: Any,
+    ) -> None:  # fmt: skip
+        """``function(**tensors, **options)``; calls of one ``key`` have the same ``options``."""
+        made = self.calls.get(key)
+        if made is not None:
+            try:
+                made(*tensors.values())
+            except InvalidInput:  # the tensors of this layer lie otherwise
+                made = None
+        if made is None:
+            made = self.calls[key] = bind(function, **tensors, **options).release()
+            made(*tensors.values())
 
 
 class KvcachedMetadataBuilder(base.AttentionMetadataBuilder):
@@ -50,6 +87,9 @@ class KvcachedMetadataBuilder(base.AttentionMetadataBuilder):
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._slots: torch.Tensor | None = None
+        self._written = 0
+        self._plans: dict[Any, Plan] | None = None
+        self._captured: list[KvcachedMetadata] = []
 
     def build(
         self,
@@ -63,15 +103,41 @@ class KvcachedMetadataBuilder(base.AttentionMetadataBuilder):
         if common.causal is not True:
             raise EngineUnsupported("the backend CUSTOM of kvcached is for causal attention only")
         tokens, batch = common.num_actual_tokens, common.num_reqs
-        single = common.max_query_len == 1 and tokens == batch
+        most, starts = int(common.max_query_len), common.query_start_loc
+        if self._plans is None:  # now the layers are there
+            self._plans = self._make_plans()
+        for plan in self._plans.values():
+            if most <= plan.shape["max_q"]:
+                plan.update(common.seq_lens, starts if plan.shape["max_q"] > 1 else None)
         return KvcachedMetadata(
             num_actual_tokens=tokens,
-            max_query_len=int(common.max_query_len),
-            query_start_loc=None if single else common.query_start_loc,
+            max_query_len=most,
+            query_start_loc=None if most == 1 and tokens == batch else starts,
             seq_lens=common.seq_lens,
             block_table=common.block_table_tensor,
+            max_seq_len=int(common.max_seq_len),
             slots=self._narrow(common.slot_mapping[:tokens]),
+            plans=self._plans,
         )
+
+    def build_for_cudagraph_capture(self, common_attn_metadata: Any) -> KvcachedMetadata:
+        """See vLLM. What a graph writes to lives as long as the graph."""
+        made = self.build(0, common_attn_metadata)
+        self._captured.append(made)
+        return made
+
+    def _make_plans(self) -> dict[Any, Plan]:
+        """For the layers of this group. On the CPU there is nothing to plan."""
+        if torch.device(self.device).type != "cuda":
+            return {}
+        from vllm.config import get_layers_from_vllm_config
+        from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+
+        found = get_layers_from_vllm_config(self.vllm_config, AttentionLayerBase, self.layer_names)
+        return plans_of(
+            (layer.impl for layer in found.values()), self.vllm_config, self.kv_cache_spec.dtype,
+            self.device,
+        )  # fmt: skip
 
     def _narrow(self, slots: torch.Tensor) -> torch.Tensor:
         """``slots``, int64, as int32 in a place that captured graphs may go on reading.
@@ -80,11 +146,41 @@ class KvcachedMetadataBuilder(base.AttentionMetadataBuilder):
         """
         if self._slots is None:
             most = self.vllm_config.scheduler_config.max_num_batched_tokens
-            self._slots = torch.empty(most, dtype=torch.int32, device=slots.device)
-        if len(slots) > len(self._slots):  # only ever outside of a graph
+            self._slots = torch.full((most,), -1, dtype=torch.int32, device=slots.device)
+        count = len(slots)
+        if count > len(self._slots):  # only ever outside of a graph
             return slots.to(torch.int32)
-        self._slots[len(slots) :].fill_(-1)
-        return self._slots[: len(slots)].copy_(slots)
+        if count < self._written:
+            self._slots[count : self._written].fill_(-1)
+        self._written = count
+        return self._slots[:count].copy_(slots)
+
+
+def plans_of(
+    layers: Iterable[KvcachedAttentionImpl], vllm_config: Any, dtype: torch.dtype, device: Any
+) -> dict[Any, Plan]:
+    """A plan for each kind of ``layers``: of decodes, and of drafts to verify if they fit a tile.
+
+    Made before any graph is captured, so capturing allocates nothing.
+    """
+    from kvcached.kernels import plan_attention  # needs Triton
+
+    drafts = getattr(vllm_config.speculative_config, "num_speculative_tokens", 0) or 0
+    captured = vllm_config.compilation_config.max_cudagraph_capture_size or 0
+    batch = max(vllm_config.scheduler_config.max_num_seqs, captured)
+    longest = vllm_config.model_config.max_model_len
+    plans: dict[Any, Plan] = {}
+    for layer in layers:
+        if layer.plan_key in plans:
+            continue
+        heads, kv_heads, dim, left = layer.plan_key
+        given = batch, longest, heads, kv_heads, dim, dtype
+        more = {"device": device, "window_size": (left, -1)}
+        try:
+            plans[layer.plan_key] = plan_attention(*given, max_q=1 + drafts, **more)
+        except InvalidInput:
+            plans[layer.plan_key] = plan_attention(*given, **more)
+    return plans
 
 
 class KvcachedAttentionImpl(base.AttentionImpl):
@@ -119,6 +215,21 @@ class KvcachedAttentionImpl(base.AttentionImpl):
         self.softcap = logits_soft_cap or 0.0
         self.writes = kv_sharing_target_layer_name is None
         self._halves: tuple[Any, Any, Any] = (None, None, None)
+        self._per_head: dict[str, torch.Tensor] = {}
+        self.plan_key = num_heads, self.num_kv_heads, head_size, self.window[0]
+        """What a plan is made for."""
+        self._kind = (self.plan_key, self.scale, self.softcap, sinks is None, alibi_slopes is None)
+        self._gather_per_head()
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """See vLLM: once the weights are there, and again when others are loaded."""
+        del act_dtype
+        self._gather_per_head()
+
+    def _gather_per_head(self) -> None:
+        """Sinks are weights, perhaps in 16 bits; the kernels read float32."""
+        found = {"sinks": self.sinks, "alibi_slopes": self.alibi_slopes}
+        self._per_head = {name: x.detach().float() for name, x in found.items() if x is not None}
 
     def forward(
         self,
@@ -139,15 +250,17 @@ class KvcachedAttentionImpl(base.AttentionImpl):
         if attn_metadata is None:  # vLLM tries the model out, without a cache
             return output.fill_(0)
         meta, tokens = attn_metadata, attn_metadata.num_actual_tokens
-        keys, values = self._split(kv_cache)
+        caches = dict(zip(("k_cache", "v_cache"), self._split(kv_cache), strict=True))
         if self.writes and key is not None:
-            reshape_and_cache(key[:tokens], value[:tokens], keys, values, meta.slots)
-        attn_with_kvcache(
-            query[:tokens], keys, values, cache_seqlens=meta.seq_lens,
-            page_table=meta.block_table, cu_seqlens_q=meta.query_start_loc,
+            rows = {"key": key[:tokens], "value": value[:tokens], "slot_mapping": meta.slots}
+            meta.call(reshape_and_cache, reshape_and_cache, rows | caches)
+        given = {"q": query[:tokens], "out": output[:tokens], "cache_seqlens": meta.seq_lens,
+                 "page_table": meta.table(caches["k_cache"].shape[1]), **caches,
+                 **self._per_head}  # fmt: skip
+        meta.call(
+            self._kind, attn_with_kvcache, given, cu_seqlens_q=meta.query_start_loc,
             max_seqlen_q=meta.max_query_len, softmax_scale=self.scale, window_size=self.window,
-            softcap=self.softcap, alibi_slopes=self.alibi_slopes, sinks=self.sinks,
-            out=output[:tokens],
+            softcap=self.softcap, plan=meta.plans.get(self.plan_key),
         )  # fmt: skip
         return output
 
