@@ -184,6 +184,9 @@ class DeskSession:
             self._client.on_message(message)
         return message
 
+    def mirrored(self):
+        return None
+
     def is_current_thread(self):
         return True  # there is no other to receive for the caller
 

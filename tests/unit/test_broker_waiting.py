@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from unittest import mock
 
 import pytest
 from broker_tenant import MIB, CountingTenant
 
+from kvcached.broker.mirror import MirrorState
 from kvcached.broker.protocol import OK, REFUSED, Message, Op
-from kvcached.broker.waiting import LOST, PENDING, Waiting
+from kvcached.broker.waiting import LOST, PENDING, Vacancy, Waiting
 from kvcached.errors import BudgetExceeded
 
 
@@ -146,3 +149,71 @@ def wait_until(true, seconds=10.0):
             return True
         time.sleep(0.002)
     return False
+
+
+class Published:
+    """What the broker says and what it answers; counts the questions."""
+
+    def __init__(self, leased, capacity=100):
+        self.leased, self.capacity, self.asked, self.now, self.answer = (
+            leased,
+            capacity,
+            0,
+            0.0,
+            False,
+        )
+        self.vacancy = Vacancy(self.mirrored, lambda: self.now)
+
+    def mirrored(self):
+        return None if self.leased is None else MirrorState(self.capacity, self.leased, 0, 1)
+
+    def ask(self):
+        self.asked += 1
+        return None if self.answer else REFUSED
+
+    def claim(self, need):
+        return self.vacancy.asked(need, self.ask)
+
+
+def test_nobody_is_asked_for_what_is_leased_to_the_last_byte():
+    broker = Published(leased=95)
+    assert not any(broker.claim(6) for _ in range(1000))
+    assert broker.asked == 0
+    broker.answer = True
+    assert broker.claim(5)
+    broker.leased = None  # no broker's word: then ask
+    assert broker.claim(6)
+    assert broker.asked == 2
+
+
+def test_after_a_refusal_as_much_is_not_asked_for_until_less_is_leased_or_a_while_has_passed():
+    """What is kept free of a device, for splits or by others, the mirror does not tell."""
+    broker = Published(leased=90)
+    assert not any(broker.claim(5) for _ in range(1000))
+    assert broker.asked == 1
+    assert not broker.claim(4)
+    assert broker.asked == 2, "less may be there"
+    broker.leased = 89
+    assert not broker.claim(4)
+    assert broker.asked == 3
+    broker.leased, broker.answer = 91, True
+    assert not broker.claim(4)
+    broker.now = 0.6
+    assert broker.claim(4)
+    assert broker.asked == 4
+
+
+def test_an_engine_that_fills_all_memory_goes_on_without_the_broker(runtime_dir):
+    """Where its own prefixes fill the device, growth is asked for at every turn."""
+    with contextlib.ExitStack() as stack:
+        a, b = (stack.enter_context(contextlib.closing(CountingTenant(name))) for name in "ab")
+        b.use(24 * MIB)
+        while a.budget.claim_if_free(MIB, ask=True):
+            a.held = a.budget.claimed_bytes
+        sent = mock.Mock(side_effect=a.budget._session.send)
+        with mock.patch.object(a.budget._session, "send", sent):
+            began = time.monotonic()
+            assert not any(a.budget.claim_if_free(MIB, ask=True) for _ in range(1000))
+            asked = sum(one.args[0].op is Op.CLAIM for one in sent.mock_calls)
+            assert asked <= 2 + 2 * (time.monotonic() - began)
+        a.budget.give_back(a.budget.claimed_bytes)

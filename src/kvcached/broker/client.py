@@ -22,7 +22,7 @@ from kvcached.broker.limits import EngineLimit, checked_size
 from kvcached.broker.link import Welcome
 from kvcached.broker.protocol import Message, Op
 from kvcached.broker.session import Session
-from kvcached.broker.waiting import LOST, PENDING, Waiting
+from kvcached.broker.waiting import LOST, PENDING, Vacancy, Waiting
 from kvcached.config import Config, check_name, format_size
 from kvcached.errors import BudgetExceeded, ClosedError, ForkedProcessError
 from kvcached.stats import LimitRecord, TenantReport
@@ -72,8 +72,7 @@ class BrokerBudget:
     ) -> None:  # fmt: skip
         self._name = check_name(name)
         self._floor, self._weight = checked_size("floor", floor_bytes), weight
-        self._limit = EngineLimit(limit_bytes)
-        self._meta = meta or {}
+        self._limit, self._meta = EngineLimit(limit_bytes), meta or {}
         self._instance = secrets.token_hex(16)
         self._claimed = self._lease = 0
         self._tenant: Tenant | None = None
@@ -85,6 +84,7 @@ class BrokerBudget:
         self._closed = self._forked = self._said_goodbye = False
         settings = Config.from_env() if config is None else config
         self._session = Session(self, name, settings, device, capacity_bytes)
+        self._vacancy = Vacancy(self._session.mirrored)
         _LIVE.add(self)
 
     # --- Budget -----------------------------------------------------------------------------------
@@ -144,8 +144,10 @@ class BrokerBudget:
             if self._fits(nbytes):
                 self._claimed, self._busy_at = self._claimed + nbytes, time.monotonic()
                 return True
-            ask = ask and not self._session.pressure
-            return ask and self._ask(nbytes, _GOODBYE_S, p.TRANSIENT) is None
+            if not ask or self._session.pressure:
+                return False
+            need = self._claimed + nbytes - self._lease
+            return self._vacancy.asked(need, lambda: self._ask(nbytes, _GOODBYE_S, p.TRANSIENT))
 
     def give_back(self, nbytes: int) -> None:
         """See ``Budget.give_back``."""
@@ -170,8 +172,8 @@ class BrokerBudget:
 
     def limit_record(self) -> LimitRecord:
         """See ``Budget.limit_record``."""
-        nbytes, revision = self._limit.nbytes, self._limit.revision
-        return LimitRecord(nbytes, revision, self._lease, self._floor, self._weight)
+        limit = self._limit
+        return LimitRecord(limit.nbytes, limit.revision, self._lease, self._floor, self._weight)
 
     def report_out_of_memory(self, nbytes: int) -> bool:
         """See ``Budget.report_out_of_memory``. The broker hands out less for a while."""
@@ -257,10 +259,9 @@ class BrokerBudget:
 
     def _refused(self, nbytes: int, why: str, *, pending: bool = False) -> BudgetExceeded:
         held = format_size(self._claimed)
-        error = BudgetExceeded(
-            f"{self._name} cannot back {format_size(nbytes)} more: {held} are held and {why}",
-            hint="`kvcached ps` shows who holds what. Free sequences, or raise a limit.",
-        )
+        text = f"{self._name} cannot back {format_size(nbytes)} more: {held} are held and {why}"
+        hint = "`kvcached ps` shows who holds what. Free sequences, or raise a limit."
+        error = BudgetExceeded(text, hint=hint)
         error.pending = pending
         return error
 
@@ -339,9 +340,8 @@ class BrokerBudget:
         before = self._lease
         self._limit.set_by_admin(*message.values)
         self._apply_limit()
-        self._session.send(
-            Message(Op.ANSWER, message.request, values=(max(0, before - self._lease),))
-        )
+        given = max(0, before - self._lease)
+        self._session.send(Message(Op.ANSWER, message.request, values=(given,)))
         self._changed.notify_all()
 
     def tick(self) -> None:

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from kvcached.broker.capacity import default_capacity
 from kvcached.broker.link import Welcome, enter
+from kvcached.broker.mirror import MirrorState
 from kvcached.broker.protocol import Message, Op
 from kvcached.config import Config
 from kvcached.errors import KvcachedError, ProtocolError
@@ -73,6 +74,11 @@ class Session:
         """Bytes that claims at the broker wait for; no system call."""
         welcome = self.welcome
         return 0 if welcome is None else welcome.mirror.pressure
+
+    def mirrored(self) -> MirrorState | None:
+        """What the broker last published; no system call. ``None`` without a broker."""
+        welcome = self.welcome
+        return None if welcome is None else welcome.mirror.read()
 
     def send(self, message: Message) -> bool:
         """Send if there is a broker that reads. A broken connection is the thread's to notice."""

@@ -1,16 +1,19 @@
-"""Claims of one tenant that wait for the broker's answer."""
+"""Claims of one tenant that wait for the broker's answer, and those that need not be made."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
 
+from kvcached.broker.mirror import MirrorState
 from kvcached.broker.protocol import REFUSED, Message
 
 LOST, PENDING = -1, -2
 """Status of a claim whose connection ended before the answer came; of one that still waits."""
 _FRESH_S = 0.1
 """How long a refusal that nobody waited for answers the next claim."""
+_SAME_S = 0.5
+"""How long a refusal holds while no less is leased: what else uses the device may have changed."""
 
 
 class Answer:
@@ -85,3 +88,35 @@ class Waiting:
         for answer in self._answers.values():
             answer.status = LOST
         self._answers = {n: answer for n, answer in self._answers.items() if answer.awaited}
+
+
+class Vacancy:
+    """Whether to ask for what nobody holds. The caller holds the owner's lock.
+
+    A question costs the engine's thread a round trip, and the broker a look at the device; where
+    all is leased the answer is no, again and again. ``mirrored`` says what the broker published.
+    """
+
+    def __init__(
+        self,
+        mirrored: Callable[[], MirrorState | None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._mirrored, self._clock = mirrored, clock
+        self._refused = 0, 0
+        self._until = float("-inf")
+
+    def asked(self, need: int, ask: Callable[[], int | None]) -> bool:
+        """Whether ``ask()`` says ``None``; False unasked if ``need`` bytes cannot be there."""
+        state = self._mirrored()
+        if state is not None:
+            if state.leased + need > state.capacity:
+                return False
+            leased, refused = self._refused
+            if state.leased >= leased and need >= refused and self._clock() < self._until:
+                return False
+        if ask() is None:
+            return True
+        if state is not None:
+            self._refused, self._until = (state.leased, need), self._clock() + _SAME_S
+        return False
