@@ -1,6 +1,6 @@
 """Real vLLM, stock beside elastic, in one run: ``bench/results/vllm.json``, the table last.
 
-    python bench/gpu_vllm.py [tokens attention sleep layouts throughput bursts peer ...]
+    python bench/gpu_vllm.py [tokens attention backends sleep layouts throughput bursts peer ...]
 
 Needs a GPU and vLLM in the environment, and this package installed beside it (vLLM finds its
 plug-in by entry point). Models are real shapes with dummy weights, and SmolLM2 where tokens are
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from common import commit
+from vllm_layouts import layouts
 from vllm_run import (
     GIB,
     HERE,
@@ -33,6 +34,7 @@ from vllm_run import (
     add,
     compared,
     engine,
+    in_turns,
     read_recorded,
     same,
     share,
@@ -45,6 +47,10 @@ RUNNERS = [(backend, runner) for backend in BACKENDS if backend != "CUSTOM"
 """Attention backend, and whether it is the V2 model runner."""
 TOKENS = {"shape": "smollm2", "phases": "100,100", "prompt": 400, "output": 128, "settle": 0}
 """200 requests of a model that has learnt something, greedy."""
+BACKEND_ENGINE = {"dtype": "bfloat16", "max_model_len": 4096, "max_num_seqs": 64,
+                  "gpu_memory_utilization": 0.25, "enable_prefix_caching": False,
+                  "compilation_config": {"cudagraph_capture_sizes": [1, 8, 16, 32, 48, 64]},
+                  }  # fmt: skip
 PEAKS, SLOPE = os.environ.get("PEAKS", "16,24,32,40"), os.environ.get("SLOPE", "4")
 TOTAL = int(float(os.environ.get("TOTAL_GIB", "3")) * GIB)
 """Of the bursts: requests a second at the peak, their rise a second, memory for all caches."""
@@ -87,6 +93,31 @@ def attention() -> None:
         add(f"attention_{backend.lower()}", share(shown[backend]), "share", None, repeats=200,
             requests=shown[backend], requests_per_s=rates[backend],
             peers={"stock again": share(shown["FLASH_ATTN, stock again"])})  # fmt: skip
+
+
+def backends() -> None:
+    """Throughput of each attention backend on elastic memory; FLASH_ATTN is the measure.
+
+    Their engines wait beside each other, and one at a time runs.
+    """
+    runs = in_turns(
+        {f"backend_{name}": {"engine": BACKEND_ENGINE | {"attention_backend": name}}
+         for name in BACKENDS}, float(os.environ.get("BACKEND_SECONDS", "300")),
+        os.environ.get("PHASES", "64,64,64,64,64"), elastic=True, settle=0, shape="llama-3.2-3b",
+    )  # fmt: skip
+    keys = ("requests", "requests_per_s", "ttft_ms_p50", "ttft_ms_p99", "tpot_ms_p50",
+            "tpot_ms_p99")  # fmt: skip
+    ended = {name: run["phases"][1:] for name in BACKENDS  # the first compiles what is left
+             if isinstance(run := runs[f"backend_{name}"], dict)}  # fmt: skip
+    rates = {name: statistics.median(phase["requests_per_s"] for phase in run)
+             for name, run in ended.items()}  # fmt: skip
+    shown = {name: [{key: phase.get(key) for key in keys} for phase in run]
+             for name, run in ended.items()}  # fmt: skip
+    errors = {name: run for name, run in runs.items() if isinstance(run, str)}
+    for name in BACKENDS[1:]:
+        add(f"backend_throughput_{name.lower()}", rates.get(name, 0.0) / rates[BACKENDS[0]], "x",
+            None, repeats=len(ended[BACKENDS[0]]), phases=shown, errors=errors,
+            peers={f"{other} requests/s": rate for other, rate in rates.items()})  # fmt: skip
 
 
 def sleep() -> None:
@@ -155,57 +186,6 @@ def throughput() -> None:
                               "elastic": ours["used_gib_after_start"],
                               "idle after the load, stock": stock["phases"][-1]["used_gib_idle"],
                               "elastic, prefixes kept": end["used_gib_idle"]})  # fmt: skip
-
-
-LAYOUTS: dict[str, dict[str, Any]] = {
-    "blocks of 64": {"shape": "small", "block_size": 64},
-    "blocks of 256": {"shape": "small", "block_size": 256},
-    "fp8 cache": {"shape": "small", "kv_cache_dtype": "fp8", "attention_backend": "TRITON_ATTN"},
-    "windows beside full attention (Gemma-3)": {"shape": "gemma3"},
-    "windows, sinks, experts (gpt-oss)": {"shape": "gpt-oss"},
-    "windows alone (Mistral)": {"shape": "mistral"},
-    "MLA (DeepSeek-V2)": {"shape": "deepseek"},
-    "drafts by n-grams": {
-        "shape": "small",
-        "speculative_config": {
-            "method": "ngram",
-            "num_speculative_tokens": 4,
-            "prompt_lookup_max": 3,
-        },
-    },
-    "TP=2": {"shape": "small", "tensor_parallel_size": 2},
-}
-"""What is compared beside the shapes of the other parts; models are small, with seeded weights."""
-
-
-def layouts() -> None:
-    """Greedy tokens of stock and elastic engines over other layouts, models and ranks."""
-    import torch
-
-    shown: dict[str, str] = {}
-    again: dict[str, str | None] = {}
-    failed: dict[str, str] = {}
-    for label, changes in LAYOUTS.items():
-        chosen = os.environ.get("LAYOUTS")
-        if chosen and not any(word in label for word in chosen.split(",")):
-            continue
-        ranks = changes.get("tensor_parallel_size", 1)
-        if not Recorded.folder and ranks > torch.cuda.device_count():
-            continue
-        arguments = SMALL | {k: v for k, v in changes.items() if k != "shape"} | {
-            "max_model_len": 1024, "kv_cache_memory_bytes": GIB,
-            "compilation_config": {"cudagraph_capture_sizes": [1, 4, 8, 16, 24, 32]},
-        }  # fmt: skip
-        name = "layout_" + "".join(c if c.isalnum() else "_" for c in label)
-        try:
-            shown[label], again[label] = compared(
-                name, shape=changes["shape"], phases="4,24,8", prompt=500, output=96, settle=0,
-                seconds=120, engine=arguments,
-            )  # fmt: skip
-        except RuntimeError as error:
-            failed[label] = str(error)[-600:]
-    add("layouts_identical", min(map(share, shown.values()), default=0.0), "share", 1.0,
-        repeats=36, requests=shown, stock_again=again, failed=failed)  # fmt: skip
 
 
 def ttft(burst: Any) -> list[float]:
@@ -319,6 +299,7 @@ def peer() -> None:
 PARTS = {
     "tokens": tokens,
     "attention": attention,
+    "backends": backends,
     "sleep": sleep,
     "layouts": layouts,
     "throughput": throughput,

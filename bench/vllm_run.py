@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,51 @@ def add(ident: str, value: float, unit: str, target: float | None, **more: Any) 
                  "repeats": more.pop("repeats", 1)} | more)  # fmt: skip
 
 
+class Run:
+    """One engine: a process of its own, and what it leaves."""
+
+    def __init__(
+        self, name: str, *, elastic: bool, env: dict[str, str] | None = None, **options: Any
+    ) -> None:
+        self.name, self._out = name, OUT / "vllm" / f"{name}.json"
+        self._out.parent.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, str(HERE / "engine.py"), "--out", str(self._out)]
+        for key, value in options.items():
+            command += [f"--{key}", json.dumps(value) if isinstance(value, dict) else str(value)]
+        more = {"KVCACHED": "strict" if elastic else "0"} | (env or {})
+        self._log = LOGS / f"{name}.log"
+        with self._log.open("w", encoding="utf-8") as file:
+            self.child = subprocess.Popen(command, stdout=file, stderr=file, env=os.environ | more,
+                                          start_new_session=True)  # fmt: skip
+
+    def result(self, seconds: float) -> Any:
+        """Its figures, once it has ended. Raises ``RuntimeError``."""
+        try:
+            status: Any = self.child.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            status = f"no result within {seconds:.0f} s; killed"
+        if status:
+            raise RuntimeError(
+                f"{self.name}: {status}: {self._log.read_text(encoding='utf-8')[-2000:]}"
+            )
+        return json.loads(self._out.read_text(encoding="utf-8"))
+
+    def wait_for(self, file: Path, end: float) -> None:
+        """Until it has made ``file``. Raises ``RuntimeError`` if it ends before, or at ``end``."""
+        while not file.exists():
+            if self.child.poll() is not None or time.monotonic() > end:
+                self.kill()
+                self.result(10)
+                raise RuntimeError(f"{self.name}: ended before {file.name}")
+            time.sleep(0.01)
+
+    def kill(self) -> None:
+        """Its engine core too: that would keep the memory."""
+        if self.child.poll() is None:
+            os.killpg(self.child.pid, signal.SIGKILL)
+
+
 def engine(
     name: str, *, elastic: bool, env: dict[str, str] | None = None, seconds: float = 300,
     **options: Any,
@@ -52,24 +99,47 @@ def engine(
     """Run one engine; its result."""
     if Recorded.folder:
         return read_recorded(f"{name}.json")
-    out = OUT / "vllm" / f"{name}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, str(HERE / "engine.py"), "--out", str(out)]
-    for key, value in options.items():
-        command += [f"--{key}", json.dumps(value) if isinstance(value, dict) else str(value)]
-    more = {"KVCACHED": "strict" if elastic else "0"} | (env or {})
-    log = LOGS / f"{name}.log"
-    with log.open("w", encoding="utf-8") as file:
-        child = subprocess.Popen(command, stdout=file, stderr=file, env=os.environ | more,
-                                 start_new_session=True)  # fmt: skip
+    return Run(name, elastic=elastic, env=env, **options).result(seconds)
+
+
+def in_turns(
+    runs: dict[str, dict[str, Any]], seconds: float, phases: str, **options: Any
+) -> dict[str, Any]:
+    """Engines that start side by side on one device, and then run a phase each, one at a time.
+
+    ``phases`` and ``options`` are common to all. Times are then of one engine alone, within seconds
+    of the others' of the same phase; those of starts are not. Of an engine that fails comes the
+    error.
+    """
+    if Recorded.folder:
+        return {name: read_recorded(f"{name}.json") for name in runs}
+    found: dict[str, Any] = {}
+    names = [*map(str, range(phases.count(",") + 1)), "end"]
+    options, end = options | {"phases": phases}, time.monotonic() + seconds
+    with tempfile.TemporaryDirectory() as folder:
+        engines = [Run(name, turns=folder, **options | more) for name, more in runs.items()]
+
+        def each(told: str | None, until: str | None) -> None:
+            for one in engines:
+                if one.name in found:
+                    continue
+                try:
+                    if told is not None:
+                        Path(folder, f"{one.name}.{told}.go").touch()
+                    if until is None:
+                        found[one.name] = one.result(60)
+                    else:
+                        one.wait_for(Path(folder, f"{one.name}.{until}.ready"), end)
+                except RuntimeError as error:
+                    found[one.name] = str(error)
+
         try:
-            status = child.wait(seconds)
-        except subprocess.TimeoutExpired:
-            os.killpg(child.pid, signal.SIGKILL)  # its engine core too: it would keep the memory
-            status = f"no result within {seconds:.0f} s; killed"
-    if status:
-        raise RuntimeError(f"{name}: {status}: {log.read_text(encoding='utf-8')[-2000:]}")
-    return json.loads(out.read_text(encoding="utf-8"))
+            for told, until in itertools.pairwise([None, *names, None]):
+                each(told, until)
+        finally:
+            for one in engines:
+                one.kill()
+    return found
 
 
 def hashes(run: Any) -> list[str]:
@@ -99,3 +169,18 @@ def compared(name: str, **options: Any) -> tuple[str, str | None]:
     if share(shown) == 1:
         return shown, None
     return shown, same(stock, engine(f"{name}_again", elastic=False, **options))
+
+
+def compared_at_once(name: str, *, seconds: float, **options: Any) -> tuple[str, str | None]:
+    """As ``compared``, of engines that start side by side."""
+    if Recorded.folder:
+        return compared(name, **options)
+    modes = ("False", "True", "again")
+    runs = in_turns({f"{name}_{mode}": {"elastic": mode == "True"} for mode in modes},
+                    seconds, **options)  # fmt: skip
+    stock, elastic, again = (runs[f"{name}_{mode}"] for mode in modes)
+    for run in (stock, elastic):
+        if isinstance(run, str):
+            raise RuntimeError(run)  # noqa: TRY004 - what ``engine`` raises
+    shown = same(stock, elastic)
+    return shown, None if share(shown) == 1 or isinstance(again, str) else same(stock, again)

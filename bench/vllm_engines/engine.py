@@ -56,6 +56,16 @@ def used_gib() -> float:
     return round((total - free) / GIB, 2)
 
 
+def wait_for_turn(options: argparse.Namespace, name: str) -> None:
+    """Where engines share a device and are not to run at once: say so, and wait to be told."""
+    if not options.turns:
+        return
+    folder, own = Path(options.turns), Path(options.out).stem
+    (folder / f"{own}.{name}.ready").touch()
+    while not (folder / f"{own}.{name}.go").exists():
+        time.sleep(0.01)
+
+
 def tenants() -> list[dict[str, Any]]:
     """What ``kvcached ps`` knows."""
     done = subprocess.run([sys.executable, "-m", "kvcached", "ps", "--json"], check=False,
@@ -117,6 +127,7 @@ def main() -> int:
     parser.add_argument("--repeat-prefix", type=int, default=0, help="tokens that all begin with")
     parser.add_argument("--sleep", type=int, default=0, help="level of a nap after all phases")
     parser.add_argument("--settle", type=float, default=1.5, help="seconds before memory is read")
+    parser.add_argument("--turns", help="a folder in which each phase waits for leave to begin")
     parser.add_argument("--out", required=True)
     parser.add_argument("--engine", default="{}", help="more arguments of vllm.LLM, as JSON")
     options = parser.parse_args()
@@ -137,6 +148,7 @@ def main() -> int:
     try:
         for number, count in enumerate(map(int, options.phases.split(","))):
             given = workload(options, arguments["model"], number, count)
+            wait_for_turn(options, str(number))
             began = time.perf_counter()
             outs = llm.generate(given, greedy, use_tqdm=False)
             seconds = time.perf_counter() - began
@@ -152,6 +164,7 @@ def main() -> int:
             } | latencies(outs))  # fmt: skip
         if options.sleep:
             result["nap"] = nap(llm, options.sleep, given[:1], greedy)
+        wait_for_turn(options, "end")
     finally:
         Path(options.out).write_text(json.dumps(result, indent=1), encoding="utf-8")
         llm.llm_engine.engine_core.shutdown()  # left to the exit it can hang
