@@ -168,8 +168,11 @@ class ElasticBlocks:
         finally:
             self._pauses.leave(before)
 
-    def reclaim(self, nbytes: int, *, patient: bool = False) -> int:
-        """For the budget (``Tenant.reclaim``): give back up to ``nbytes`` now."""
+    def reclaim(self, nbytes: int, *, patient: bool = False, most: int | None = None) -> int:
+        """For the budget (``Tenant.reclaim``): give back up to ``nbytes`` now.
+
+        ``most``: see ``Reclaimer.reclaim``.
+        """
         with self._lock:
             if self._closed:
                 return 0
@@ -177,7 +180,9 @@ class ElasticBlocks:
             busy = self._inside > 0  # a call is under way; its thread may be waiting for us
             try:
                 now = self._pauses.now() and (patient or not busy)
-                freed = self._blocks.reclaim(nbytes, may_split=now, may_evict=not self._matching)
+                freed = self._blocks.reclaimer.reclaim(
+                    nbytes, may_split=now, may_evict=not self._matching, most=most
+                )
                 wait = patient and not busy and freed < nbytes and self._blocks.splits_would_help()
                 if wait and self._pauses.wait() and not self._closed:
                     freed += self._blocks.reclaim(nbytes - freed, may_split=True)

@@ -37,15 +37,21 @@ class Reclaimer:
         self._scan: Any = _scan
         self.timer = Timer()
 
-    def reclaim(self, nbytes: int, *, may_split: bool, may_evict: bool = True) -> int:
-        """See ``BlockPool.reclaim``."""
+    def reclaim(
+        self, nbytes: int, *, may_split: bool, may_evict: bool = True, most: int | None = None
+    ) -> int:
+        """See ``BlockPool.reclaim``; at most ``most`` extents go whole: each takes driver time."""
         started = time.perf_counter_ns()
         self._blocks.poll_fences()
         freed = self._blocks.pages.shrink([])  # what could not be released before
-        freed += self._drop(self._spare_extents(), nbytes - freed)
+        spare = self._spare_extents()[:most]
+        freed += self._drop(spare, nbytes - freed)
+        left = None if most is None else most - len(spare)
         if freed < nbytes and may_evict:
-            freed += self._drop_cached(nbytes - freed)
-        if freed < nbytes and may_split and self._blocks.may_unmap:
+            cached = self._cached_extents()[:left]
+            freed += self._drop(cached, nbytes - freed)
+            left = None if left is None else left - len(cached)
+        if freed < nbytes and may_split and self._blocks.may_unmap and left != 0:
             freed += self._split_some(nbytes - freed)
         if freed:
             self.timer.add(started)
@@ -97,18 +103,18 @@ class Reclaimer:
             del rest[:count]
         return freed
 
-    def _drop_cached(self, nbytes: int) -> int:
-        """Drop extents that hold nothing but cached blocks, least recently used first."""
+    def _cached_extents(self) -> list[Extent]:
+        """Extents that hold nothing but cached blocks, least recently used first."""
         pool, h = self._blocks, self._hot
         if not pool.may_unmap:
-            return 0
+            return []
         idle = pool.ext[:, h.X_USED] + pool.ext[:, h.X_QUARANTINED] == 0
         cached = (pool.ext[:, h.X_CACHED] > 0) & (pool.ext[:, h.X_PAGES] > 0)
         ids = np.flatnonzero(idle & cached)
         place = np.zeros(len(pool.ext), np.int32)
         self._scan.last_use(place, pool.blk, pool.page, pool.ext, pool.meta)
         order = ids[np.argsort(place[ids], kind="stable")]
-        return self._drop([pool.pages.extents[int(i)] for i in order], nbytes)
+        return [pool.pages.extents[int(i)] for i in order]
 
     def _drop_all(self, extents: Sequence[Extent]) -> int:
         """Unmap extents without blocks in use; the prefixes in them are evicted with them.

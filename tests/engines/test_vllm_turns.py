@@ -5,11 +5,18 @@ from __future__ import annotations
 import threading
 import time
 
+import numpy as np
 import pytest
+from cache_rig import FOREVER, stop_caretaker
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvcached.broker.budget import LocalBudget
+from kvcached.engines.vllm.tenant import EngineBlocks
 from kvcached.engines.vllm.turns import Turns
+from kvcached.layout import Geometry
+from kvcached.memory.cuda import CudaBackend
+from kvcached.testing import FakeCudaDriver
 
 
 @pytest.fixture
@@ -101,3 +108,36 @@ def test_a_long_wait_is_told_once(turns, caplog):
         "engine: a step waited 9.00 ms for memory to be given back",
     ]
     assert turns.longest_wait == 0.009
+
+
+@pytest.mark.parametrize("planes", [1, 3])
+@pytest.mark.parametrize("kept", ["cached", "spare"])
+def test_a_step_waits_for_few_calls_of_the_driver(planes, kept):
+    """However much is asked for at once, and however small the pieces that it was grown in."""
+    driver, blocks = FakeCudaDriver(), 60
+    backend, budget = CudaBackend(driver=driver), LocalBudget(1 << 20)
+    page = backend.page_bytes
+    engine = EngineBlocks(Geometry(page // planes // 8 * 8, planes, 2 * blocks, page), name="vllm",
+                          backend=backend, budget=budget, config=FOREVER)  # fmt: skip
+    stop_caretaker(engine)
+    with engine.scheduling():
+        ids = np.concatenate([engine.take(1) for _ in range(blocks) if engine.secure(1)])
+    with engine.updating(step=True):
+        engine.give(ids, np.full(len(ids), kept == "cached"))
+    part, turns = engine.turns.part, []
+
+    def counted(asked, some):
+        before = driver.calls["cuMemUnmap"] + driver.calls["cuMemRelease"]
+        given = part(asked, some)
+        turns.append(driver.calls["cuMemUnmap"] + driver.calls["cuMemRelease"] - before)
+        return given
+
+    engine.turns.part = counted
+    held, handles = budget.claimed_bytes, len(driver.memories)
+    assert engine.reclaim(1 << 30) >= held - 4 * page * planes
+    assert len(driver.memories) <= 2 * planes < handles // 2
+    assert max(turns) <= 2 * max(8, planes)
+    assert len(turns) >= (handles - 2 * planes) // 8
+    engine.check()
+    engine.close()
+    assert driver.used == 0

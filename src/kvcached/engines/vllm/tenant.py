@@ -90,7 +90,7 @@ class EngineBlocks(ElasticBlocks):
 
     def _prepare(self) -> None:
         """See ``ElasticBlocks._prepare``."""
-        self.turns = Turns(self._lock, self.name)
+        self.turns = Turns(self._lock, self.name, self.geometry.num_planes)
 
     @contextmanager
     def scheduling(self, expected: int = 0) -> Iterator[None]:
@@ -131,7 +131,9 @@ class EngineBlocks(ElasticBlocks):
         try:
             self._blocks.poll_fences()
             if self._owed and not self._closed:
-                some = partial(self._blocks.reclaim, may_evict=may_evict)
+                most = self.turns.part_extents
+                some = partial(self._blocks.reclaimer.reclaim, may_split=False, may_evict=may_evict,
+                               most=most)  # fmt: skip
                 given = self.turns.part(min(self._owed, self.turns.part_bytes), some)
                 self._owed = max(0, self._owed - given)
         except KvcachedError:  # nobody here has asked for it; the next growth meets it again
@@ -145,7 +147,7 @@ class EngineBlocks(ElasticBlocks):
 
     # --- others ----------------------------------------------------------------------------------
 
-    def reclaim(self, nbytes: int, *, patient: bool = False) -> int:
+    def reclaim(self, nbytes: int, *, patient: bool = False, most: int | None = None) -> int:
         """See ``ElasticBlocks.reclaim``.
 
         ``patient`` means that we hold more than our share, and who asks less than its own. What
@@ -153,7 +155,8 @@ class EngineBlocks(ElasticBlocks):
         Between two parts a step that waits for the lock may have it.
         """
         with self._lock:
-            freed = self.turns.give(nbytes, super().reclaim)
+            most = most or self.turns.part_extents
+            freed = self.turns.give(nbytes, partial(super().reclaim, most=most))
             if patient:
                 self._owed = max(0, nbytes - freed)
                 self._owed_until = self._blocks.clock() + _DEBT_SECONDS
