@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,22 @@ def _write_kind(kind: str, folder: str) -> None:
     config = AutoConfig.for_model(name, **_COMMON | changes)
     model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
     model.save_pretrained(folder)
+    if kind == "gpt-oss" and version("vllm").startswith("0.24."):
+        rename_experts(Path(folder))
+
+
+def rename_experts(folder: Path) -> None:
+    """As vLLM 0.24 names them: of gpt-oss it finds unquantised experts by no other name.
+
+    (There ``_load_weights_other`` lacks the renaming that its quantised twin and later releases do:
+    ``KeyError: ...experts.w2_weight``.)
+    """
+    from safetensors.torch import load_file, save_file
+
+    file = folder / "model.safetensors"
+    tensors = {name.replace(".mlp.experts.", ".mlp.experts.routed_experts."): x
+               for name, x in load_file(file).items()}  # fmt: skip
+    save_file(tensors, file, {"format": "pt"})
 
 
 def config_of(shape: str, **changes: Any) -> dict[str, Any]:

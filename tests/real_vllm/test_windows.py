@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
+import torch
 from real_vllm import rig, tiny_llama
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
@@ -36,3 +37,18 @@ def test_windows_beside_full_attention(tmp_path, run_dir):
         assert len({tuple(tokens) for tokens in a["tokens"]}) == len(a["tokens"])
     report = ours["phases"][-1]["tenants"][0]["report"]
     assert report["backed_bytes"] == report["in_use_bytes"], "something was kept for nobody"
+
+
+def test_experts_of_gpt_oss_bear_the_names_of_0_24(tmp_path):
+    """Its loader takes what it finds in the file for names of its own parameters."""
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    load_file = pytest.importorskip("safetensors.torch").load_file
+    layer = "model.layers.0.mlp."
+    names = ["experts.gate_up_proj", "experts.down_proj_bias", "router.weight"]
+    tensors = {layer + name: torch.full((2,), i) for i, name in enumerate(names)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    tiny_llama.bench_module("models").rename_experts(tmp_path)
+    found = {name: x[0].item() for name, x in load_file(tmp_path / "model.safetensors").items()}
+    assert found == {layer + "experts.routed_experts.gate_up_proj": 0,
+                     layer + "experts.routed_experts.down_proj_bias": 1,
+                     layer + "router.weight": 2}  # fmt: skip
