@@ -36,6 +36,7 @@ from vllm_run import (
     engine,
     in_turns,
     read_recorded,
+    require,
     same,
     share,
 )
@@ -77,22 +78,25 @@ def tokens() -> None:
 def attention() -> None:
     """Each attention backend on elastic memory beside stock FLASH_ATTN.
 
-    Results depend on the batch, so the stock one runs twice to show its own spread.
+    Results depend on the batch, so the stock one runs twice to show its own spread. Engines wait
+    beside each other, and one at a time runs.
     """
-
-    def one(name: str, backend: str, *, elastic: bool) -> Any:
-        return engine(f"attention_{name}", elastic=elastic, env={"VLLM_BATCH_INVARIANT": "0"},
-                      engine=SMALL | {"attention_backend": backend}, **TOKENS)  # fmt: skip
-
-    stock, again = (one(f"stock_{n}", "FLASH_ATTN", elastic=False) for n in (1, 2))
-    shown, rates = {"FLASH_ATTN, stock again": same(stock, again)}, {}
-    for backend in BACKENDS:
-        run = one(backend, backend, elastic=True)
-        shown[backend] = same(stock, run)
-        rates[backend] = [phase["requests_per_s"] for phase in run["phases"]]
-        add(f"attention_{backend.lower()}", share(shown[backend]), "share", None, repeats=200,
-            requests=shown[backend], requests_per_s=rates[backend],
-            peers={"stock again": share(shown["FLASH_ATTN, stock again"])})  # fmt: skip
+    kinds = {"stock_1": ("FLASH_ATTN", False), "stock_2": ("FLASH_ATTN", False)}
+    kinds |= {backend: (backend, True) for backend in BACKENDS}
+    runs = in_turns(
+        {f"attention_{name}": {"elastic": elastic, "engine": SMALL | {"attention_backend": backend}}
+         for name, (backend, elastic) in kinds.items()}, 300,
+        env={"VLLM_BATCH_INVARIANT": "0"}, **TOKENS,
+    )  # fmt: skip
+    stock, again, *ours = (require(runs[f"attention_{name}"]) for name in kinds)
+    spread = same(stock, again)
+    for backend, run in zip(BACKENDS, ours, strict=True):
+        shown = same(stock, run)
+        rates = [phase["requests_per_s"] for phase in run["phases"]]
+        add(f"attention_{backend.lower()}", share(shown), "share", None, repeats=200,
+            requests=shown, requests_per_s={backend: rates, "stock": [
+                phase["requests_per_s"] for phase in stock["phases"]]},
+            peers={"stock again": share(spread)})  # fmt: skip
 
 
 def backends() -> None:

@@ -142,6 +142,13 @@ def in_turns(
     return found
 
 
+def require(run: Any) -> Any:
+    """A run of ``in_turns``; raises ``RuntimeError`` if it failed."""
+    if isinstance(run, str):
+        raise RuntimeError(run)  # noqa: TRY004 - as ``engine`` does
+    return run
+
+
 def hashes(run: Any) -> list[str]:
     """One for each request's tokens."""
     return [h for phase in run["phases"] for h in phase["hashes"]]
@@ -179,8 +186,5 @@ def compared_at_once(name: str, *, seconds: float, **options: Any) -> tuple[str,
     runs = in_turns({f"{name}_{mode}": {"elastic": mode == "True"} for mode in modes},
                     seconds, **options)  # fmt: skip
     stock, elastic, again = (runs[f"{name}_{mode}"] for mode in modes)
-    for run in (stock, elastic):
-        if isinstance(run, str):
-            raise RuntimeError(run)  # noqa: TRY004 - what ``engine`` raises
-    shown = same(stock, elastic)
+    shown = same(require(stock), require(elastic))
     return shown, None if share(shown) == 1 or isinstance(again, str) else same(stock, again)
