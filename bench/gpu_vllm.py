@@ -1,6 +1,6 @@
 """Real vLLM, stock beside elastic, in one run: ``bench/results/vllm.json``, the table last.
 
-    python bench/gpu_vllm.py [tokens attention backends sleep layouts throughput bursts peer ...]
+    python bench/gpu_vllm.py [tokens attention backends sleep layouts throughput bursts light ...]
 
 Needs a GPU and vLLM in the environment, and this package installed beside it (vLLM finds its
 plug-in by entry point). Models are real shapes with dummy weights, and SmolLM2 where tokens are
@@ -218,25 +218,43 @@ def bursts() -> None:
     aftermath(found["elastic"])
 
 
+FLEET = {"dtype": "bfloat16", "max_model_len": 4096, "max_num_seqs": 256,
+         "gpu_memory_utilization": 0.3, "enable_prefix_caching": True,
+         "compilation_config": {"cudagraph_capture_sizes": [1, 8, 16, 32, 64, 128, 256]},
+         }  # fmt: skip
+"""Arguments of the engines that are sent requests one by one."""
+
+
 def fleet(mode: str) -> Any:
     """The raw figures of one mode."""
-    out = OUT / "vllm" / f"burst_{mode}.json"
+    return sent(f"burst_{mode}.json", "burst.py", "run", "--mode", mode, "--peaks", PEAKS,
+                "--slope", SLOPE)  # fmt: skip
+
+
+def sent(name: str, script: str, *arguments: str) -> Any:
+    """What ``script`` leaves: engines, each a process of its own, that are sent requests."""
     if Recorded.folder:
-        return read_recorded(out.name)
+        return read_recorded(name)
+    out, scratch = OUT / "vllm" / name, LOGS / name
     out.parent.mkdir(parents=True, exist_ok=True)
-    arguments = {"dtype": "bfloat16", "max_model_len": 4096, "max_num_seqs": 256,
-                 "gpu_memory_utilization": 0.3, "enable_prefix_caching": True,
-                 "compilation_config": {"cudagraph_capture_sizes": [1, 8, 16, 32, 64, 128, 256]},
-                 }  # fmt: skip
-    scratch = LOGS / out.name
     subprocess.run(
-        [sys.executable, str(HERE / "burst.py"), "run", "--mode", mode, "--shape",
-         os.environ.get("SHAPE", "llama-3.2-3b"), "--peaks", PEAKS, "--slope", SLOPE,
-         "--total", str(TOTAL), "--out", str(scratch), "--engine", json.dumps(arguments)],
+        [sys.executable, str(HERE / script), *arguments, "--shape",
+         os.environ.get("SHAPE", "llama-3.2-3b"), "--total", str(TOTAL), "--out", str(scratch),
+         "--engine", json.dumps(FLEET)],
         check=True, timeout=500,
     )  # fmt: skip
     out.write_bytes(scratch.read_bytes())
     return json.loads(out.read_text(encoding="utf-8"))
+
+
+def light() -> None:
+    """Time to first token of one engine under a light load, fixed and elastic, in turns."""
+    rounds = sent("light.json", "light.py", "--rounds", os.environ.get("ROUNDS", "3"))["rounds"]
+    means = {mode: [statistics.mean(row["ttft_s"] for row in one[mode]) * 1e3 for one in rounds]
+             for mode in ("static", "elastic")}  # fmt: skip
+    add("ttft_light_ratio", sum(means["static"]) / sum(means["elastic"]), "x", 1.0,
+        repeats=len(rounds), mean_ms={m: [round(x, 2) for x in v] for m, v in means.items()},
+        peers={f"{m}, ms": statistics.mean(v) for m, v in means.items()})  # fmt: skip
 
 
 def aftermath(run: Any) -> None:
@@ -308,6 +326,7 @@ PARTS = {
     "layouts": layouts,
     "throughput": throughput,
     "bursts": bursts,
+    "light": light,
     "peer": peer,
 }
 
