@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace as Thing
 
@@ -139,6 +140,21 @@ def test_choices_that_are_in_the_way(changes, why):
 )
 def test_layers_that_are_in_the_way(specs, why):
     assert unsupported_specs(specs) == why
+
+
+@pytest.mark.parametrize(
+    ("kind", "layout", "why"),
+    [
+        ("packed", None, ""),
+        ("packed", "NHD", ""),
+        ("packed", "HND", "the KV cache layout HND in this release"),
+        ("layout", "HND", ""),
+    ],
+)
+def test_an_order_that_vllm_cuts_wrongly_out_of_whole_blocks(kind, layout, why, monkeypatch):
+    utils = Thing(get_kv_cache_layout=lambda: layout)
+    monkeypatch.setitem(sys.modules, "vllm.v1.attention.backends.utils", utils)
+    assert sizing.unsupported_layout(kind) == why
 
 
 def test_a_refusal_is_a_warning_or_if_strict_an_error(caplog, monkeypatch):

@@ -102,6 +102,19 @@ def unsupported_specs(specs: dict[str, Any]) -> str:
     )
 
 
+def unsupported_layout(kind: str) -> str:
+    """Which order of heads and tokens within a block is in the way; empty if none.
+
+    Up to 0.24 vLLM cuts layers out of blocks that hold all of them as if tokens came first, and
+    turns them nevertheless where heads should (``_reshape_attention_kv_cache``): kernels would read
+    heads as tokens. FlashInfer on Blackwell asks for that order, and the environment may.
+    """
+    if kind != "packed":
+        return ""
+    layout = import_module("vllm.v1.attention.backends.utils").get_kv_cache_layout()
+    return "" if layout in {None, "NHD"} else f"the KV cache layout {layout} in this release"
+
+
 def address_bytes(vllm_config: Any, specs: dict[str, Any], device_bytes: int, tokens: int) -> int:
     """Bytes of address space: for ``tokens``, or 0: for all that could ever be in use.
 
@@ -132,11 +145,11 @@ def _wrap(kind: str) -> None:
     _wrapped = True
     gpu = import_module("vllm.v1.worker.gpu_worker")
     _wrap_request(gpu)
-    _wrap_determine(gpu.Worker)
+    _wrap_determine(gpu.Worker, kind)
     _wrap_sleep(gpu.Worker)
     platform = import_module("vllm.platforms").current_platform
     if platform.is_cpu():
-        _wrap_determine(import_module("vllm.v1.worker.cpu_worker").CPUWorker)
+        _wrap_determine(import_module("vllm.v1.worker.cpu_worker").CPUWorker, kind)
     allocation.install(kind, plan)
 
 
@@ -157,7 +170,7 @@ def _wrap_request(gpu: Any) -> None:
     gpu.request_memory = elastic_request
 
 
-def _wrap_determine(worker: Any) -> None:
+def _wrap_determine(worker: Any, kind: str) -> None:
     determine = worker.determine_available_memory
 
     @functools.wraps(determine)
@@ -166,7 +179,7 @@ def _wrap_determine(worker: Any) -> None:
         if plan is None:
             return int(determine(self))
         specs = self.get_kv_cache_spec()
-        why = unsupported_specs(specs)
+        why = unsupported_specs(specs) or unsupported_layout(kind)
         if why:
             _give_up(plan, why)
             return int(determine(self))
