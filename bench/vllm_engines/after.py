@@ -98,12 +98,16 @@ def under_load(fleet: Fleet, total: int) -> dict[str, Any]:
         finally:
             neighbour.close()
         time.sleep(0.1)
-    rows = [row for engine in fleet.answers() for row in engine["rows"]]
-    through = [r for r in rows if r["sent"] + r["total_s"] > at]
-    earlier = [r for r in rows if r["sent"] + r["total_s"] < at]
+    engines = [engine["rows"] for engine in fleet.answers()]
+    rows = [row for some in engines for row in some]
+    through = [[r for r in some if r["sent"] + r["total_s"] > at] for some in engines]
+    earlier = [[r for r in some if r["sent"] + r["total_s"] < at] for some in engines]
     return {
         "claims_ms": claims, "failed": [r["failed"] for r in rows if "failed" in r],
-        "longest_gap_ms": longest_gap(through), "longest_gap_ms_before": longest_gap(earlier),
+        "longest_gap_ms": max(map(longest_gap, through)),
+        "longest_gap_ms_before": max(map(longest_gap, earlier)),
+        "shared_gap_ms": max(map(shared_gap, through)),
+        "shared_gap_ms_before": max(map(shared_gap, earlier)),
     }  # fmt: skip
 
 
@@ -120,6 +124,16 @@ def waited(logs: list[Path]) -> list[float]:
 def longest_gap(rows: list[dict[str, Any]]) -> float:
     """Milliseconds between two tokens of a request, at most."""
     return round(1e3 * max((row["gap_s"] for row in rows), default=0.0), 2)
+
+
+def shared_gap(rows: list[dict[str, Any]], together: int = 3) -> float:
+    """The same, of a gap that several requests of an engine had at once: a step that took long.
+
+    What one has alone is vLLM's preemption: it waits, and is computed again.
+    """
+    gaps = sorted((1e3 * row["gap_s"] for row in rows), reverse=True)
+    near = (a for a, b in zip(gaps, gaps[together - 1 :], strict=False) if a - b < 1)
+    return round(next(near, 0.0), 2)
 
 
 def kill(fleet: Fleet, victim: int) -> dict[str, Any]:
