@@ -83,6 +83,19 @@ def test_parts_follow_the_time_that_they_take(turns):
     assert turns.part_bytes >= 2 << 20
 
 
+def test_parts_are_of_so_many_blocks_however_fast_they_go():
+    """What took no time while the engine was idle is the first part that a step may wait for."""
+    turns = Turns(threading.RLock(), "engine", block_bytes=32 << 10)
+    assert turns.part_bytes == 256 * (32 << 10)
+    for _ in range(5):
+        turns.part(turns.part_bytes, lambda most: most)
+    assert turns.part_bytes == 256 * (32 << 10)
+    turns = Turns(threading.RLock(), "engine", block_bytes=2 << 20)
+    for _ in range(9):
+        turns.part(turns.part_bytes, lambda most: most)
+    assert turns.part_bytes == 512 << 20
+
+
 @given(wanted=st.integers(0, 1 << 34), has=st.integers(0, 1 << 34))
 def test_all_that_there_is_and_no_more_is_given(wanted, has):
     turns, left, asked = Turns(threading.RLock(), "engine"), [has], []

@@ -90,7 +90,8 @@ class EngineBlocks(ElasticBlocks):
 
     def _prepare(self) -> None:
         """See ``ElasticBlocks._prepare``."""
-        self.turns = Turns(self._lock, self.name, self.geometry.num_planes)
+        planes = self.geometry.num_planes
+        self.turns = Turns(self._lock, self.name, planes, planes * self.geometry.block_bytes)
 
     @contextmanager
     def scheduling(self, expected: int = 0) -> Iterator[None]:

@@ -2,7 +2,7 @@
 
 Both need the tenant's lock. Unmapping costs the driver's time for each extent, and eviction vLLM's
 for each block: a neighbour's claim for gigabytes held a step up for as long as all of it took. So a
-part is of few extents and of few bytes.
+part is of few extents and of few blocks.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ _PART_SECONDS = 0.0005
 """What one part is to take: a step waits for one, and perhaps for the call that it is in."""
 _PART_HANDLES = 8
 """Most of a part. Beside running kernels the driver took 157 us to unmap and release one."""
+_PART_BLOCKS = 256
+"""Most of a part: vLLM forgets each by itself, in a microsecond or three."""
 _FIRST_PART, _LEAST_PART = 64 << 20, 2 << 20
 _WORTH_A_LINE_SECONDS = 0.0005
 _MOMENT_SECONDS = 0.001
@@ -27,17 +29,21 @@ _MOMENT_SECONDS = 0.001
 class Turns:
     """Who may have ``lock``: the scheduler's thread, or the one that gives memory back.
 
-    ``name`` is the engine's, for the log; an extent has ``handles``, which go together.
+    ``name`` is the engine's, for the log; an extent has ``handles``, which go together, and a block
+    ``block_bytes`` in all of them.
     """
 
-    def __init__(self, lock: threading.RLock, name: str, handles: int = 1) -> None:
+    def __init__(
+        self, lock: threading.RLock, name: str, handles: int = 1, block_bytes: int = _FIRST_PART
+    ) -> None:
         self._lock, self._free, self._name = lock, threading.Condition(lock), name
         self._waiting = 0
         self.giving = False
         """Whether memory is being given back, perhaps between two parts."""
         self.part_extents = max(1, _PART_HANDLES // handles)
         """Most extents of a part."""
-        self.part_bytes = _FIRST_PART
+        self._most_bytes = max(_LEAST_PART, _PART_BLOCKS * block_bytes)
+        self.part_bytes = min(_FIRST_PART, self._most_bytes)
         """Most bytes of the next part."""
         self._said = self.longest_wait = 0.0
         """Seconds that a step has waited, at most."""
@@ -93,7 +99,7 @@ class Turns:
         if took > _PART_SECONDS:
             self.part_bytes = max(_LEAST_PART, self.part_bytes // 2)
         elif took < _PART_SECONDS / 4 and given >= self.part_bytes:
-            self.part_bytes *= 2
+            self.part_bytes = min(2 * self.part_bytes, self._most_bytes)
         return given
 
     def check(self) -> None:
