@@ -93,11 +93,10 @@ class BoundCall:
         self.takes = tuple(takes)
         """Names of the arguments that may be given anew, in their order."""
         self._function, self._given = function, dict(given)
-        self._steps: list[Bound] | None = None
+        self._launches: Sequence[Launch] | None = None
         self._results: tuple[Any, ...] = tuple(results)
         if launches is None or used is None:
             return
-        from kvcached.kernels._bound import Bound
         from kvcached.kernels._launch import device_here, stream_of
 
         _refuse_copies(given, used, launches)
@@ -108,23 +107,21 @@ class BoundCall:
         self._forms = [_form_of(self._given[name]) for name in takes]
         self._launches, self._least = launches, 0
         self._replacing: dict[int, tuple[list[Bound], list[tuple[int, TensorMap]]]] = {}
-        self._steps = [Bound(launch, ()) for launch in launches]
 
     def __call__(self, *tensors: torch.Tensor) -> Any:
         """Make the call, with ``tensors`` in place of the first that it takes."""
-        steps = self._steps
-        if steps is None:
+        if self._launches is None:
             return self._function(**self._given | dict(zip(self.takes, tensors, strict=False)))
         if self._device_here() != self._index:
             with torch.cuda.device(self._index):
                 return self(*tensors)
         stream = self._stream_of(self._index)
-        if not tensors and not self._least:
+        steps, maps = self._replacing.get(len(tensors)) or self._replace(len(tensors))
+        if not tensors:
             for step in steps:
                 step.again(stream)
         else:
             addresses: list[Any] = self._addresses(tensors)
-            steps, maps = self._replacing.get(len(tensors)) or self._replace(len(tensors))
             for i, one in maps:
                 addresses.append(one.at(addresses[i]))
             for step in steps:
@@ -159,6 +156,7 @@ class BoundCall:
         from kvcached.kernels._bound import Bound
         from kvcached.kernels._tensor_maps import TensorMap
 
+        assert self._launches is not None, "what is bound on the CPU is not replaced"
         taken = self._taken[:count]
         if len(taken) < self._least:
             raise InvalidInput(
@@ -177,9 +175,9 @@ class BoundCall:
         From now on each call gives all that it takes.
         """
         count = len(self.takes)
-        if self._steps is not None:
+        if self._launches is not None:
             self._replace(count)
-            self._least, self._launches, self._steps, self._taken = count, (), [], []
+            self._least, self._launches, self._taken = count, (), []
             self._results = (None, *self._results[1:]) if self._results else ()
         self._given = {k: x for k, x in self._given.items() if k not in self.takes}
         return self
