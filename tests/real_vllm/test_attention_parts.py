@@ -175,6 +175,20 @@ class APlan:
         self.updates.append((lens, starts))
 
 
+def layer_of(impl):
+    """A layer of a model, as vLLM finds it."""
+    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+
+    class Layer(AttentionLayerBase):
+        def get_attn_backend(self): ...
+
+        def get_kv_cache_spec(self, vllm_config): ...
+
+    layer = Layer()
+    layer.impl = impl
+    return layer
+
+
 @pytest.mark.parametrize(("drafts", "most"), [(0, 1), (4, 5), (9, 1)])
 def test_a_plan_for_each_kind_of_layer_follows_decodes_and_drafts(ours, drafts, most, monkeypatch):
     monkeypatch.setitem(vars(kernels), "plan_attention", APlan)
@@ -187,16 +201,22 @@ def test_a_plan_for_each_kind_of_layer_follows_decodes_and_drafts(ours, drafts, 
     )  # fmt: skip
     layers = [ours.KvcachedAttentionImpl(HEADS, DIM, 1.0, KV_HEADS, sliding_window=window)
               for window in (None, 12, None)]  # fmt: skip
-    plans = ours.plans_of(layers, config, torch.bfloat16, "cuda:0")
+    forward = {name: layer_of(impl) for name, impl in zip("abc", layers, strict=True)}
+    config.compilation_config.static_forward_context = forward
+    spec = SimpleNamespace(dtype=torch.bfloat16)
+    builder = ours.KvcachedMetadataBuilder(spec, list(forward), config, "cuda:0")
+    few, plans = builder._plans = builder._make_plans()
     assert [plan.window for plan in plans.values()] == [(-1, -1), (11, -1)]
-    assert {plan.given for plan in plans.values()} == {(24, 80, HEADS, KV_HEADS, DIM,
-                                                        torch.bfloat16)}  # fmt: skip
-    assert {plan.shape["max_q"] for plan in plans.values()} == {most}
-    builder = builder_of(ours)
-    monkeypatch.setattr(builder, "_make_plans", lambda: plans)
+    for some, batch in ((few, 2), (plans, 24)):
+        assert {plan.given for plan in some.values()} == {(batch, 80, HEADS, KV_HEADS, DIM,
+                                                           torch.bfloat16)}  # fmt: skip
+        assert {plan.shape["max_q"] for plan in some.values()} == {most}
     decode, prompts = (step_of(*BATCHES[name])[0] for name in ("decode", "prefill"))
     meta = builder.build(0, decode)
-    builder.build(0, prompts)
+    assert meta.plans is plans
+    builder.build(0, step_of([9] * 5, [33] * 5)[0])
+    assert builder.build(0, prompts).plans is few, "two sequences"
+    assert not any(plan.updates for plan in few.values())
     for layer in layers:
         ((lens, starts),) = meta.plans[layer.plan_key].updates
         assert lens is decode.seq_lens
