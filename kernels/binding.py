@@ -163,8 +163,13 @@ class BoundCall:
                 f"{count} tensors, but this call keeps none: it takes {', '.join(self.takes)}"
             )
         caches = {x: i for i, x in enumerate(taken) if isinstance(x, int)}
-        maps = {id(x): x for launch in self._launches for x in launch.arguments
-                if isinstance(x, TensorMap) and x.address in caches}.values()  # fmt: skip
+        given = {id(x): x for launch in self._launches for x in launch.arguments}
+        maps = [x for x in given.values() if isinstance(x, TensorMap) and x.address in caches]
+        mapped = {one.address for one in maps}
+        other = sum(isinstance(x, bytes) for x in given.values()) - len(maps)
+        stays = any(id(x) not in given and x not in mapped for x in caches)
+        if self._launches and caches and (other or stays):
+            raise InvalidInput(f"{self._function.__name__} cannot take another cache here")
         steps = [Bound(launch, [*taken, *maps]) for launch in self._launches]
         self._replacing[count] = steps, [(caches[one.address], one) for one in maps]
         return self._replacing[count]
@@ -208,7 +213,7 @@ def _refuse_copies(
 
     taken = {id(x) for launch in launches for x in launch.arguments}
     for name, x in used.items():
-        if launches and id(x) not in taken:
+        if launches and id(x) not in taken and not isinstance(x, int):  # caches may be maps
             raise InvalidInput(
                 f"{name} cannot be bound: the kernels take a copy of it",
                 hint="Index tensors are contiguous int32, sinks and slopes float32, "

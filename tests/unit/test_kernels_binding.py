@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ pytest.importorskip("triton")
 from kvcached import kernels
 from kvcached.errors import InvalidInput
 from kvcached.kernels import (
+    _bound,
     _prefill_parts,
     _tensor_maps,
     _write_triton,
@@ -234,6 +236,46 @@ def test_a_map_of_a_cache_goes_with_it(driver, monkeypatch):
         maps = [int.from_bytes(taken[n], "little") for n in ("K_MAP", "K_REST_MAP", "V_MAP")]
         assert maps == [keys.data_ptr(), keys.data_ptr(), values.data_ptr()]
         assert (taken["K"], taken["V"]) == (keys.data_ptr(), values.data_ptr())
+
+
+@pytest.mark.parametrize("arguments", ["maps alone", "a copy of the address", "bytes"])
+def test_a_launch_that_would_go_on_reading_the_first_cache_takes_no_other(
+    driver, monkeypatch, arguments
+):
+    made = {}
+
+    def prepare(call, *_):
+        map_of = _tensor_maps.TensorMap(128)
+        map_of.address, map_of.form = call.kv.k_ptr, ()
+        made["map"] = map_of
+        places = {"maps alone": (map_of,), "bytes": (call.kv.k_ptr, bytes(128)),
+                  "a copy of the address": (call.kv.k_ptr + 64,)}[arguments]  # fmt: skip
+        used = (call.q, call.lens, call.table, call.out, *places)
+        return [SimpleNamespace(arguments=used)]
+
+    class Step:
+        def __init__(self, launch, given):
+            made["given"] = given
+
+        def again(self, stream): ...
+
+        def __call__(self, stream, addresses):
+            made["addresses"] = addresses
+
+    monkeypatch.setattr(binding.attention, "prepare", prepare)
+    monkeypatch.setattr(_bound, "Bound", Step)
+    monkeypatch.setattr(_tensor_maps, "tensor_map", lambda address, *_: ("map", address))
+    given = attention(out=zeros(1, 8, 64))
+    call = kernels.bind(kernels.attn_with_kvcache, **given)
+    call()
+    others = [given[name].clone() for name in call.takes[:5]]
+    if arguments == "maps alone":
+        call(*others)
+        assert made["given"][-1] is made["map"]
+        assert made["addresses"][-1] == ("map", others[4].data_ptr())
+    else:
+        with pytest.raises(InvalidInput, match="cannot take another cache"):
+            call(*others)
 
 
 def test_a_plan_takes_calls_of_more_tokens_than_it_is_made_for(driver):
