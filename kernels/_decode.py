@@ -63,11 +63,11 @@ def _share(floor, end, part, divisor, least, BN: tl.constexpr, SPLIT: tl.constex
 
 
 # What varies from step to step is not specialised, or a server would compile again and again.
-@triton.jit(do_not_specialize=["max_q", "q_tiles", "divisor", "least", "stride_table"])
+@triton.jit(do_not_specialize=["max_q", "q_tiles", "divisor", "least", "stride_table", "columns"])
 def attend_kernel(
     Q, K: tl.int64, V: tl.int64, TABLE, LENS, Q_STARTS, MASKS, SINKS, SLOPES, K_SCALE, V_SCALE,
     WORK, PARTIAL, STATE, FINISHED, OUT, LSE,
-    scale, softcap, left, right, max_q, q_tiles, divisor, least, stride_table,
+    scale, softcap, left, right, max_q, q_tiles, divisor, least, stride_table, columns,
     stride_qt: tl.constexpr, stride_qh: tl.constexpr, stride_ot: tl.constexpr,
     stride_oh: tl.constexpr, stride_kb: tl.constexpr, stride_ks: tl.constexpr,
     stride_kh: tl.constexpr, stride_vb: tl.constexpr, stride_vs: tl.constexpr,
@@ -103,6 +103,7 @@ def attend_kernel(
     if PLANNED:
         entry = WORK + nth * 8
         seq, lo, hi = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
+        ids_to = hi
         part, parts = tl.load(entry + 3), tl.load(entry + 4)
         first_part = head * (tl.num_programs(0) // KV_HEADS) + nth - part
         first_token = 0
@@ -124,8 +125,11 @@ def attend_kernel(
     floor, end = span(length, queries, first_token, TOKENS, left, right, LEFT, RIGHT)
     if not PLANNED:
         lo, hi, parts = _share(floor, end, part, divisor, least, BN, SPLIT)
+        ids_to = hi
         if CLUSTER:
             first_part = item * CLUSTER  # those without keys merge too
+            if not LEFT:  # as it is, but known before the length: so block ids come sooner
+                lo, ids_to = part * BN, columns * BLOCK_SIZE
         else:
             first_part = item * tl.num_programs(1)
             if part >= parts:
@@ -133,7 +137,7 @@ def attend_kernel(
     acc, top, total = _attend_part(
         Q, K, V, TABLE, MASKS, SLOPES, K_SCALE, V_SCALE, scale, softcap, left, right,
         seq, head, first_token, q_start, queries, length, floor, lo, hi, stride_table,
-        stride_qt, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs,
+        ids_to, stride_qt, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs,
         stride_vh, stride_kcb, stride_kcs, stride_kch, stride_vcb, stride_vcs, stride_vch,
         G, D, DV, DP, DVP, BM, BN, ROWS, TOKENS, STAGES, BLOCK_SIZE, PAGED, LEFT, RIGHT, TREE,
         HAS_SLOPES, HAS_CAP, KIND, STORED, COMPUTE, K_SCALES, V_SCALES, ALIGN, ALIGN_Q, INT4, EXACT,
@@ -230,7 +234,7 @@ def _with_rests(
 @triton.jit
 def _attend_part(
     Q, K, V, TABLE, MASKS, SLOPES, K_SCALE, V_SCALE, scale, softcap, left, right,
-    seq, head, first_token, q_start, queries, length, floor, lo, hi, stride_table,
+    seq, head, first_token, q_start, queries, length, floor, lo, hi, stride_table, ids_to,
     stride_qt: tl.constexpr, stride_qh: tl.constexpr, stride_kb: tl.constexpr,
     stride_ks: tl.constexpr, stride_kh: tl.constexpr, stride_vb: tl.constexpr,
     stride_vs: tl.constexpr, stride_vh: tl.constexpr, stride_kcb: tl.constexpr,
@@ -281,7 +285,7 @@ def _attend_part(
         TABLE += seq.to(tl.int64) * stride_table
     else:
         base = tl.load(TABLE + seq)
-    ids = block_ids(TABLE, lo, hi, floor, offs_n, BN, BLOCK_SIZE, PAGED, LEFT)
+    ids = block_ids(TABLE, lo, ids_to, floor, offs_n, BN, BLOCK_SIZE, PAGED, LEFT)
     unit = 1.0
     if V_SCALES == 2:  # weights are multiplied by scales over this one, so 16 bits hold them
         unit = first_scale(

@@ -275,11 +275,12 @@ def prepare(
     start = _start(call, config, items, split, num_splits, plan)
     split = start.split
     table = call.starts if call.table is None else call.table
+    stride, columns = (0, 0) if call.table is None else (call.table.stride(0), call.table.shape[1])
     arguments = (
         q, kv.k_ptr, kv.v_ptr, table, call.lens, call.q_starts, call.masks, call.sinks, call.slopes,
         call.k_scale, call.v_scale, *work.tensors, call.out, call.lse,
         call.scale, call.softcap, min(call.left, 1 << 30), min(call.right, 1 << 30), call.max_q,
-        q_tiles, split.divisor, split.least, 0 if call.table is None else call.table.stride(0),
+        q_tiles, split.divisor, split.least, stride, columns,
     )  # fmt: skip
     return [launch_of(attend_kernel, start.grid, arguments, start.constants, types_of(q.dtype),
                       q.device, start.warps, frozenset(), **start.options)]  # fmt: skip
