@@ -29,6 +29,13 @@ PLACES = gl.constexpr(
 
 
 @gluon.jit
+def wait_for_launch_in_front():
+    """Memory may be touched only when the kernel in front has ended; the next may begin to wait."""
+    gl.inline_asm_elementwise("griddepcontrol.wait; griddepcontrol.launch_dependents; // $0",
+                              "=r", [], dtype=gl.int32, is_pure=False, pack=1)  # fmt: skip
+
+
+@gluon.jit
 def _halves(x):
     """The left and the right half of the columns, in registers."""
     rows: gl.constexpr = x.shape[0]
@@ -37,12 +44,37 @@ def _halves(x):
 
 
 @gluon.jit
+def query_of(row, RESTS: gl.constexpr):
+    """Which (token, head) a row of a tile is of, counted through them.
+
+    With RESTS a tile of 64 rows has 32 of them at most. Each then has two rows that a thread holds
+    both sums of: in one its weights are rounded, in the other are what rounding took off.
+    """
+    return row // 16 * 8 + row % 8 if RESTS else row
+
+
+@gluon.jit
+def with_rests(acc, RESTS: gl.constexpr):
+    """Sums of weights and of rests together, in both of their rows."""
+    if RESTS:
+        acc = acc.reshape([BM // 16, 2, 8, HALF])
+        both = gl.convert_layout(gl.expand_dims(gl.sum(acc, 1), 1), acc.type.layout)
+        acc = gl.zeros_like(acc) + both
+        acc = gl.convert_layout(acc.reshape([BM, HALF]), SUMS)
+    return acc
+
+
+@gluon.jit
 def _rows(place, H: gl.constexpr, LAYOUT: gl.constexpr):
     """(row of the batch's tokens, head, valid) of the rows of a tile."""
-    seq, first_row, max_q = place[0], place[1], place[2]
-    offs = first_row + gl.arange(0, BM, gl.SliceLayout(1, LAYOUT))
+    seq, first_row, max_q, rests = place[0], place[1], place[2], place[6]
+    row = gl.arange(0, BM, gl.SliceLayout(1, LAYOUT))
+    offs = first_row + query_of(row, rests)
     token, head = offs // H, offs % H
-    return (seq * max_q + token).to(gl.int64), head, token < max_q
+    valid = token < max_q
+    if rests:
+        valid = valid & (row % 16 < 8)
+    return (seq * max_q + token).to(gl.int64), head, valid
 
 
 @gluon.jit
@@ -156,6 +188,7 @@ def tell(gain, gain_at, made):
 def finish_left(acc, count, top, total, place, OUT, LSE, PARTIAL, STATE, COUNT, shared,
                  H: gl.constexpr, SPLITS: gl.constexpr, PAIR: gl.constexpr):  # fmt: skip
     """What the first warpgroup does with its sums: ``place`` says whose they are."""
+    acc = with_rests(acc, place[6])
     fade_at, their_at, made = shared
     if PAIR:
         # The first of two splits leaves its sums to the second, which waits for the two halves.
@@ -200,6 +233,7 @@ def finish_left(acc, count, top, total, place, OUT, LSE, PARTIAL, STATE, COUNT, 
 def finish_right(acc, place, OUT, PARTIAL, STATE, COUNT, shared,
                   H: gl.constexpr, SPLITS: gl.constexpr, PAIR: gl.constexpr):  # fmt: skip
     """The same of the second warpgroup, which was told what to do by the first."""
+    acc = with_rests(acc, place[6])
     fade_at, their_at, _made = shared
     gain = fade_at.load(gl.SliceLayout(1, SUMS))
     if PAIR:

@@ -27,6 +27,8 @@ from kvcached.kernels._mla_ends import (
     SUMS,
     finish_left,
     finish_right,
+    query_of,
+    wait_for_launch_in_front,
 )
 
 REST = gl.constexpr(64)
@@ -111,9 +113,10 @@ def _load_latents(BASE, TABLE, lo, hi, tiles, strides, latents, BLOCK_SIZE: gl.c
 
 
 @gluon.jit
-def _load_queries(Q, seq, first_row, max_q, stride_qt, stride_qh, H: gl.constexpr,
-                  LAYOUT: gl.constexpr, FIRST: gl.constexpr, SIZE: gl.constexpr, to):  # fmt: skip
-    offs = first_row + gl.arange(0, BM, gl.SliceLayout(1, LAYOUT))
+def _load_queries(Q, place, stride_qt, stride_qh, H: gl.constexpr, LAYOUT: gl.constexpr,
+                  FIRST: gl.constexpr, SIZE: gl.constexpr, to):  # fmt: skip
+    seq, first_row, max_q = place[0], place[1], place[2]
+    offs = first_row + query_of(gl.arange(0, BM, gl.SliceLayout(1, LAYOUT)), place[6])
     token, head = offs // H, offs % H
     rows = (seq * max_q + token).to(gl.int64) * stride_qt + head * stride_qh
     _copy(Q, rows, token < max_q, FIRST, SIZE, LAYOUT, to)
@@ -130,7 +133,7 @@ def _scores(stage, q_left, q_right, q_rest, left, right, rest):
 
 
 @gluon.jit
-def _weigh(scores, top, total, scale, start, clear_to, seen_to, turn, shared):
+def _weigh(scores, top, total, scale, start, clear_to, seen_to, turn, shared, RESTS: gl.constexpr):
     """Online softmax of a tile, base 2, handed to the other warpgroup; row r sees < seen_to[r].
 
     Returns what to multiply earlier sums with, and the new top and total.
@@ -144,7 +147,12 @@ def _weigh(scores, top, total, scale, start, clear_to, seen_to, turn, shared):
     weights = gl.exp2(scores - new_top[:, None])
     fade = gl.exp2(top - new_top)
     mbarrier.wait(used, (turn & 1) ^ 1)
-    weights_at.store(weights.to(weights_at.dtype))
+    rounded = weights.to(weights_at.dtype)
+    if RESTS:
+        first = gl.arange(0, BM, gl.SliceLayout(1, SCORES)) % 16 < 8
+        rest = (weights - rounded.to(gl.float32)).to(weights_at.dtype)
+        rounded = gl.where(first[:, None], rounded, rest)
+    weights_at.store(rounded)
     fade_at.store(fade)
     fence_async_shared()
     gl.thread_barrier()
@@ -164,16 +172,16 @@ def _left_half(
     left, right, rest, full, empty = latents
     weights_at, fade_at, their_at, made, used = shared
     handed = (weights_at, fade_at, made, used)
-    seq, first_row, max_q = place[0], place[1], place[2]
-    _load_queries(Q, seq, first_row, max_q, stride_qt, stride_qh, H, WIDE, 0, HALF, q_left)
-    _load_queries(Q, seq, first_row, max_q, stride_qt, stride_qh, H, WIDE, HALF, HALF, q_right)
-    _load_queries(Q, seq, first_row, max_q, stride_qt, stride_qh, H, NARROW, 2 * HALF, REST, q_rest)
+    first_row, max_q, rests = place[1], place[2], place[6]
+    _load_queries(Q, place, stride_qt, stride_qh, H, WIDE, 0, HALF, q_left)
+    _load_queries(Q, place, stride_qt, stride_qh, H, WIDE, HALF, HALF, q_right)
+    _load_queries(Q, place, stride_qt, stride_qh, H, NARROW, 2 * HALF, REST, q_rest)
     async_copy.commit_group()
     async_copy.wait_group(0)
     fence_async_shared()
     gl.thread_barrier()
 
-    offs = first_row + gl.arange(0, BM, gl.SliceLayout(1, SCORES))
+    offs = first_row + query_of(gl.arange(0, BM, gl.SliceLayout(1, SCORES)), rests)
     token = offs // H
     seen_to = gl.minimum(length - max_q + token + right_of + 1, hi)
     clear_to = gl.minimum(hi, length - max_q + first_row // H + right_of + 1)
@@ -187,7 +195,7 @@ def _left_half(
     for i in range(tiles - 1):
         stage, ahead = i % STAGES, (i + 1) % STAGES
         fade, top, total = _weigh(
-            scores, top, total, scale, lo + i * BN, clear_to, seen_to, i, handed
+            scores, top, total, scale, lo + i * BN, clear_to, seen_to, i, handed, rests
         )
         going = warpgroup_mma(weights_at, left.index(stage), acc * fade, is_async=True)
         mbarrier.wait(full.index(ahead), (i + 1) // STAGES & 1)
@@ -199,7 +207,7 @@ def _left_half(
         scores = warpgroup_mma_wait(0, [coming])
     last = tiles - 1
     fade, top, total = _weigh(
-        scores, top, total, scale, lo + last * BN, clear_to, seen_to, last, handed
+        scores, top, total, scale, lo + last * BN, clear_to, seen_to, last, handed, rests
     )
     going = warpgroup_mma(weights_at, left.index(last % STAGES), acc * fade, is_async=True)
     count = 0
@@ -241,12 +249,13 @@ def mla_wide_kernel(
     scale, right, max_q, stride_table,
     stride_qt, stride_qh, stride_ot, stride_oh, stride_block, stride_slot,
     H: gl.constexpr, SPLITS: gl.constexpr, PAIR: gl.constexpr, BLOCK_SIZE: gl.constexpr,
-    ALIGN: gl.constexpr,
+    RESTS: gl.constexpr, ALIGN: gl.constexpr,
 ):  # fmt: skip
     """64 rows (token, head) of one sequence over one split of its keys, as ``mla_kernel`` has it.
 
     Rows of latents are 576 elements of 16 bits, their values the first 512. Four warps.
     """
+    wait_for_launch_in_front()
     item, split = gl.program_id(0), gl.program_id(1)
     per_seq = gl.cdiv(max_q * H, BM)
     seq, first_row = item // per_seq, item % per_seq * BM
@@ -283,7 +292,7 @@ def mla_wide_kernel(
     fence_async_shared()
     gl.thread_barrier()
 
-    place = (seq, first_row, max_q, split, stride_ot, stride_oh)
+    place = (seq, first_row, max_q, split, stride_ot, stride_oh, RESTS)
     queries = (q_left, q_right, q_rest)
     latents = (left_at, right_at, rest_at, full, empty)
     shared = (weights_at, fade_at, their_at, made, used)

@@ -32,6 +32,9 @@ MIN_SPLIT_TOKENS = 256
 """Below this a split costs more than it saves."""
 WIDE = {"BM": 64, "BN": 64}
 """The tiles of ``mla_wide_kernel``."""
+EARLY = {"launch_pdl": 1}
+"""It may begin before the kernel in front has ended, for whose end it waits. Its merge may not: so
+many programs would gather on the few SMs that are free."""
 
 
 def mla_with_kvcache(
@@ -185,6 +188,7 @@ class _Chosen(NamedTuple):
     num_warps: int
     merges: bool
     """Whether the last part of a tile merges them all."""
+    options: dict[str, int]
 
 
 def _plain(call: AttentionCall, sizes: dict[str, int], splits: int, num_warps: int) -> _Chosen:
@@ -198,21 +202,24 @@ def _plain(call: AttentionCall, sizes: dict[str, int], splits: int, num_warps: i
         "ALIGN": 16 if kv.k_ptr % 16 == 0 else call.q.element_size(),
         "UPCAST": interpreted() and kv.dtype == torch.bfloat16,  # its bf16 arithmetic is wrong
     }  # fmt: skip
-    return _Chosen(mla_kernel, constants, num_warps, fused)
+    return _Chosen(mla_kernel, constants, num_warps, fused, {})
 
 
 def _wide(call: AttentionCall, splits: int) -> _Chosen:
     """What warpgroups share, if ``is_wide``."""
     from kvcached.kernels._mla_gluon import mla_wide_kernel
 
-    constants = wide_constants(call.q.shape[1], splits, call.kv.block_size)
-    return _Chosen(mla_wide_kernel, constants, 4, splits == 1 or constants["PAIR"])
+    heads = call.q.shape[1]
+    constants = wide_constants(heads, splits, call.kv.block_size, rests=call.max_q * heads <= 32)
+    return _Chosen(mla_wide_kernel, constants, 4, splits == 1 or constants["PAIR"], EARLY)
 
 
-def wide_constants(heads: int, splits: int, block_size: int) -> dict[str, Any]:
+def wide_constants(
+    heads: int, splits: int, block_size: int, *, rests: bool = False
+) -> dict[str, Any]:
     """Compile-time sizes of ``mla_wide_kernel``; of two splits, the later one merges both."""
     return {"H": heads, "SPLITS": splits, "PAIR": splits == 2, "BLOCK_SIZE": block_size,
-            "ALIGN": 16}  # fmt: skip
+            "RESTS": rests, "ALIGN": 16}  # fmt: skip
 
 
 def merge_constants(dim_v: int, splits: int) -> dict[str, int]:
@@ -245,7 +252,7 @@ def _steps(
          scale * LOG2_E.value, min(call.right, 1 << 30), call.max_q,
          call.table.stride(0), *q.stride()[:2], *out.stride()[:2], kv.block_stride,
          kv.slot_stride),
-        chosen.constants, chosen.num_warps,
+        chosen.constants, chosen.num_warps, **chosen.options,
     )]  # fmt: skip
     if not chosen.merges:
         join = merge_wide if width < kv.head_dim_v else merge

@@ -154,6 +154,13 @@ def test_latent_attention_of_every_block_size_in_parts(splits, block_size):
                   splits=splits)  # fmt: skip
 
 
+@pytest.mark.parametrize(("heads", "tokens"), [(16, 1), (16, 2), (12, 2), (5, 3)])
+@pytest.mark.parametrize("splits", [1, 2, 8])
+def test_latent_attention_of_few_rows(splits, heads, tokens):
+    """Of up to 32 rows each has another one, for what rounding takes off its weights."""
+    check_latents(torch.bfloat16, heads, tokens, lens=(3, 900, 2500, 64), splits=splits)
+
+
 @pytest.mark.parametrize("splits", [1, 2, 4])
 def test_latent_attention_of_all_tokens_and_of_none(splits):
     check_latents(torch.bfloat16, 128, 2, lens=(0, 300, 2), options=PLAIN | {"causal": False},

@@ -17,7 +17,7 @@ IN_FLIGHT = 2 * STAGES.value * BN.value * (2 * HALF.value + REST.value)
 
 def wide(dtype, heads, *, splits, block_size=64):
     """(kernel, q's dtype, constants, warps)."""
-    return mla_wide_kernel, dtype, wide_constants(heads, splits, block_size), 4
+    return mla_wide_kernel, dtype, wide_constants(heads, splits, block_size, rests=heads <= 32), 4
 
 
 def configurations():
