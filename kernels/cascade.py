@@ -7,8 +7,10 @@ their log-sum-exp (Ye et al. 2024, FlashInfer's cascade inference; Juravsky et a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +18,10 @@ import torch
 from kvcached.errors import InvalidInput
 from kvcached.kernels.attention import attn_with_kvcache
 from kvcached.kernels.merge import merge_states
+from kvcached.layout import cdiv
+
+SHARED_ROWS = 128
+"""Query tokens x heads of a KV head in a tile of prefill."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,13 +69,54 @@ def cascade_attention(
     scales = {"k_descale": k_descale, "v_descale": v_descale}
     options = {name: scale for name, scale in scales.items() if scale is not None}
     options |= {"softmax_scale": softmax_scale, "softcap": softcap, "return_softmax_lse": True}
-    parts = [
-        attn_with_kvcache(
-            q, k_cache, v_cache, page_table=level.page_table, cache_seqlens=level.cache_seqlens,
-            cu_seqlens_q=level.cu_seqlens_q, max_seqlen_q=level.max_seqlen_q,
-            causal=causal and number == len(levels) - 1, **options,
+    attend = [
+        partial(
+            attn_with_kvcache, q, k_cache, v_cache, page_table=level.page_table,
+            cache_seqlens=level.cache_seqlens, cu_seqlens_q=level.cu_seqlens_q,
+            max_seqlen_q=level.max_seqlen_q, causal=causal and number == len(levels) - 1,
+            num_splits=_parts(level, q, k_cache), **options,
         )
         for number, level in enumerate(levels)
     ]  # fmt: skip
+    parts = _results(attend, q)
     merged, lse = merge_states(*zip(*parts, strict=True), sinks=sinks, out=out)
     return (merged, lse) if return_softmax_lse else merged
+
+
+def _parts(level: Level, q: torch.Tensor, k_cache: torch.Tensor) -> int:
+    """How many parts many queries take what they share in; 0 where that is not for here to say.
+
+    A tile of so many rows has an SM to itself, and each part is written and read once more.
+    """
+    from kvcached.kernels.decode import multiprocessors
+
+    rows = level.max_seqlen_q * int(q.shape[1]) // int(k_cache.shape[2])
+    if not q.is_cuda or q.dtype != k_cache.dtype or rows < SHARED_ROWS:
+        return 0
+    tiles = len(level.cache_seqlens) * int(k_cache.shape[2]) * cdiv(rows, SHARED_ROWS)
+    return 1 << (max(1, multiprocessors(q.device) // tiles).bit_length() - 1)
+
+
+def _results(attend: Sequence[Callable[[], Any]], q: torch.Tensor) -> list[Any]:
+    """What the calls for all levels return.
+
+    Many queries over what they share compute, one over its own reads memory. So in a captured
+    graph the last level lies beside the others; else the host would take longer than the GPU.
+    """
+    if len(attend) == 1 or not q.is_cuda or not torch.cuda.is_current_stream_capturing():
+        return [level() for level in attend]
+    with torch.cuda.device(q.device):
+        here = torch.cuda.current_stream()
+        beside = _stream_beside(here.device_index, here.cuda_stream)
+        beside.wait_stream(here)
+        with torch.cuda.stream(beside):
+            parts = [level() for level in attend[:-1]]
+        parts.append(attend[-1]())
+        here.wait_stream(beside)
+    return parts
+
+
+@functools.cache
+def _stream_beside(device: int, _stream: int) -> torch.cuda.Stream:
+    """Of each stream the same one, so that what one call allocated serves the next."""
+    return torch.cuda.Stream(device)
