@@ -138,3 +138,10 @@ def test_a_cascade_equals_the_flat_call_and_so_do_the_operators(cache):
     flat, whole = ops.attn_with_kvcache(q, k, v, lens, table)
     torch.testing.assert_close(got, flat, atol=4e-3, rtol=2e-2)
     torch.testing.assert_close(lse, whole, atol=1e-3, rtol=1e-3)
+    graph = torch.cuda.CUDAGraph()  # in which the levels lie side by side
+    with torch.cuda.graph(graph):
+        captured = kernels.cascade_attention(q, k, v, levels)
+    for _ in range(20):
+        captured.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(captured, got)
