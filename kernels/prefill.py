@@ -321,7 +321,7 @@ def prepare(
     if not call.q.shape[0]:
         return []
     if config is None and not num_warps and suits_tma(call, num_splits):
-        return prepare_tma(call)
+        return prepare_tma(call, memory)
     group, itemsize = call.q.shape[1] // kv.num_kv_heads, call.q.element_size()
     varlen = call.q_starts is not None
     plain = call.slopes is None and call.left >= UNBOUNDED

@@ -28,14 +28,13 @@ def taken(monkeypatch):
     torch.manual_seed(0)
     calls, prepare = [], _prefill_tma.prepare_tma
 
-    def noted(call):
+    def noted(call, memory):
         calls.append(call)
-        return prepare(call)
+        return prepare(call, memory)
 
     monkeypatch.setattr(prefill, "prepare_tma", noted)
-    monkeypatch.setattr(_prefill_tma, "SHORT", 0)
-    monkeypatch.setattr(_prefill_tma, "FULL_TILES", 0)
-    monkeypatch.setattr(_prefill_tma, "FASTER", set(_prefill_tma.KEYS))
+    monkeypatch.setattr(_prefill_tma, "FULL_ROWS", 0)
+    monkeypatch.setattr(_prefill_tma, "SHORT_QUERIES", 0)
     return calls
 
 
@@ -98,6 +97,13 @@ def test_every_head_dim(taken, dims, dtype, causal):
     check(taken, dtype, *dims, causal=causal, **RAGGED)
 
 
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+@pytest.mark.parametrize("shape", [EVEN, RAGGED], ids=["even", "ragged"])
+def test_short_prompts(taken, monkeypatch, dtype, shape):
+    monkeypatch.setattr(_prefill_tma, "SHORT_QUERIES", 1 << 20)
+    check(taken, dtype, sinks=True, **shape)
+
+
 @pytest.mark.parametrize("block_size", [16, 32, 48, 64, 128, 256, 384])
 def test_every_block_size(taken, block_size):
     check(taken, block_size=block_size, **RAGGED)
@@ -117,6 +123,13 @@ def test_every_end_of_a_tile(taken, ends):
 def test_more_items_than_programs(taken):
     lens = tuple(torch.randint(100, 900, (60,)).tolist())
     check(taken, lens=lens, queries=tuple(max(1, n // 2) for n in lens), heads=8, runs=2)
+
+
+def test_a_prompt_among_many_that_decode(taken, monkeypatch):
+    """Tiles are taken from both ends of the batch, and most have rows for one warpgroup only."""
+    monkeypatch.setattr(_prefill_tma, "is_mixed", lambda _call: True)
+    lens = (900, *torch.randint(1, 900, (60,)).tolist(), 700)
+    check(taken, lens=lens, queries=(500, *[1] * 60, 33), heads=8, runs=20)
 
 
 def test_other_calls_take_the_other_kernel(taken):

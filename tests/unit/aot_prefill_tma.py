@@ -10,15 +10,24 @@ from triton.backends.compiler import GPUTarget
 from kvcached.kernels._launch import TYPES, attributes_of, signature_of, source_of
 from kvcached.kernels._prefill_gluon import prefill_tma_kernel as kernel
 from kvcached.kernels._prefill_parts import ALIGNED
-from kvcached.kernels._prefill_tma import GROUP_WARPS, REGISTERS, constants_of, types_of
+from kvcached.kernels._prefill_tma import (
+    GROUP_WARPS,
+    SHORT_SIZES,
+    SIZES,
+    constants_of,
+    types_of,
+)
 
 ARCHS = [90]
 DTYPES = {name: dtype for dtype, name in TYPES.items()}
 
 
-def prefill(dtype, dim, dim_v=None, *, group=4, block_size=16, varlen=True, sinks=False):
-    """(q's dtype, constants)."""
-    return dtype, constants_of(group, dim, dim_v or dim, block_size, varlen=varlen, sinks=sinks)
+def prefill(dtype, dim, dim_v=None, *, group=4, block_size=16, varlen=True, short=False, **more):
+    """(q's dtype, constants, registers at the start)."""
+    dims = dim, dim_v or dim
+    sizes = SHORT_SIZES[dims] if short else SIZES[dims]
+    options = {"varlen": varlen, "sinks": False} | more
+    return dtype, constants_of(sizes, group, *dims, block_size, **options), sizes.start
 
 
 def configurations():
@@ -28,6 +37,8 @@ def configurations():
     return rows | {
         "prefill TMA fp16 128": prefill("fp16", 128),
         "prefill TMA bf16 128 sinks": prefill("bf16", 128, sinks=True),
+        "prefill TMA bf16 128 short": prefill("bf16", 128, short=True),
+        "prefill TMA bf16 128 mixed": prefill("bf16", 128, short=True, mixed=True),
         "prefill TMA bf16 128 even": prefill("bf16", 128, varlen=False),
         "prefill TMA bf16 128 MHA": prefill("bf16", 128, group=1, varlen=False),
         "prefill TMA bf16 128 page 48": prefill("bf16", 128, block_size=48),
@@ -36,13 +47,13 @@ def configurations():
     }
 
 
-def report(dtype, constants, *, arch=90):
+def report(dtype, constants, registers, *, arch=90):
     """Registers, stack and shared bytes; instructions that matter."""
     signature = signature_of(kernel, types_of(DTYPES[dtype], constants), constants)
     aligned = attributes_of(kernel, tuple(x for x in kernel.arg_names if x in ALIGNED))
     compiled = triton.compile(
         source_of(kernel, signature, constants, aligned), target=GPUTarget("cuda", arch, 32),
-        options={"num_warps": GROUP_WARPS, "maxnreg": REGISTERS},
+        options={"num_warps": GROUP_WARPS, "maxnreg": registers},
     )  # fmt: skip
     ptx = compiled.asm["ptx"]
     return needs_of(compiled) | {

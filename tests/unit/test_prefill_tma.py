@@ -36,7 +36,7 @@ def compiled():
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_every_shape_compiles_for_sm_90(compiled):
-    assert len(compiled) == 10
+    assert len(compiled) == 12
     for name, needs in compiled.items():
         assert needs["shared"] <= SHARED_LIMIT, (name, needs)
         assert needs["registers"] * needs["threads"] <= 65_536, (name, needs)
@@ -92,25 +92,54 @@ def an_h100(monkeypatch):
 @pytest.mark.parametrize("call", [
     a_call(), a_call(sequences=16, tokens=1024), a_call(heads=16, group=1, right=UNBOUNDED),
     a_call(dim=256), a_call(block_size=48), a_call(sinks=torch.zeros(32)), a_call(group=7),
-    a_call(q_starts=torch.tensor([0, 8192])),
+    a_call(q_starts=torch.tensor([0, 8192])), a_call(dim=64), a_call(dim=192, dim_v=128),
+    a_call(table=torch.zeros(1, 128, dtype=torch.int32)), a_call(sequences=16, tokens=256),
 ])  # fmt: skip
 def test_a_long_prompt_takes_the_kernel(call):
     assert tma.suits_tma(call)
 
 
 @pytest.mark.parametrize("call", [
-    a_call(dim=96), a_call(dim=64), a_call(dim=192, dim_v=128), a_call(dim=128, dim_v=64),
-    a_call(table=torch.zeros(1, 128, dtype=torch.int32)),
+    a_call(dim=96), a_call(dim=128, dim_v=64), a_call(sequences=64, tokens=127),
     a_call(table=None, starts=torch.zeros(1, dtype=torch.int32)),
-
     a_call(softcap=30.0), a_call(left=1000), a_call(slopes=torch.zeros(32)),
     a_call(block_size=1), a_call(block_size=24),
     a_call(k_ptr=K_AT + 8), a_call(slot_stride=8 * 128 + 4), a_call(head_stride=16 * 128),
-    a_call(out=tensor(8192, 32, 128, at=(1 << 20) + 8)), a_call(sequences=64, tokens=33),
+    a_call(out=tensor(8192, 32, 128, at=(1 << 20) + 8)),
     a_call(tokens=512, heads=1), a_call(q=tensor(8192, 32, 128, dtype=torch.float32)),
 ], ids=str)  # fmt: skip
 def test_other_calls_do_not(call):
     assert not tma.suits_tma(call)
+
+
+def a_mixed_call(prompt, decoding, **changed):
+    starts = torch.tensor([0, prompt, *(prompt + 1 + i for i in range(decoding))])
+    rows = tensor(prompt + decoding, 32, 128)
+    changed = {"q": rows, "out": rows} | changed
+    return a_call(sequences=1 + decoding, tokens=1, max_q=prompt, q_starts=starts, **changed)
+
+
+def test_a_batch_is_mixed_if_most_sequences_would_fill_no_tile():
+    for decoding, mixed in ((0, False), (15, False), (16, True), (300, True)):
+        call = a_mixed_call(2048, decoding)
+        assert tma.is_mixed(call) is mixed
+        assert tma.suits_tma(call)
+    assert not tma.is_mixed(a_call(sequences=64, tokens=20)), "they are equally long"
+    assert not tma.suits_tma(a_mixed_call(500, 300)), "the prompt does not fill the GPU"
+    assert not tma.suits_tma(a_call(sequences=64, tokens=20))
+
+
+def test_heads_side_by_side_fit_the_cache_and_fill_the_gpu():
+    table = torch.zeros(1, 4096 // 16, dtype=torch.int32)
+    heads = 16 * 8  # of 16 sequences; 2 MiB of keys and values each
+    for tokens, most in ((4096, 8), (512, 33), (64, heads)):
+        call = a_call(sequences=16, tokens=tokens, table=table)
+        assert tma.beside(call, tma.tiles_of(call)) == most
+    call = a_call(sequences=16, tokens=4096, table=table.repeat(1, 64))
+    assert tma.beside(call, tma.tiles_of(call)) == 5, "too long for the cache: as few as fill it"
+    for blocks, most in ((4096 // 16, 8), (16384 // 16, 2), (1 << 16, 1)):
+        call = a_mixed_call(2048, 16, table=torch.zeros(17, blocks, dtype=torch.int32))
+        assert tma.beside(call, tma.tiles_of(call)) == most
 
 
 def test_another_gpu_another_triton_and_parts_do_not(monkeypatch):
@@ -145,7 +174,8 @@ def launched(monkeypatch, call):
 
     monkeypatch.setattr(tma, "tensor_map", a_map)
     monkeypatch.setattr(tma, "launch_of", launch_of)
-    assert tma.prepare_tma(call) == ["launch"]
+    memory = SimpleNamespace(finished="two counters")
+    assert tma.prepare_tma(call, lambda *_: memory) == ["launch"]
     return found | {"maps": [made[0][:3], made[1][:3]], "rows": {one[3] for one in made}}
 
 
@@ -162,10 +192,25 @@ def test_the_launch_of_a_batch(monkeypatch):
     assert given["grid"] == (132,)
     assert (given["TOKENS"], given["tiles"], given["items"]) == (32, 16 * 32, 16 * 32 * 8)
     assert (given["batch"], given["max_q"], given["kv_heads"]) == (16, 1000, 8)
+    assert given["QUEUE"] == "two counters"
     assert (given["stride_kb"], given["stride_ks"], given["stride_kh"]) == (65536, 1024, 128)
     assert (given["warps"], given["maxnreg"]) == (4, 168)
     assert not given["VARLEN"]
     assert given["types"]["K_MAP"].startswith("tensordesc<bf16[1, 16, 128],NVMMASharedLayout(")
+
+
+def test_short_prompts_take_fewer_keys_at_a_time(monkeypatch):
+    for tokens, keys, stages in ((1024, 64, 4), (1025, 128, 2)):
+        given = launched(monkeypatch, a_call(sequences=16, tokens=tokens))
+        assert (given["BN"], given["STAGES"], given["MIXED"]) == (keys, stages, False)
+    given = launched(monkeypatch, a_mixed_call(8192, 100))
+    assert (given["BN"], given["STAGES"], given["MIXED"]) == (64, 4, True)
+
+
+def test_64_columns_take_three_warpgroups(monkeypatch):
+    given = launched(monkeypatch, a_call(sequences=4, tokens=4096, dim=64, group=8))
+    assert (given["CONSUMERS"], given["TOKENS"], given["maxnreg"]) == (3, 24, 128)
+    assert given["tiles"] == 4 * 171
 
 
 def test_few_items_take_few_programs(monkeypatch):
