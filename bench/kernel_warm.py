@@ -26,8 +26,8 @@ def run_once(ident: str, *, dry: bool) -> None:
         torch.cuda.empty_cache()
 
 
-def _begin(folders: list[Path]) -> None:
-    attention_peers.FOLDER.extend(folders)
+def _begin(folders: list[Path], without: list[str]) -> None:
+    attention_peers.use(folders, without)
     kernel_timing.pace.warming = True
     Problem.error = lambda *_, **__: 0.0  # type: ignore[method-assign]
 
@@ -45,7 +45,9 @@ def compile_rows(rows: list[str], processes: int, *, dry: bool, limit_s: float) 
     if not work:
         return
     context = multiprocessing.get_context("spawn")
-    with context.Pool(min(processes, len(work)), _begin, (attention_peers.FOLDER,)) as pool:
+    with context.Pool(
+        min(processes, len(work)), _begin, (attention_peers.FOLDER, attention_peers.WITHOUT)
+    ) as pool:
         found = pool.map_async(_job, work, chunksize=1)
         with contextlib.suppress(multiprocessing.TimeoutError):
             found.get(limit_s)

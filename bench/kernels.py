@@ -27,7 +27,7 @@ sys.path[:] = [place for place in sys.path if Path(place or ".").resolve() != HE
 sys.path[:0] = [str(HERE / "peers"), str(HERE)]
 
 import torch  # noqa: E402
-from attention_peers import FOLDER, available  # noqa: E402
+from attention_peers import available, use  # noqa: E402
 from common import RESULTS, SCHEMA_VERSION, commit  # noqa: E402
 from kernel_rows import IDS, Missing, Row, measure, met  # noqa: E402
 from kernel_timing import Limits, measure_limits, pace  # noqa: E402
@@ -169,7 +169,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("rows", nargs="*", metavar="ID", help=f"of {', '.join(IDS)}; default: all")
     parser.add_argument("--peers", type=Path, action="append", default=[],
-                        help="a folder that bench/peers/fetch_kernels.py has filled")  # fmt: skip
+                        help="a folder that fetch_kernels.py filled, or of packages")  # fmt: skip
+    parser.add_argument("--without", action="append", default=[], metavar="WORD",
+                        help="a peer that is not asked, by the first word of its name")  # fmt: skip
     parser.add_argument("--seconds", type=float, default=float("inf"))
     parser.add_argument("--processes", type=int, help="that compile (8; dry: 0)")
     parser.add_argument("--dry", action="store_true", help="tiny shapes, figures mean nothing")
@@ -178,7 +180,7 @@ def main() -> int:
     if options.merge:
         print(put(merged([json.loads(path.read_text("utf-8")) for path in options.merge])))
         return 0
-    FOLDER.extend(options.peers)
+    use(options.peers, options.without)
     if options.processes is None:
         options.processes = 0 if options.dry else 8
     end = time.monotonic() + options.seconds

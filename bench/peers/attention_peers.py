@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import itertools
 import math
 import sys
 import types
@@ -18,13 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from flashinfer_peers import flashinfer
+from flex_peers import contiguous, flex_attention, on_pages
 from kernel_problems import DEVICE, Problem, int32
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 Calls = list[Callable[[], torch.Tensor]]
 FOLDER: list[Path] = []
-"""Where ``fetch_kernels.py`` has put files of peers; set from ``--peers``."""
+"""Where ``fetch_kernels.py`` has put files of peers, and packages may lie; from ``--peers``."""
+WITHOUT: list[str] = []
+"""First words of peers that are not asked; from ``--without``."""
 
 
 def even(problem: Problem) -> bool:
@@ -188,52 +191,36 @@ def sglang_decode(problem: Problem) -> Calls | None:
     return calls
 
 
-def flashinfer_decode(problem: Problem) -> Calls | None:
-    """FlashInfer's paged decode, planned beforehand."""
-    shape = problem.shape
-    if not plain(problem) or problem.max_q > 1 or shape.place != "random" or shape.sinks:
-        return None
-    import flashinfer
-
-    blocks = problem.blocks
-    starts = int32([0, *itertools.accumulate(blocks)])
-    last = int32([(n - 1) % shape.block_size + 1 for n in shape.lens])
-    k, v = (pool.as_subclass(torch.Tensor) for pool in (problem.k, problem.v))
-    calls: Calls = []
-    for copy in range(problem.copies):
-        ids = torch.cat([row[:n] for row, n in zip(problem.tables[copy], blocks, strict=True)])
-        space = torch.empty(128 << 20, dtype=torch.uint8, device=DEVICE)
-        wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
-            space, "NHD", use_cuda_graph=True, use_tensor_cores=shape.q_heads > shape.kv_heads,
-            paged_kv_indptr_buffer=starts.clone(), paged_kv_indices_buffer=ids.clone(),
-            paged_kv_last_page_len_buffer=last.clone(),
-        )  # fmt: skip
-        wrapper.plan(starts, ids, last, shape.q_heads, shape.kv_heads, shape.dim,
-                     shape.block_size, q_data_type=torch.bfloat16,
-                     kv_data_type=torch.bfloat16)  # fmt: skip
-        calls.append(lambda w=wrapper, c=copy: w.run(problem.q[c], (k, v), out=problem.out[c]))
-    return calls
-
-
 PEERS: dict[str, Callable[[Problem], Calls | None]] = {
     "torch flash, contiguous": lambda p: sdpa(p, SDPBackend.FLASH_ATTENTION),
     "torch flash varlen, contiguous": torch_varlen,
     "cuDNN, contiguous": lambda p: sdpa(p, SDPBackend.CUDNN_ATTENTION),
     "vLLM Triton": vllm_unified,
     "SGLang Triton": sglang_decode,
-    "FlashInfer": flashinfer_decode,
+    "FlashInfer fa2": lambda p: flashinfer(p, FOLDER, "fa2"),
+    "FlashInfer fa3": lambda p: flashinfer(p, FOLDER, "fa3"),
+    "FlexAttention": lambda p: flex_attention(p, on_pages),
+    "FlexAttention, contiguous": lambda p: flex_attention(p, contiguous),
 }
 
 
 def available() -> dict[str, Callable[[Problem], Calls | None]]:
     """Those that are installed here."""
-    needs = {"vLLM Triton": "vllm", "FlashInfer": "flashinfer"}
-    found = dict(PEERS)
+    needs = {"vLLM Triton": "vllm", "FlashInfer fa2": "flashinfer", "FlashInfer fa3": "flashinfer"}
+    found = {name: peer for name, peer in PEERS.items() if name.partition(" ")[0] not in WITHOUT}
     for name, package in needs.items():
         if importlib.util.find_spec(package) is None:
-            found.pop(name)
+            found.pop(name, None)
     if not any((path / "sglang").is_dir() for path in FOLDER):
-        found.pop("SGLang Triton")
-    if DEVICE == "cpu":  # a dry run: one backend shows that the peers' path works
-        return {"torch, contiguous": lambda p: sdpa(p, SDPBackend.MATH)}
+        found.pop("SGLang Triton", None)
+    if DEVICE == "cpu":  # a dry run: these show that the peers' path works
+        found = {name: peer for name, peer in found.items() if name.startswith("Flex")}
+        return {"torch, contiguous": lambda p: sdpa(p, SDPBackend.MATH)} | found
     return found
+
+
+def use(folders: list[Path], without: list[str]) -> None:
+    """Add folders in which peers lie (``--peers``), and leave those out that begin with a word."""
+    FOLDER.extend(folders)
+    WITHOUT.extend(without)
+    sys.path.extend(str(path) for path in folders)
