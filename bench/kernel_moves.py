@@ -11,6 +11,7 @@ from kernel_problems import DEVICE, Problem, Shape, int32
 from kernel_timing import Limits, Timing, host_costs, host_us, timed
 
 from kvcached import kernels
+from kvcached.kernels import quant
 
 Moved = tuple[Timing, float, tuple[str, float] | None, dict[str, Any]]
 BLOCK_BYTES = 2 << 20
@@ -80,6 +81,43 @@ def gather_rows(limits: Limits, *, dry: bool) -> Moved:
         more = {"error": 0.0 if equal else 1.0, "host_us": host_us(call),
                 "peers": {"torch indexing": peer}}  # fmt: skip
         return timed([call], 20), limits.copy_us(blocks * 131072), ("ratio", 0.92), more
+    finally:
+        problem.close()
+
+
+def gather_wide(limits: Limits, stored: str, *, dry: bool) -> Moved:
+    """Gather what the rows of scattered quantised blocks mean: 1 GiB of bfloat16."""
+    blocks = blocks_of(dry)
+    shape = Shape((blocks * 16,), 8, 8, 128, stored=stored)
+    problem = Problem(shape, copies=1)
+    try:
+        starts = int32([0, blocks * 16])
+        outs = [torch.empty(blocks * 16, 8, 128, dtype=torch.bfloat16, device=DEVICE)
+                for _ in range(2)]  # fmt: skip
+        scales = problem.options["k_descale"], problem.options["v_descale"]
+        ids, caches = problem.tables[0][0].long(), (problem.k, problem.v)
+
+        def call() -> Any:
+            return kernels.gather_kv(*caches, problem.tables[0], starts, *outs, *scales)
+
+        def by_torch() -> Any:
+            by_row = scales[0].dim() == 3
+            return [quant.dequantize(cache[ids], scale[ids] if by_row else scale, torch.bfloat16)
+                    for cache, scale in zip(caches, scales, strict=True)]  # fmt: skip
+
+        call()
+        few = ids[:64]
+        own = scales[0][few] if scales[0].dim() == 3 else scales[0]
+        wanted = quant.dequantize(problem.k[few], own).bfloat16()
+        equal = torch.equal(outs[0].view(-1, 16, 8, 128)[:64], wanted)
+        more = {"error": 0.0 if equal else 1.0, "host_us": host_us(call)}
+        nbytes = shape.kv_bytes + 2 * outs[0].nbytes
+        timing = timed([call], 20)
+        try:
+            more["peers"] = {"torch indexing": timed([by_torch], 6).us}
+        except RuntimeError as error:  # what torch cannot index or convert
+            more["peers_failed"] = {"torch indexing": str(error).partition("\n")[0][:160]}
+        return timing, limits.copy_us(nbytes), ("ratio", 0.92), more
     finally:
         problem.close()
 
@@ -188,6 +226,8 @@ MOVES: dict[str, Callable[..., Moved]] = {
     "W1_b256": lambda limits, dry: append(limits, 256, ("us", 5), dry=dry),
     "W1_8192": lambda limits, dry: append(limits, 8192, ("ratio", 0.85), dry=dry),
     "G1_rows": gather_rows,
+    "G1_fp8": lambda limits, dry: gather_wide(limits, "fp8", dry=dry),
+    "G1_int4": lambda limits, dry: gather_wide(limits, "int4", dry=dry),
     "G1_blocks": gather_blocks,
     "G1_compact": compact,
     "O1_d2h": lambda limits, dry: swap(limits, "d2h", dry=dry),

@@ -14,13 +14,13 @@ if TYPE_CHECKING:
     from kvcached.kernels.attention import attn_with_kvcache
     from kvcached.kernels.binding import BoundCall, bind
     from kvcached.kernels.cascade import Level, cascade_attention
+    from kvcached.kernels.gather import gather_kv
     from kvcached.kernels.merge import merge_state, merge_states
     from kvcached.kernels.mla import mla_with_kvcache
     from kvcached.kernels.mla_plan import MlaPlan, plan_mla
     from kvcached.kernels.move import (
         compact_pages,
         copy_pages,
-        gather_kv,
         gather_pages,
         scatter_pages,
         swap_pages,
@@ -43,7 +43,7 @@ _HOMES = {
     "MlaPlan": "mla_plan",
     "plan_mla": "mla_plan",
     "copy_pages": "move",
-    "gather_kv": "move",
+    "gather_kv": "gather",
     "gather_pages": "move",
     "scatter_pages": "move",
     "Plan": "plan",

@@ -88,7 +88,7 @@ def _load_row(row, address, dim, like):
 
 
 @njit
-def _load_stored(row, address, dim, kind, scale):
+def load_stored(row, address, dim, kind, scale):
     """Widen a quantised row; ``kind`` is ``task.stored``. Loops of one kind become vectors.
 
     float8_e5m2 is the upper half of a float16. float8_e4m3fn has a bit of exponent less, and no
@@ -130,7 +130,7 @@ def _load_tile(
                 _load_row(tile[done], at, dim, like)
             else:
                 place = block * scale_block + slot * scale_slot + scale_column
-                _load_stored(tile[done], at, dim, task.stored, _float32(scale_base + 4 * place, 0))
+                load_stored(tile[done], at, dim, task.stored, _float32(scale_base + 4 * place, 0))
             at += slot_stride * itemsize
             done += 1
     tile[count : _padded(count, LANES)] = 0  # 0 x a stale NaN would be NaN

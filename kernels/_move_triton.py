@@ -1,4 +1,4 @@
-"""Moving blocks and rows on a GPU: one Triton kernel each for copies, compaction and gathering.
+"""Moving blocks on a GPU: one Triton kernel each for copies and compaction.
 
 Bases are integers, since the first block of an elastic cache may be unmapped. Blocks that no id
 names are not touched.
@@ -13,14 +13,14 @@ import torch
 import triton
 import triton.language as tl
 
-from kvcached.kernels._launch import TYPES, run
+from kvcached.kernels._launch import run
 
 WIDTH = 2048
 """Units that a program moves: 8 KiB where addresses are aligned to 4 bytes or more."""
 ENTRIES = 256
 """Entries of a block table that a program rewrites: few, or they would need more registers."""
-MOVE_TYPES = dict.fromkeys(("DST", "SRC", "A", "B", "K", "V"), "i64") | dict.fromkeys(
-    ("TO", "FROM", "SOURCES", "TARGETS", "TABLE", "STARTS"), "*i32"
+MOVE_TYPES = dict.fromkeys(("DST", "SRC", "A", "B"), "i64") | dict.fromkeys(
+    ("TO", "FROM", "SOURCES", "TARGETS", "TABLE"), "*i32"
 )
 """Triton's types of the arguments of these kernels that do not follow from their values."""
 _UNITS = {16: (tl.int32, 4), 4: (tl.int32, 4), 2: (tl.int16, 2), 1: (tl.int8, 1)}
@@ -114,50 +114,6 @@ def compact_kernel(
         ids = tl.load(named, mask=valid, other=0)
         found, target = _renamed(ids, valid, SOURCES, TARGETS, moves, steps)
         tl.store(named, target, mask=found)
-
-
-@triton.jit
-def _sequence_of(row, STARTS, batch, steps):
-    """The last sequence that starts at or before ``row``: the one that holds it."""
-    low = tl.zeros_like(row)
-    for step in tl.range(0, steps):
-        probe = low + (1 << (steps - 1 - step))
-        known = probe < batch
-        start = tl.load(STARTS + probe, mask=known, other=0)
-        low = tl.where(known & (start <= row), probe, low)
-    return low
-
-
-@triton.jit(do_not_specialize=["rows", "batch", "steps", "table_stride"])
-def gather_kernel(
-    K: tl.int64, V: tl.int64, TABLE, STARTS, OUT_K, OUT_V, rows, batch, steps, heads,
-    table_stride, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
-    stride_okt, stride_okh, stride_ovt, stride_ovh,
-    D: tl.constexpr, DV: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, ALIGN: tl.constexpr,
-):  # fmt: skip
-    """``ROWS`` rows of the output, each from its place in the cache. Bits only."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    seq = _sequence_of(row, STARTS, batch, steps)
-    pos = row - tl.load(STARTS + seq)
-    valid = (row < rows) & (row < tl.load(STARTS + batch))
-    block = tl.load(
-        TABLE + seq.to(tl.int64) * table_stride + pos // BLOCK_SIZE, mask=valid, other=0
-    )
-    block, slot, row = block.to(tl.int64), pos % BLOCK_SIZE, row.to(tl.int64)
-    K_BASE = tl.multiple_of(K.to(tl.pointer_type(OUT_K.dtype.element_ty)), ALIGN)
-    V_BASE = tl.multiple_of(V.to(tl.pointer_type(OUT_V.dtype.element_ty)), ALIGN)
-    element = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-    head, d = element // D, element % D
-    inside = valid[:, None] & (head < heads)[None, :]
-    frm = (block * stride_kb + slot * stride_ks)[:, None] + (head * stride_kh + d)[None, :]
-    to = (row * stride_okt)[:, None] + (head * stride_okh + d)[None, :]
-    tl.store(OUT_K + to, tl.load(K_BASE + frm, mask=inside), mask=inside)
-    head, d = element // DV, element % DV
-    inside = valid[:, None] & (head < heads)[None, :]
-    frm = (block * stride_vb + slot * stride_vs)[:, None] + (head * stride_vh + d)[None, :]
-    to = (row * stride_ovt)[:, None] + (head * stride_ovh + d)[None, :]
-    tl.store(OUT_V + to, tl.load(V_BASE + frm, mask=inside), mask=inside)
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,30 +245,3 @@ def compact(
          moves, moves.bit_length(), pieces, *(bounds[0] if bounds else (0, 0, 0, 0)),
          *(bounds[-1] if bounds else (0, 0, 0, 0)), rows, columns, stride),
         constants, MOVE_TYPES, sources.device)  # fmt: skip
-
-
-def gather_rows(
-    k_cache: torch.Tensor, v_cache: torch.Tensor, table: torch.Tensor, starts: torch.Tensor,
-    out_k: torch.Tensor, out_v: torch.Tensor,
-) -> None:  # fmt: skip
-    """Copy the rows of all sequences to ``out_k``, ``out_v``; see ``move.gather_kv``."""
-    rows, (block_size, heads, dim), batch = len(out_k), k_cache.shape[1:], len(table)
-    if not rows:
-        return
-    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[k_cache.element_size()]
-    tensors = [x.view(bits) for x in (k_cache, v_cache, out_k, out_v)]
-    k_cache, v_cache, out_k, out_v = tensors
-    size = k_cache.element_size()
-    numbers = [x.data_ptr() for x in tensors]
-    width = min(1024, triton.next_power_of_2(heads * max(dim, v_cache.shape[-1])))
-    grid = triton.cdiv(rows, 4), triton.cdiv(heads * max(dim, v_cache.shape[-1]), width)
-    constants = {
-        "D": dim, "DV": v_cache.shape[-1], "ROWS": 4, "WIDTH": width, "BLOCK_SIZE": block_size,
-        "ALIGN": 16 if (numbers[0] | numbers[1]) % 16 == 0 else size,
-    }  # fmt: skip
-    run(gather_kernel, grid,
-        (numbers[0], numbers[1], table, starts, out_k, out_v, rows, batch, batch.bit_length(),
-         heads, table.stride(0), *k_cache.stride()[:3], *v_cache.stride()[:3],
-         *out_k.stride()[:2], *out_v.stride()[:2]),
-        constants, MOVE_TYPES | dict.fromkeys(("OUT_K", "OUT_V"), f"*{TYPES[bits]}"),
-        k_cache.device)  # fmt: skip

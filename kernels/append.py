@@ -109,7 +109,7 @@ def check_append(
     for name, rows, cache, scale in sides:
         if quantised:
             _check_quantised(name, rows, len(slots), cache)
-            _check_scale(f"{name[0]}_scale", scale, cache)
+            check_scale(f"{name[0]}_scale", scale, cache)
         else:
             check_rows(name, rows, len(slots), cache)
             _refuse_scale(f"{name[0]}_scale", scale)
@@ -226,7 +226,8 @@ def _check_quantised(name: str, rows: torch.Tensor, count: int, cache: torch.Ten
         )
 
 
-def _check_scale(name: str, scale: torch.Tensor | None, cache: torch.Tensor) -> None:
+def check_scale(name: str, scale: torch.Tensor | None, cache: torch.Tensor) -> None:
+    """``scale`` must be one of a quantised ``cache``."""
     by_row, heads = tuple(cache.shape[:3]), cache.shape[2]
     allowed: list[tuple[int, ...]] = [by_row]
     if cache.dtype != quant.INT4:

@@ -15,13 +15,13 @@ from kvcached.kernels import _team, quant
 from kvcached.kernels._attend import E4M3, E5M2, INT4, INT8, Q_TILE_ROWS, TASK, attention_worker
 from kvcached.kernels.checks import AttentionCall, check_places
 
-_STORAGE: dict[torch.dtype, Any] = {
+STORAGE: dict[torch.dtype, Any] = {
     torch.float32: np.float32,
     torch.float64: np.float64,
     torch.bfloat16: np.uint16,
     torch.float16: np.int16,
 }
-_KINDS = {
+KINDS = {
     torch.float8_e4m3fn: E4M3,
     torch.float8_e5m2: E5M2,
     torch.int8: INT8,
@@ -59,7 +59,7 @@ def attend(call: AttentionCall) -> None:
     fields = _fields(call, group) | {name: array.ctypes.data for name, array in arrays.items()}
     fields |= {"items": items, "item_tokens": min(tokens, call.max_q)}
     task = np.frombuffer(_PACK.pack(*[fields[name] for name in _NAMES]), np.uint8)
-    worker = _worker(_STORAGE[call.q.dtype], call.kv.quantized)
+    worker = _worker(STORAGE[call.q.dtype], call.kv.quantized)
     _team.run(worker, task.ctypes.data, min(torch.get_num_threads(), items))
 
 
@@ -96,11 +96,16 @@ def _fields(call: AttentionCall, group: int) -> dict[str, int | float]:
     }  # fmt: skip
 
 
+def scale_steps(scale: torch.Tensor) -> tuple[int, ...]:
+    """Strides of a scale by block, slot and head; 0 where it is the same for all."""
+    return (0, 0, 0, *scale.stride())[-3:]
+
+
 def _scale_fields(call: AttentionCall) -> dict[str, int]:
     """How bytes are read, and the strides of both scales: by block, slot and head."""
-    strides = {"stored": _KINDS.get(call.kv.dtype, 0)}
+    strides = {"stored": KINDS.get(call.kv.dtype, 0)}
     for name, scale in (("k_scale", call.k_scale), ("v_scale", call.v_scale)):
-        steps = (0, 0, 0) if scale is None else (0, 0, 0, *scale.stride())[-3:]
+        steps = (0, 0, 0) if scale is None else scale_steps(scale)
         names = [f"{name}_{part}" for part in ("block", "slot", "head")]
         strides |= dict(zip(names, steps, strict=True))
     return strides

@@ -1,4 +1,4 @@
-"""Moving cache rows and whole blocks: gather, scatter, copy, swap, compact. Bytes, not numbers.
+"""Moving whole blocks: gather, scatter, copy, swap, compact. Bytes, not numbers.
 
 ``pool`` is any tensor whose first dimension is the block id: one layer's ``k_cache``
 ``[num_blocks, block_size, Hkv, D]``, or the records of a cross-layer cache
@@ -21,7 +21,6 @@ from numba import njit
 from kvcached.errors import InvalidInput
 from kvcached.kernels._simd import move_bytes
 from kvcached.kernels.checks import index_tensor
-from kvcached.kernels.view import KVView
 
 DMA_BYTES = 1 << 20
 """From this size on, a run of blocks between host and device is left to the copy engines."""
@@ -127,57 +126,6 @@ def compact_pages(
     device = pools[0].device
     with _current(device):
         compact(pools, _upload(sources, device), _upload(targets, device), page_tables)
-
-
-def gather_kv(
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    page_table: Any,
-    cu_seqlens_k: Any,
-    out_k: torch.Tensor,
-    out_v: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Copy the rows of all sequences one after another: ``out_k [T, Hkv, D]``, ``out_v``.
-
-    ``page_table`` int32 ``[B, n]`` holds the block ids, ``cu_seqlens_k`` int32 ``[B + 1]`` where
-    each sequence starts in the output; T is its last entry. On a GPU both are not read back: rows
-    of the output behind the last entry are left as they were.
-    """
-    kv = KVView.from_tensors(k_cache, v_cache)
-    table = index_tensor("page_table", page_table, 2, kv.device)
-    starts = index_tensor("cu_seqlens_k", cu_seqlens_k, 1, kv.device)
-    if len(starts) != len(table) + 1:
-        raise InvalidInput(f"cu_seqlens_k must rise from 0 and have {len(table) + 1} entries")
-    outs = (("out_k", out_k, k_cache), ("out_v", out_v, v_cache))
-    if kv.device.type == "cpu":  # lengths and ids by value
-        slots = _slots(table.numpy(), starts.numpy().astype(np.int64), kv)
-    for name, out, cache in outs:
-        check_rows(name, out, len(slots) if kv.device.type == "cpu" else len(out_k), cache)
-    if _on_gpu(k_cache):
-        from kvcached.kernels._move_triton import gather_rows
-
-        with _current(kv.device):
-            gather_rows(k_cache, v_cache, table, starts, out_k, out_v)
-        return out_k, out_v
-    for _, out, cache in outs:
-        move_rows(out, np.arange(len(slots)), cache, slots)
-    return out_k, out_v
-
-
-def _slots(table: Any, starts: Any, kv: KVView) -> Any:
-    """The slots of all rows of all sequences, one after another, checked."""
-    counts, size = np.diff(starts), kv.block_size
-    if (counts < 0).any() or starts[0] != 0:
-        raise InvalidInput(f"cu_seqlens_k must rise from 0 and have {len(table) + 1} entries")
-    if len(counts) and counts.max() > table.shape[1] * size:
-        raise InvalidInput(
-            f"page_table has {table.shape[1]} columns of {size} tokens, too few for {counts.max()}"
-        )
-    seqs = np.repeat(np.arange(len(counts)), counts)
-    pos = np.arange(len(seqs)) - starts[seqs]
-    blocks = table[seqs, pos // size].astype(np.int64)
-    check_range("page_table", blocks, kv.num_blocks)
-    return blocks * size + pos % size
 
 
 def move_rows(dst: torch.Tensor, to: Any, src: torch.Tensor, frm: Any) -> None:

@@ -12,11 +12,20 @@ import torch
 from kvcached.kernels.quant import dequantize
 
 
-def rows_of(cache: torch.Tensor, blocks: torch.Tensor, length: int) -> torch.Tensor:
-    """The first ``length`` rows of the sequence in ``blocks``: ``[length, Hkv, D]`` float64."""
+def rows_of(
+    cache: torch.Tensor, blocks: torch.Tensor, length: int, scale: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The first ``length`` rows of the sequence in ``blocks``: ``[length, Hkv, D]`` float64.
+
+    With a ``scale`` as in ``quant.py``: what they mean.
+    """
     size = cache.shape[1]
     needed = blocks[: -(-length // size)].long()
-    return cache[needed].reshape(-1, *cache.shape[2:])[:length].double()
+    rows = cache[needed].reshape(-1, *cache.shape[2:])[:length]
+    if scale is None:
+        return rows.double()
+    own = scale[needed].reshape(-1, scale.shape[2])[:length] if scale.dim() == 3 else scale
+    return dequantize(rows, own, torch.float64)
 
 
 def attend_rows(
@@ -121,13 +130,14 @@ def reshape_and_cache(
 
 
 def gather_kv(
-    k_cache: torch.Tensor, v_cache: torch.Tensor, page_table: torch.Tensor, cu_seqlens_k: Any
-) -> tuple[torch.Tensor, torch.Tensor]:
+    k_cache: torch.Tensor, v_cache: torch.Tensor, page_table: torch.Tensor, cu_seqlens_k: Any,
+    k_descale: torch.Tensor | None = None, v_descale: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Twin of ``kernels.gather_kv``; returns new float64 tensors."""
     lengths = torch.as_tensor(cu_seqlens_k).diff().tolist()
     rows = [
-        torch.cat([rows_of(cache, page_table[i], n) for i, n in enumerate(lengths)])
-        for cache in (k_cache, v_cache)
+        torch.cat([rows_of(cache, page_table[i], n, scale) for i, n in enumerate(lengths)])
+        for cache, scale in ((k_cache, k_descale), (v_cache, v_descale))
     ]
     return rows[0], rows[1]
 

@@ -17,6 +17,7 @@ from kvcached.kernels import (
     compact_pages,
     concat_and_cache_mla,
     copy_pages,
+    gather,
     gather_kv,
     gather_pages,
     move,
@@ -36,7 +37,7 @@ def backend():
     """Triton's interpreter works on CPU tensors."""
     with pytest.MonkeyPatch.context() as patch:
         if TRITON:
-            for module in (append_module, move):
+            for module in (append_module, move, gather):
                 patch.setattr(module, "_on_gpu", lambda _: True)
         yield
 

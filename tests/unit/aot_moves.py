@@ -8,6 +8,7 @@ import re
 import torch
 from ahead_of_time import compile_for, print_reports
 
+from kvcached.kernels import _gather_triton as gathering
 from kvcached.kernels import _move_triton as move
 from kvcached.kernels._launch import signature_of
 from kvcached.kernels._merge_triton import MERGE_TYPES, merge_config, merge_kernel
@@ -48,6 +49,13 @@ def quantised(name, *, by_row, dim=128):
     return append_quant_kernel, rows("bf16", "KEY", "VALUE"), constants, 0
 
 
+def widened(name, to, *, dim=128):
+    """The same of gathering what quantised rows mean."""
+    constants = gathering.wide_config(8, dim, dim, STORED[name], FLOATS[to]) | {
+        "BLOCK_SIZE": 16, "ALIGN": 16, "ASM": True}  # fmt: skip
+    return gathering.gather_wide_kernel, rows(to, "OUT_K", "OUT_V"), constants, 0
+
+
 def pieces(prefix=""):
     """An entry of one run: a block of keys and values."""
     return {f"{prefix}RUN": 8192, f"{prefix}INNER": 1, f"{prefix}NESTED": False}
@@ -67,12 +75,14 @@ def configurations():
         "copy nested": (move.copy_kernel, {}, pieces() | both | settings | {
             "RUN": 64, "INNER": 8, "NESTED": True}, 0),
         "compact": (move.compact_kernel, {}, two | settings, 0),
-        "gather rows": (move.gather_kernel, rows("i16", "OUT_K", "OUT_V"), gather, 0),
+        "gather rows": (gathering.gather_kernel, rows("i16", "OUT_K", "OUT_V"), gather, 0),
     }  # fmt: skip
     for name in STORED:
         for by_row in (True, False) if name != "int4" else (True,):
             kind = "by row" if by_row else "given"
             found[f"append {name} 128 {kind}"] = quantised(name, by_row=by_row)
+        for to in ("bf16", "fp32"):
+            found[f"gather {name} 128 as {to}"] = widened(name, to)
     for dim in (64, 128, 512):
         for parts in (2, 4):
             kinds = [torch.bfloat16] * parts

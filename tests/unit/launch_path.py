@@ -12,7 +12,7 @@ import torch
 import triton
 from fake_launches import FakeLaunches
 
-from kvcached.kernels import _launch, _move_triton, _write_triton
+from kvcached.kernels import _gather_triton, _launch, _move_triton, _write_triton
 from kvcached.kernels._merge_triton import merge_triton
 from kvcached.kernels.checks import check_call
 from kvcached.kernels.decode import attend_triton
@@ -80,7 +80,11 @@ def move():
 
 def gather():
     out = torch.zeros(40, 2, 64, dtype=torch.bfloat16)
-    _move_triton.gather_rows(*caches(), ints(0, 1, 2)[None], ints(0, 40), out, out.clone())
+    _gather_triton.gather_rows(*caches(), ints(0, 1, 2)[None], ints(0, 40), out, out.clone())
+    stored, scale = [cache.char() for cache in caches()], torch.ones(())
+    _gather_triton.gather_wide(
+        *stored, scale, scale, ints(0, 1, 2)[None], ints(0, 40), out, out.clone()
+    )
 
 
 def merge():

@@ -177,6 +177,23 @@ BAD_MOVES = {
     "page_table has 1": lambda p: kernels.gather_kv(p, p, ids(1)[None], ids(0, 17), p[0], p[0]),
     "page_table holds 9": lambda p: kernels.gather_kv(p, p, ids(9)[None], ids(0, 1), p[0], p[0]),
     "out_k must": lambda p: kernels.gather_kv(p, p, ids(1)[None], ids(0, 1), p[0], p[0]),
+    "k_descale is given, but": lambda p: kernels.gather_kv(
+        p, p, ids(1)[None], ids(0, 1), p[0], p[0], torch.ones(()), torch.ones(())
+    ),
+    "v_descale of a": lambda p: kernels.gather_kv(
+        *[p.to(torch.int8)] * 2, ids(1)[None], ids(0, 16), p[0], p[0], torch.ones(())
+    ),
+    "k_descale of a": lambda p: kernels.gather_kv(
+        *[p.to(torch.uint8)] * 2, ids(1)[None], ids(0, 16), p[0], p[0], *[torch.ones(())] * 2
+    ),
+    "out_v must be": lambda p: kernels.gather_kv(
+        *[p.to(torch.int8)] * 2,
+        ids(1)[None],
+        ids(0, 16),
+        p[0],
+        p[0].double(),
+        *[torch.ones(())] * 2,
+    ),
     "moves holds 2 twice": lambda p: kernels.compact_pages(p, pairs(0, 2, 1, 2)),
     "moves holds 1 twice": lambda p: kernels.compact_pages(p, pairs(1, 2, 1, 3)),
     "block 1 is both": lambda p: kernels.compact_pages(p, pairs(0, 1, 1, 2)),

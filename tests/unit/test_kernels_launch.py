@@ -42,6 +42,7 @@ def test_no_kernel_needs_a_compiler_of_c_or_asks_tritons_driver(tmp_path):
     assert {one["name"] for one in said["kernels"]} == {
         "attend_kernel", "prefill_kernel", "merge_kernel", "mla_kernel", "plan_kernel",
         "append_kernel", "append_quant_kernel", "copy_kernel", "compact_kernel", "gather_kernel",
+        "gather_wide_kernel",
     }  # fmt: skip
     for one in said["kernels"]:
         assert one["takes"], f"{one['name']} is given other types than its code takes"
