@@ -96,6 +96,31 @@ def test_blocks_are_gathered_copied_and_compacted(cache):
     assert torch.equal(k[used[:3]], k[free[:3]])
 
 
+@pytest.mark.parametrize("to", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", list(quant.LARGEST))
+def test_quantised_rows_are_gathered_as_what_they_mean(dtype, to):
+    dim = DIM // 2 if dtype == quant.INT4 else DIM
+    bytes_ = torch.randint(0, 256, (2, 32, SIZE, HEADS, dim), device="cuda", dtype=torch.uint8)
+    if dtype.is_floating_point:
+        bytes_[~bytes_.view(dtype).float().isfinite()] = 0
+    k, v = bytes_.view(dtype)
+    by_row = torch.rand(2, 32, SIZE, HEADS, device="cuda") / 3 + 1e-3
+    given = [by_row] if dtype == quant.INT4 else [by_row, by_row[:, 0, 0], by_row[:, 0, 0, 0]]
+    starts = torch.tensor([0, 5, 5 + 17 * SIZE], device="cuda").int()
+    ids = torch.randperm(32, device="cuda")
+    table = torch.zeros(2, 17, device="cuda").int()
+    table[0, 0], table[1] = ids[0].int(), ids[1:18].int()
+    for scales in given:
+        outs = [torch.full((9 + 17 * SIZE, HEADS, DIM), torch.nan, device="cuda", dtype=to)
+                for _ in "kv"]  # fmt: skip
+        kernels.gather_kv(k, v, table, starts, *outs, *scales)
+        for out, pool, scale in zip(outs, (k, v), scales, strict=True):
+            means = quant.dequantize(pool, scale).to(to)
+            assert torch.equal(out[:5], means[ids[0], :5])
+            assert torch.equal(out[5:-4], means[ids[1:18]].flatten(0, 1))
+            assert out[-4:].isnan().all()
+
+
 @pytest.mark.parametrize("size", [64, 1 << 20])
 def test_blocks_go_to_pinned_memory_and_back(size):
     pool = torch.randn(8, size, device="cuda").bfloat16()
