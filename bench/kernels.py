@@ -170,8 +170,8 @@ def main() -> int:
     parser.add_argument("rows", nargs="*", metavar="ID", help=f"of {', '.join(IDS)}; default: all")
     parser.add_argument("--peers", type=Path, action="append", default=[],
                         help="a folder that fetch_kernels.py filled, or of packages")  # fmt: skip
-    parser.add_argument("--without", action="append", default=[], metavar="WORD",
-                        help="a peer that is not asked, by the first word of its name")  # fmt: skip
+    parser.add_argument("--without", action="append", default=[], metavar="NAME",
+                        help="peers that are not asked: the start of their names")  # fmt: skip
     parser.add_argument("--seconds", type=float, default=float("inf"))
     parser.add_argument("--processes", type=int, help="that compile (8; dry: 0)")
     parser.add_argument("--dry", action="store_true", help="tiny shapes, figures mean nothing")

@@ -27,7 +27,7 @@ Calls = list[Callable[[], torch.Tensor]]
 FOLDER: list[Path] = []
 """Where ``fetch_kernels.py`` has put files of peers, and packages may lie; from ``--peers``."""
 WITHOUT: list[str] = []
-"""First words of peers that are not asked; from ``--without``."""
+"""First letters of peers that are not asked; from ``--without``."""
 
 
 def even(problem: Problem) -> bool:
@@ -207,7 +207,7 @@ PEERS: dict[str, Callable[[Problem], Calls | None]] = {
 def available() -> dict[str, Callable[[Problem], Calls | None]]:
     """Those that are installed here."""
     needs = {"vLLM Triton": "vllm", "FlashInfer fa2": "flashinfer", "FlashInfer fa3": "flashinfer"}
-    found = {name: peer for name, peer in PEERS.items() if name.partition(" ")[0] not in WITHOUT}
+    found = {name: peer for name, peer in PEERS.items() if not name.startswith(tuple(WITHOUT))}
     for name, package in needs.items():
         if importlib.util.find_spec(package) is None:
             found.pop(name, None)
@@ -220,7 +220,7 @@ def available() -> dict[str, Callable[[Problem], Calls | None]]:
 
 
 def use(folders: list[Path], without: list[str]) -> None:
-    """Add folders in which peers lie (``--peers``), and leave those out that begin with a word."""
+    """Add folders in which peers lie (``--peers``), and leave those out whose names begin so."""
     FOLDER.extend(folders)
     WITHOUT.extend(without)
     sys.path.extend(str(path) for path in folders)
