@@ -121,7 +121,7 @@ def flashinfer(problem: Problem, folders: list[Path], backend: str) -> list[Call
     if shape.stored != "bfloat16" or shape.tree or shape.place != "random" or DEVICE == "cpu":
         return None
     one_token = problem.max_q == 1 and not shape.mla and not shape.sinks
-    if backend == "fa3" and one_token and shape.q_heads == shape.kv_heads:
-        return None  # without groups its decode is another kernel, which has no backends
+    if backend == "fa3" and (one_token or shape.sinks):
+        return None  # one token at a time is what its prefill of 64 rows is not for
     make = latent if shape.mla else decode if one_token else prefill
     return make(problem, load(*folders), backend)

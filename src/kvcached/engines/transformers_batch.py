@@ -15,6 +15,9 @@ from kvcached.layout import cdiv
 if TYPE_CHECKING:
     from kvcached.cache import KVCache
 
+_WIDTHS = 32
+"""Block tables have a multiple of so many columns: calls of one shape need no new checks, and the
+shape would change with each block that a sequence grows by."""
 _ALIGNED = 4
 """int32 values in 16 bytes: Triton compiles another kernel for an address less round than that."""
 
@@ -24,8 +27,8 @@ class PackedBatch:
     """Where the new tokens of one forward pass go and what they see; int32 tensors.
 
     ``slot_mapping [T]``, ``cu_seqlens_q [n + 1]``, ``cache_seqlens [n]`` (the new tokens
-    included), ``block_table [n, width]``. ``rows``, int64 ``[T]``, picks the packed tokens out of
-    a padded ``[B * Q]`` batch; ``None`` if there is no padding.
+    included), ``block_table [n, width]`` (0 behind the last block of a sequence). ``rows``, int64
+    ``[T]``, picks the packed tokens out of a padded ``[B * Q]`` batch; ``None``: no padding.
     """
 
     slot_mapping: torch.Tensor
@@ -42,18 +45,21 @@ class PackedBatch:
             raise InvalidInput("a batch needs at least one sequence")
         counts = [len(slots) for _, slots in work]
         sequences = [sequence for sequence, _ in work]
-        slots, starts, lengths, table, picked = upload(
+        table = cache.block_tables(sequences)
+        wide = np.zeros((len(table), cdiv(table.shape[1], _WIDTHS) * _WIDTHS), np.int32)
+        wide[:, : table.shape[1]] = table
+        slots, starts, lengths, tables, picked = upload(
             (
                 np.concatenate([slots for _, slots in work]),
                 np.cumsum([0, *counts]),
                 np.array([sequence.num_tokens for sequence in sequences]),
-                cache.block_tables(sequences),
+                wide,
                 np.empty(0, np.int32) if rows is None else np.asarray(rows),
             ),
             cache.backend.device,
         )
         return cls(
-            slots, starts, lengths, table, max(1, *counts), None if rows is None else picked.long()
+            slots, starts, lengths, tables, max(1, *counts), None if rows is None else picked.long()
         )
 
 
