@@ -191,6 +191,21 @@ def test_packed_sequences_are_those_of_stock(pair):
             elastic(input_ids=prompts[0][None], past_key_values=paged)
 
 
+def test_tables_keep_their_shape_while_sequences_grow(pair):
+    spec = CacheSpec.from_hf(pair[1].config, dtype="float32")
+    with KVCache(spec, device="cpu", name="tables", max_tokens=4096, limit="16MiB") as cache:
+        one, other, shapes = cache.new_sequence(), cache.new_sequence(), []
+        for tokens in (3, 200, 300, 50):
+            work = [(one, cache.extend(one, tokens)), (other, cache.extend(other, 1))]
+            table = PackedBatch.of(cache, work).block_table
+            shapes.append(tuple(table.shape))
+            for row, sequence in zip(table, (one, other), strict=True):
+                held = len(sequence.block_ids)
+                assert row[:held].tolist() == list(sequence.block_ids)
+                assert not row[held:].any()
+        assert shapes == [(2, 32)] * 3 + [(2, 64)]
+
+
 # --- limits -----------------------------------------------------------------------------------
 
 
