@@ -64,19 +64,23 @@ def on_pages(problem: Problem) -> list[Call] | None:
     part = (problem.lens % size > 0).int()
     calls: list[Call] = []
     for copy in range(problem.copies):
-        table = problem.tables[copy] * apart
-        places = torch.full((batch, total), -1, dtype=torch.int32, device=DEVICE)
+        # its lists of blocks must have room for all there are, though no sequence has so many
+        table = torch.zeros(batch, total, dtype=torch.int32, device=DEVICE)
+        width = problem.tables[copy].shape[1]
+        table[:, :width] = problem.tables[copy] * apart
+        places = torch.full_like(table, -1)
         for row, ids, blocks in zip(places, table.long(), problem.blocks, strict=True):
             row[ids[:blocks]] = torch.arange(blocks, device=DEVICE, dtype=torch.int32)
-        last = table.gather(1, full.clamp(max=table.shape[1] - 1)[:, None])
+        last = torch.zeros_like(table)
+        last[:, 0] = table.gather(1, full[:, None])[:, 0]
 
         def mask(b: Any, _h: Any, _q: Any, row: Any, places: Any = places) -> Any:
             place = places[b, row // size]
             return (place >= 0) & (place * size + row % size < problem.lens[b])
 
         blocks_of = flex.BlockMask.from_kv_blocks(
-            part[:, None, None], last.int()[:, None, None],
-            full.int()[:, None, None], table[:, None, None].contiguous(),
+            part[:, None, None], last[:, None, None], full.int()[:, None, None],
+            table[:, None, None],
             BLOCK_SIZE=(MASK, size), mask_mod=mask, seq_lengths=(1, total * size),
             compute_q_blocks=False,
         )  # fmt: skip
