@@ -141,7 +141,7 @@ def prepare(
     Their memory for parts is the plan's, or without one from ``memory``, by default that of the
     current stream.
     """
-    from kvcached.kernels import _decode_tma, decode, prefill
+    from kvcached.kernels import decode, prefill
     from kvcached.kernels._workspace import workspace_of
 
     memory = memory or workspace_of
@@ -151,8 +151,6 @@ def prepare(
         memory, plan = plan.memory, None
     if plan is None and prefill.suits_prefill(call):
         return prefill.prepare(call, num_splits, memory=memory)
-    if _decode_tma.suits_tma(call, num_splits, plan):
-        return _decode_tma.prepare_tma(call, memory if plan is None else plan.memory)
     return decode.prepare(call, num_splits, plan, memory)
 
 

@@ -17,7 +17,6 @@ import triton.language as tl
 from kvcached.errors import InvalidInput
 from kvcached.kernels import _launch
 from kvcached.kernels._decode import span
-from kvcached.kernels._decode_tma import most_parts
 from kvcached.kernels._launch import Handle, handle_of, interpreted
 from kvcached.kernels._repeat import Known
 from kvcached.kernels._workspace import Growing, make_workspace
@@ -125,9 +124,8 @@ class Plan:
             shape["dtype"], shape["kv_dtype"],
         )  # fmt: skip
         width = self.config["DVP"] * (2 if shape["kv_dtype"] in LARGEST else 1)
+        rows = slots * shape["num_kv_heads"] * self.config["ROWS"]
         items = shape["max_batch"] * shape["num_kv_heads"]
-        parts = most_parts(shape["max_batch"], shape["num_kv_heads"], shape["device"])
-        rows = max(slots * shape["num_kv_heads"], parts) * self.config["ROWS"]
         self.workspace = make_workspace(items, rows * width, rows, shape["device"], slots)
         self.memory = Growing(self.workspace)
         """For calls that are not cut by the list."""
