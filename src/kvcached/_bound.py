@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import numba as nb
 import numpy as np
-from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from kvcached._calls import _call, _create
+from kvcached._calls import _call, _create, _getter, _put
 from kvcached._hot import (
     _I,
     _VEC,
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _COMPILED = not nb.config.DISABLE_JIT
-_WORD = ir.IntType(64)
 
 # A journal of growth, 64 bits each (``bump.py`` writes it up). ``DONE``: calls of the growth under
 # way that succeeded, but for the last, access to all. ``COUNT``: rows that are full, and ``PAGE``
@@ -55,27 +53,7 @@ def record_of(
     return (record, blk, page, ext, meta), record.ctypes.data
 
 
-@intrinsic
-def _word(_, record, index):
-    """Number ``index`` of the ``int64`` at address ``record``."""
-
-    def codegen(context, builder, signature, values):
-        pointer = builder.inttoptr(values[0], _WORD.as_pointer())
-        return builder.load(builder.gep(pointer, [values[1]]), align=8)
-
-    return types.int64(record, types.int64), codegen
-
-
-@intrinsic
-def _put(_, record, index, value):
-    """Store number ``index`` of the ``int64`` at address ``record``."""
-
-    def codegen(context, builder, signature, values):
-        pointer = builder.inttoptr(values[0], _WORD.as_pointer())
-        builder.store(values[2], builder.gep(pointer, [values[1]]), align=8)
-        return context.get_dummy_value()
-
-    return types.void(record, types.int64, types.int64), codegen
+_word = _getter(_I)
 
 
 def _pointer_to(kind):

@@ -50,15 +50,21 @@ def _create(_, function, nbytes, prop):
     return types.Tuple((_I, _HANDLE))(function, nbytes, prop), codegen
 
 
-@intrinsic
-def _get(_, record, index):
-    """Number ``index`` of the ``uint64`` at address ``record``."""
+def _getter(kind):
+    """An intrinsic: number ``index`` of the 64-bit ``kind`` at address ``record``."""
 
-    def codegen(context, builder, signature, values):
-        pointer = builder.inttoptr(values[0], _WORD.as_pointer())
-        return builder.load(builder.gep(pointer, [values[1]]), align=8)
+    @intrinsic
+    def get(_, record, index):
+        def codegen(context, builder, signature, values):
+            pointer = builder.inttoptr(values[0], _WORD.as_pointer())
+            return builder.load(builder.gep(pointer, [values[1]]), align=8)
 
-    return _HANDLE(record, types.int64), codegen
+        return kind(record, types.int64), codegen
+
+    return get
+
+
+_get = _getter(_HANDLE)
 
 
 @intrinsic

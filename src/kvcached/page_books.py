@@ -1,7 +1,7 @@
 """``PageBooks``: which pages are backed, by which extent, and which are free. No backend here.
 
-Growth by one block is in a journal first (``bump.py``); what is asked here comes after what is in
-that: ``extents``, ``runs``, ``backed_pages`` and ``epoch`` have it written up.
+Growth may be in a journal first (``bump.py``); what is asked here comes after what is in that:
+``extents``, ``runs``, ``backed_pages`` and ``epoch`` have it written up.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class PageBooks:
         """Write up what a journal has; ``close_journal`` also frees what it has set aside."""
         self.close_journal: Callable[[], object] = _nothing
         self.prepare: Callable[[], object] = _nothing
-        """Plan for growth by one block, while nobody waits for that."""
+        """Plan for growth, while nobody waits for that."""
         self._extents: dict[int, Extent] = {}
         self.in_transit: dict[int, Extent] = {}  # addresses taken, but not (any more) in use
         self._runs = FreeRuns(num_pages)
