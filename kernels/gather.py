@@ -14,7 +14,7 @@ from kvcached.kernels._simd import narrow, pointer
 from kvcached.kernels.append import check_scale
 from kvcached.kernels.checks import index_tensor
 from kvcached.kernels.cpu import KINDS, STORAGE, scale_steps
-from kvcached.kernels.move import check_range, check_rows, move_rows
+from kvcached.kernels.move import check_range, check_rows, current, move_rows
 from kvcached.kernels.quant import INT4
 from kvcached.kernels.view import KVView
 
@@ -81,8 +81,7 @@ def _gather_on_gpu(sides: Any, table: torch.Tensor, starts: torch.Tensor) -> Non
     from kvcached.kernels._gather_triton import gather_rows, gather_wide
 
     (_, out_k, k_cache, k_scale), (_, out_v, v_cache, v_scale) = sides
-    device = table.device
-    with torch.cuda.device(device if device.type == "cuda" else -1):  # launches are there
+    with current(table.device):
         if k_scale is None:
             gather_rows(k_cache, v_cache, table, starts, out_k, out_v)
         else:

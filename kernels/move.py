@@ -124,7 +124,7 @@ def compact_pages(
     from kvcached.kernels._move_triton import compact
 
     device = pools[0].device
-    with _current(device):
+    with current(device):
         compact(pools, _upload(sources, device), _upload(targets, device), page_tables)
 
 
@@ -152,7 +152,7 @@ def _move(dst: torch.Tensor, to: Any, src: torch.Tensor, frm: Any) -> None:
         from kvcached.kernels._move_triton import copy_entries
 
         device = dst.device if dst.is_cuda else src.device
-        with _current(device):
+        with current(device):
             copy_entries(dst, _upload(to, device), src, _upload(frm, device))
         return
     size = dst.element_size()
@@ -167,8 +167,8 @@ def _on_gpu(tensor: torch.Tensor) -> bool:
     return bool(tensor.is_cuda)
 
 
-def _current(device: torch.device) -> Any:
-    """Triton launches on the current device."""
+def current(device: torch.device) -> Any:
+    """Triton launches on the current device; for a CPU, of its interpreter, there is none."""
     return torch.cuda.device(device if device.type == "cuda" else -1)
 
 
