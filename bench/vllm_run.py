@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import signal
 import subprocess
@@ -103,13 +104,14 @@ def engine(
 
 
 def in_turns(
-    runs: dict[str, dict[str, Any]], seconds: float, phases: str, **options: Any
-) -> dict[str, Any]:
+    runs: dict[str, dict[str, Any]], seconds: float, phases: str, patience: float = math.inf,
+    **options: Any,
+) -> dict[str, Any]:  # fmt: skip
     """Engines that start side by side on one device, and then run a phase each, one at a time.
 
     ``phases`` and ``options`` are common to all. Times are then of one engine alone, within seconds
     of the others' of the same phase; those of starts are not. Of an engine that fails comes the
-    error.
+    error; one that takes longer than ``patience`` seconds for a phase has failed.
     """
     if Recorded.folder:
         return {name: read_recorded(f"{name}.json") for name in runs}
@@ -129,7 +131,8 @@ def in_turns(
                     if until is None:
                         found[one.name] = one.result(60)
                     else:
-                        one.wait_for(Path(folder, f"{one.name}.{until}.ready"), end)
+                        soon = end if told is None else min(end, time.monotonic() + patience)
+                        one.wait_for(Path(folder, f"{one.name}.{until}.ready"), soon)
                 except RuntimeError as error:
                     found[one.name] = str(error)
 

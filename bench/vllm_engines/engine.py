@@ -101,6 +101,32 @@ def hash_of(out: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
+def time_cache() -> dict[str, float]:
+    """Have the parts of the elastic cache timed that an engine makes at its start, in this process.
+
+    What comes back is filled meanwhile: milliseconds of the worker's part, and of the scheduler's.
+    """
+    from kvcached.engines.vllm import allocation, steps
+
+    found: dict[str, float] = {}
+    for module, name in ((allocation, "_open"), (steps, "attach")):
+        setattr(module, name, timed(getattr(module, name), name.strip("_"), found))
+    return found
+
+
+def timed(call: Any, name: str, found: dict[str, float]) -> Any:
+    """``call``, whose milliseconds are added to ``found[name]``."""
+
+    def run(*args: Any, **more: Any) -> Any:
+        began = time.perf_counter()
+        try:
+            return call(*args, **more)
+        finally:
+            found[name] = round(found.get(name, 0.0) + (time.perf_counter() - began) * 1e3, 3)
+
+    return run
+
+
 def nap(llm: Any, level: int, given: list[Any], sampling: Any) -> dict[str, Any]:
     """Sleep and wake: times, memory meanwhile, and one request's tokens before and after."""
     before = hash_of(llm.generate(given, sampling, use_tqdm=False)[0])
@@ -133,6 +159,8 @@ def main() -> int:
     options = parser.parse_args()
     from vllm import LLM, SamplingParams
 
+    alone = os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0"
+    cache_ms = time_cache() if alone and os.environ.get("KVCACHED", "0") != "0" else {}
     with tempfile.TemporaryDirectory() as folder:
         arguments = models.make(options.shape, Path(folder))
         started = time.perf_counter()
@@ -140,7 +168,7 @@ def main() -> int:
         took = time.perf_counter() - started
     result: dict[str, Any] = {
         "shape": options.shape, "start_s": round(took, 2), "used_gib_after_start": used_gib(),
-        "phases": [], "engine": json.loads(options.engine),
+        "cache_ms": dict(cache_ms), "phases": [], "engine": json.loads(options.engine),
         "env": {k: v for k, v in os.environ.items() if k.startswith(("KVCACHED", "VLLM_"))},
     }  # fmt: skip
     greedy = SamplingParams(temperature=0, max_tokens=options.output, ignore_eos=True,

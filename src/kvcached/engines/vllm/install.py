@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import subprocess
 import sys
 import threading
@@ -15,6 +16,9 @@ from kvcached.errors import EngineUnsupported
 
 _log = logging.getLogger("kvcached.vllm")
 _installed = False
+_LOOPS = ("_calls", "_hot", "_scan", "_bound")
+"""Modules with what Numba compiles for a page pool."""
+_LONGEST_LOAD_S = 60.0
 _ATTENTION = "kvcached.engines.vllm.attention.KvcachedAttentionBackend"
 
 
@@ -97,15 +101,26 @@ def _wrap_worker(worker: Any, allocation: str, *, strict: bool) -> None:
 
 
 @functools.cache
-def compile_ahead() -> subprocess.Popen[bytes]:
-    """Have the loops over blocks in Numba's cache by the time that the model is loaded.
+def compile_ahead() -> threading.Thread:
+    """Have the loops over blocks in this process by the time that the model is loaded; the loader.
 
-    On a machine where they never ran that takes seconds. In a process of its own: a thread would
-    hold the interpreter up, and locks that a fork must not find held.
+    On a machine where they never ran their compilation takes seconds: a process of its own leaves
+    them in Numba's cache. Numba itself takes a second to import, which a thread then does where
+    vLLM would otherwise wait for it once its model is loaded. The thread holds locks of imports
+    that no fork may find held, so whoever forks waits for its end.
     """
-    child = subprocess.Popen(
-        [sys.executable, "-c", "import kvcached._calls, kvcached._hot, kvcached._scan"],
+    names = [f"kvcached.{loops}" for loops in _LOOPS]
+    child = subprocess.Popen(  # noqa: S603 - modules of ours
+        [sys.executable, "-c", f"import {', '.join(names)}"],
         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
-    threading.Thread(target=child.wait, name="kvcached-compiles", daemon=True).start()
-    return child
+
+    def load() -> None:
+        if child.wait() == 0:  # else whoever needs them says why they can't be had
+            for name in [*names, "numpy.ma"]:  # the latter by Numba, at the first call
+                import_module(name)
+
+    loader = threading.Thread(target=load, name="kvcached-loads", daemon=True)
+    os.register_at_fork(before=lambda: loader.join(_LONGEST_LOAD_S))
+    loader.start()
+    return loader
