@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from fractions import Fraction
 
 import pytest
 
@@ -67,6 +68,35 @@ def test_what_one_device_asks_for_is_freed_on_all():
     assert budget.claimed_bytes <= 10
     assert record.applied
     budget.check()
+
+
+def test_a_device_with_fewer_layers_counts_less():
+    """A stage of three layers and one of two: bytes here are those of the first."""
+    a, b = LocalBudget(99), LocalBudget(50)
+    budget = RankBudget([(a, 1), (b, Fraction(2, 3))])
+    assert budget.limit_bytes == budget.slack_bytes == 75
+    budget.claim(30)
+    assert (a.claimed_bytes, b.claimed_bytes, budget.claimed_bytes) == (30, 20, 30)
+    owner = Owner(budget)
+    budget.attach(owner, threading.RLock())
+    owner.held = 30
+    b.set_limit(14)  # 6 bytes of two layers are 9 of three
+    assert owner.asked == [9]
+    assert (a.claimed_bytes, b.claimed_bytes) == (21, 14)
+    record = budget.limit_record()
+    assert (record.desired_bytes, record.held_bytes) == (21, 21)
+    budget.check()
+    assert budget.set_limit(12).desired_bytes == 12
+    assert (a.limit_bytes, b.limit_bytes) == (12, 8)
+    budget.give_back(budget.claimed_bytes)
+    assert (a.claimed_bytes, b.claimed_bytes) == (0, 0)
+    budget.close()
+
+
+@pytest.mark.parametrize("factor", [0, Fraction(-1, 2)])
+def test_a_device_whose_workers_hold_nothing(factor):
+    with pytest.raises(InvalidInput):
+        RankBudget([(LocalBudget(1), factor)])
 
 
 def test_the_report_is_of_all_workers_of_the_device():

@@ -20,7 +20,7 @@ from kvcached.errors import (
 )
 from kvcached.memory.adopted import Adopted
 from kvcached.memory.host import HostBackend
-from kvcached.memory.remote import RemoteBackend, Worker
+from kvcached.memory.remote import RemoteBackend, Share, Worker
 from kvcached.memory.serving import BackendServer
 from kvcached.memory.wire import HEADER, MAGIC, Frame, Op, address_of, decode, encode
 from kvcached.testing import CLAUSES, FailingBackend, check_memory_backend
@@ -32,7 +32,7 @@ _owners = itertools.count(1 << 30)  # as if they were process ids: none that is 
 class Rig:
     """Servers in this process, one a rank, and the client's view of them."""
 
-    def __init__(self, ranks=1, wrap=lambda backend: backend, memory="anonymous"):
+    def __init__(self, ranks=1, wrap=lambda backend: backend, memory="anonymous", shares=None):
         self.owner = next(_owners)
         self.settled = 0
         self.hosts = [HostBackend(PAGE, memory=memory) for _ in range(ranks)]
@@ -42,7 +42,7 @@ class Rig:
             for rank, backend in enumerate(self.backends)
         ]
         self.workers = [Worker(self.owner, rank) for rank in range(ranks)]
-        self.backend = RemoteBackend(self.workers)
+        self.backend = RemoteBackend(self.workers, shares)
 
     def describe(self):
         return {"page_bytes": PAGE, "device": "cpu", "can_alias": self.hosts[0].can_alias}
@@ -73,10 +73,71 @@ def rig(request):
         made.close()
 
 
-@pytest.mark.parametrize(("ranks", "memory"), [(1, "anonymous"), (3, "anonymous"), (2, "memfd")])
-def test_the_contract_of_a_backend(rig, ranks, memory):
-    ran = check_memory_backend(lambda: rig(ranks, memory=memory).backend)
+@pytest.mark.parametrize(
+    ("ranks", "memory", "shares"),
+    [
+        (1, "anonymous", None),
+        (3, "anonymous", None),
+        (2, "memfd", None),
+        (2, "anonymous", [Share(1, 2), Share(1, 3)]),
+        (2, "anonymous", [Share(3, 1), Share(1, 4)]),
+    ],
+)
+def test_the_contract_of_a_backend(rig, monkeypatch, ranks, memory, shares):
+    if shares:  # then only parts of blocks can be copied: bytes that all workers have
+        monkeypatch.delitem(CLAUSES, "copy copies")
+
+    def place(backend, address):  # in the worker that holds most
+        (base,) = (b for b, size in backend._sizes.items() if b <= address < b + size)
+        return backend._ranges[base][backend._lead] + address - base
+
+    ran = check_memory_backend(
+        lambda: rig(ranks, memory=memory, shares=shares).backend,
+        read=lambda backend, address, n: ctypes.string_at(place(backend, address), n),
+        write=lambda backend, address, data: ctypes.memmove(
+            place(backend, address), data, len(data)
+        ),
+    )
     assert ran == tuple(CLAUSES)
+
+
+def test_every_rank_has_its_share_behind_a_page(rig):
+    shares = [Share(2), Share(1, 3), Share()]
+    made = rig(3, shares=shares)
+    backend = made.backend
+    assert backend.page_bytes == 3 * PAGE
+    r = backend.reserve(8 * backend.page_bytes)
+    bases = [server_range(made, rank) for rank in range(3)]
+    assert 0 <= r.address - bases[1] < backend.page_bytes
+    assert r.address % backend.page_bytes == 0
+    a, b = backend.create(2), backend.create(1)
+    backend.map(r, 1, a)
+    backend.map(r, 5, b)
+    backend.check()
+    places = [[1, 9], [3], [1]]  # pages behind page 1: in two planes, three in one place, one
+    for base, pages, share in zip(bases, places, shares, strict=True):
+        for number, page in enumerate(pages):
+            ctypes.memset(base + page * PAGE, 65 + number, share.pages * PAGE)
+    half = backend.page_bytes // 2
+    backend.copy(r.address + 5 * backend.page_bytes, r.address + backend.page_bytes + half, half)
+    for base, pages, share in zip(bases, places, shares, strict=True):
+        for number, page in enumerate(pages):
+            got = ctypes.string_at(base + (page + 4 * share.pages) * PAGE, share.pages * PAGE // 2)
+            assert got == bytes([65 + number]) * len(got)
+    with pytest.raises(InvalidInput, match="not the same part"):
+        backend.copy(r.address + 1, r.address + 3 * PAGE, 3)
+    for page, handle in ((1, a), (5, b)):
+        backend.unmap(r, page, handle)
+        backend.release(handle)
+    backend.close(r)
+    backend.shutdown()
+
+
+def test_what_is_there_is_counted_in_pages_of_all(rig, monkeypatch):
+    made = rig(2, shares=[Share(2), Share(1)])
+    for host, pages in zip(made.hosts, (10, 7), strict=True):
+        monkeypatch.setattr(host, "available", lambda pages=pages: pages * PAGE)
+    assert made.backend.available() == 5 * made.backend.page_bytes
 
 
 def test_every_rank_backs_the_same_pages_and_copies_at_its_own_addresses(rig):
@@ -114,19 +175,21 @@ def server_range(made, rank):
     return reservation.address
 
 
+@pytest.mark.parametrize("shares", [None, [Share(2), Share(3), Share(3)]])
 @pytest.mark.parametrize("call", ["reserve", "create", "map", "unmap"])
 @pytest.mark.parametrize("bad", [0, 1, 2])
-def test_when_one_rank_refuses_nothing_has_happened_on_any(rig, call, bad):
-    made = rig(3, wrap=FailingBackend)
+def test_when_one_rank_refuses_nothing_has_happened_on_any(rig, call, bad, shares):
+    made = rig(3, wrap=FailingBackend, shares=shares)
     backend = made.backend
-    r = backend.reserve(4 * PAGE)
+    r = backend.reserve(4 * backend.page_bytes)
     handle = backend.create(1)
     if call == "unmap":
         backend.map(r, 0, handle)
     fail_next(made.backends[bad], call)
+    made.backends[bad].fail_at += bad if shares and call != "reserve" else 0  # in a later plane
     with pytest.raises((OutOfPages, DriverError)):
         {
-            "reserve": lambda: backend.reserve(8 * PAGE),
+            "reserve": lambda: backend.reserve(8 * backend.page_bytes),
             "create": lambda: backend.create(1),
             "map": lambda: backend.map(r, 0, handle),
             "unmap": lambda: backend.unmap(r, 0, handle),

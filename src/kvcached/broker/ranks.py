@@ -1,13 +1,15 @@
 """``RankBudget``: one budget for an engine whose workers hold the same pages on several devices.
 
-With tensor parallelism every worker backs the same pages. Bytes here are those of one worker; a
-device that ``factor`` workers share is claimed from that many times. A claim is all or nothing.
+With tensor parallelism every worker backs the same pages, with pipeline parallelism each as many as
+its layers need. Bytes here are those of the worker that holds most; what a device's workers hold
+for them is its ``factor``: how many there are, if all hold the same. A claim is all or nothing.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from fractions import Fraction
 
 from kvcached.broker.budget import Budget, Tenant
 from kvcached.errors import InvalidInput
@@ -18,20 +20,43 @@ _BYTES = ("backed_bytes", "in_use_bytes", "cached_bytes", "spare_bytes", "quaran
           "split_floor_bytes")  # fmt: skip
 
 
-class _ScaledTenant:
-    """The owner, as the budget of a device with ``factor`` of its workers sees it."""
+class _Device:
+    """The budget of one device, and between its bytes and those of the engine."""
 
-    def __init__(self, tenant: Tenant, factor: int) -> None:
-        self._tenant, self._factor = tenant, factor
+    __slots__ = ("_device", "_engine", "budget")
+
+    def __init__(self, budget: Budget, factor: int | Fraction) -> None:
+        self.budget = budget
+        self._device, self._engine = Fraction(factor).as_integer_ratio()
+
+    def all_of(self, nbytes: int) -> int:
+        """Bytes of the device for ``nbytes`` of the engine, which are whole pages."""
+        return cdiv(nbytes * self._device, self._engine)
+
+    def fits(self, nbytes: int) -> int:
+        """Bytes of the engine, at most, that ``nbytes`` of the device are enough for."""
+        return nbytes * self._engine // self._device
+
+    def needs(self, nbytes: int) -> int:
+        """Bytes of the engine, at least, with which ``nbytes`` of the device get free."""
+        return cdiv(nbytes * self._engine, self._device)
+
+
+class _ScaledTenant:
+    """The owner, as the budget of one device sees it."""
+
+    def __init__(self, tenant: Tenant, device: _Device) -> None:
+        self._tenant, self._device = tenant, device
 
     def reclaim(self, nbytes: int, *, patient: bool) -> int:
         """See ``Tenant.reclaim``."""
-        return self._factor * self._tenant.reclaim(cdiv(nbytes, self._factor), patient=patient)
+        device = self._device
+        return device.all_of(self._tenant.reclaim(device.needs(nbytes), patient=patient))
 
     def report(self) -> TenantReport:
         """See ``Tenant.report``."""
         plain = self._tenant.report()
-        sizes = {name: self._factor * getattr(plain, name) for name in _BYTES}
+        sizes = {name: self._device.all_of(getattr(plain, name)) for name in _BYTES}
         return TenantReport(
             **sizes, oldest_cached_age_s=plain.oldest_cached_age_s, idle=plain.idle,
             pauses=plain.pauses,
@@ -44,92 +69,91 @@ class RankBudget:
     Parameters
     ----------
     shares:
-        A budget for each device, and how many workers are on it. The budgets are owned.
+        A budget for each device, and its factor. The budgets are owned.
     """
 
-    def __init__(self, shares: Sequence[tuple[Budget, int]]) -> None:
-        if not shares or any(factor < 1 for _, factor in shares):
+    def __init__(self, shares: Sequence[tuple[Budget, int | Fraction]]) -> None:
+        if not shares or any(factor <= 0 for _, factor in shares):
             raise InvalidInput(f"no budget is made of {len(shares)} devices like these")
-        self._shares = tuple(shares)
+        self._devices = tuple(_Device(budget, factor) for budget, factor in shares)
 
     @property
     def lease_bytes(self) -> int:
         """See ``Budget.lease_bytes``."""
-        return min(budget.lease_bytes // factor for budget, factor in self._shares)
+        return min(device.fits(device.budget.lease_bytes) for device in self._devices)
 
     @property
     def claimed_bytes(self) -> int:
         """See ``Budget.claimed_bytes``."""
-        budget, factor = self._shares[0]
-        return budget.claimed_bytes // factor
+        return self._devices[0].fits(self._devices[0].budget.claimed_bytes)
 
     @property
     def limit_bytes(self) -> int:
         """See ``Budget.limit_bytes``: of the device that allows least."""
-        return min(budget.limit_bytes // factor for budget, factor in self._shares)
+        return min(device.fits(device.budget.limit_bytes) for device in self._devices)
 
     @property
     def slack_bytes(self) -> int:
         """See ``Budget.slack_bytes``."""
-        return min(budget.slack_bytes // factor for budget, factor in self._shares)
+        return min(device.fits(device.budget.slack_bytes) for device in self._devices)
 
     def attach(self, tenant: Tenant, lock: threading.RLock) -> None:
         """See ``Budget.attach``."""
-        for budget, factor in self._shares:
-            budget.attach(_ScaledTenant(tenant, factor), lock)
+        for device in self._devices:
+            device.budget.attach(_ScaledTenant(tenant, device), lock)
 
     def claim(self, nbytes: int, *, transient: bool = False, seconds: float | None = None) -> None:
         """See ``Budget.claim``."""
-        done: list[tuple[Budget, int]] = []
+        done: list[_Device] = []
         try:
-            for budget, factor in self._shares:
-                budget.claim(factor * nbytes, transient=transient, seconds=seconds)
-                done.append((budget, factor))
+            for device in self._devices:
+                device.budget.claim(device.all_of(nbytes), transient=transient, seconds=seconds)
+                done.append(device)
         except BaseException:  # whatever it was, the other devices get theirs back
-            for budget, factor in done:
-                budget.give_back(factor * nbytes)
+            for device in done:
+                device.budget.give_back(device.all_of(nbytes))
             raise
 
     def claim_if_free(self, nbytes: int, *, ask: bool) -> bool:
         """See ``Budget.claim_if_free``."""
-        for index, (budget, factor) in enumerate(self._shares):
-            if not budget.claim_if_free(factor * nbytes, ask=ask):
-                for other, times in self._shares[:index]:
-                    other.give_back(times * nbytes)
+        for index, device in enumerate(self._devices):
+            if not device.budget.claim_if_free(device.all_of(nbytes), ask=ask):
+                for other in self._devices[:index]:
+                    other.budget.give_back(other.all_of(nbytes))
                 return False
         return True
 
     def report_out_of_memory(self, nbytes: int) -> bool:
         """See ``Budget.report_out_of_memory``. Which device it was is not known: all are told."""
-        heard = [b.report_out_of_memory(factor * nbytes) for b, factor in self._shares]
+        heard = [d.budget.report_out_of_memory(d.all_of(nbytes)) for d in self._devices]
         return any(heard)
 
     def give_back(self, nbytes: int) -> None:
         """See ``Budget.give_back``."""
-        for budget, factor in self._shares:
-            budget.give_back(factor * nbytes)
+        for device in self._devices:
+            device.budget.give_back(device.all_of(nbytes))
 
     def set_limit(self, nbytes: int) -> LimitRecord:
         """See ``Budget.set_limit``."""
-        for budget, factor in self._shares:
-            budget.set_limit(factor * nbytes)
+        for device in self._devices:
+            device.budget.set_limit(device.all_of(nbytes))
         return self.limit_record()
 
     def limit_record(self) -> LimitRecord:
-        """See ``Budget.limit_record``: of the device that allows least, for one worker."""
-        budget, factor = min(self._shares, key=lambda share: share[0].limit_bytes // share[1])
-        found = budget.limit_record()
-        return LimitRecord(found.desired_bytes // factor, found.revision,
-                           found.held_bytes // factor, found.floor_bytes // factor,
-                           found.weight)  # fmt: skip
+        """See ``Budget.limit_record``: of the device that allows least, in the engine's bytes."""
+        device = min(self._devices, key=lambda device: device.fits(device.budget.limit_bytes))
+        found, fits = device.budget.limit_record(), device.fits
+        return LimitRecord(fits(found.desired_bytes), found.revision, fits(found.held_bytes),
+                           fits(found.floor_bytes), found.weight)  # fmt: skip
 
     def check(self) -> None:
         """See ``Budget.check``; also that all devices have the same claimed (I1)."""
-        for budget, factor in self._shares:
-            budget.check()
-            assert budget.claimed_bytes == factor * self.claimed_bytes, "I1: the devices differ"
+        for device in self._devices:
+            device.budget.check()
+            claimed = device.budget.claimed_bytes
+            assert claimed == device.all_of(self.claimed_bytes), "I1: the devices differ"
 
     def close(self) -> None:
         """See ``Budget.close``."""
-        for budget, _ in self._shares:
-            budget.close()
+        for device in self._devices:
+            device.budget.close()
