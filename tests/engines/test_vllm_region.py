@@ -5,13 +5,21 @@ from __future__ import annotations
 import os
 
 import pytest
+from cache_rig import FOREVER, stop_caretaker
 
 from kvcached.blocks import BlockPool
 from kvcached.broker.budget import LocalBudget
 from kvcached.engines.vllm import attach
 from kvcached.engines.vllm import region as regions
 from kvcached.engines.vllm.region import Facts, Region
-from kvcached.errors import DriverError, InvalidInput, KvcachedError, NotAllowed, OutOfPages
+from kvcached.errors import (
+    DriverError,
+    EngineUnsupported,
+    InvalidInput,
+    KvcachedError,
+    NotAllowed,
+    OutOfPages,
+)
 from kvcached.layout import Geometry
 from kvcached.memory.remote import RemoteBackend, Worker
 from kvcached.memory.wire import Op
@@ -27,10 +35,11 @@ def facts(**changes):
                     "request_bytes": 64, "runs_on": False} | changes)  # fmt: skip
 
 
-def make(shape=SHAPES[0], *, wrap=lambda inner: inner, can_alias=True, **fake):
-    backend = wrap(FakeBackend(PAGE, can_alias=can_alias, **fake))
+def make(shape=SHAPES[0], *, wrap=lambda inner: inner, can_alias=True, more_pages=0, **said):
+    backend = wrap(FakeBackend(PAGE, can_alias=can_alias))
     block, planes, blocks = shape
-    return Region(backend, Geometry(block, planes, blocks, PAGE), facts())
+    geometry = Geometry(block, planes, blocks, PAGE)
+    return Region(backend, geometry, facts(**said), more_pages=more_pages)
 
 
 def is_mapped(region, block):
@@ -208,6 +217,25 @@ def test_who_takes_over_ends_the_server(served):
     pool.close()
 
 
+def test_addresses_beyond_the_tensors_are_for_who_asks_for_some_of_them():
+    region = make((24, 1, 60), more_pages=3)
+    tensors, whole = region.geometry.reserved_bytes, region.reservation.nbytes
+    assert whole == region.describe()["reserved_bytes"] == tensors + 3 * PAGE
+    for nbytes in range(tensors, whole + 1, PAGE):
+        backend = region.take_over()
+        given = backend.reserve(nbytes)
+        assert given == region.reservation
+        other = backend.reserve(nbytes)  # a second one is nobody's
+        assert other.address != given.address
+        backend.close(other)
+        backend.close(given)
+    for nbytes in (tensors - PAGE, whole + PAGE):
+        other = region.take_over().reserve(nbytes)
+        assert other.address != region.reservation.address
+        region.backend.close(other)
+    region.close()
+
+
 # --- the region of a process ------------------------------------------------------------------
 
 
@@ -262,3 +290,55 @@ def test_who_else_listens_there_is_no_worker_of_ours(served, monkeypatch):
 
     monkeypatch.setattr("kvcached.memory.remote.check_peer", refuse)
     assert attach._workers() is None
+
+
+@pytest.fixture
+def stages(monkeypatch, alone):
+    """Workers of an engine with a stage of three layers and one of two, of two workers each."""
+    monkeypatch.setattr(os, "getppid", os.getpid)
+    monkeypatch.setattr(attach, "_attached", False)
+    monkeypatch.setattr(attach, "engine_config", lambda: FOREVER)
+    shapes = [(30, 1, 60, 3), (30, 1, 60, 3), (20, 1, 60, 2), (20, 1, 60, 2)]
+    made = [
+        make(shape[:3], more_pages=shape[3], rank=rank, world_size=4,
+             limit_bytes=(6000, 6000, 900, 800)[rank], request_bytes=10 * shape[0])
+        for rank, shape in enumerate(shapes)
+    ]  # fmt: skip
+    for region in made:
+        region.warm(9)
+        region.serve()
+    yield made
+    for region in made:
+        region.close()
+
+
+def test_the_scheduler_counts_what_each_stage_holds(stages, caplog):
+    caplog.set_level("INFO")
+    engine = attach.attach(60)
+    stop_caretaker(engine)
+    budget = engine._budget
+    # All are on one device here, so its limit is all of theirs, in terms of a worker of three.
+    assert budget.limit_bytes == 13_700 * 3 // (3 + 3 + 2 + 2)
+    assert "(137 blocks of 100 B), " in caplog.text
+    assert engine.turns.part_extents == 8
+    assert engine.secure(20)
+    ids = engine.take(20)
+    for region in stages:
+        assert all(is_mapped(region, block) for block in ids.tolist())
+    held = [region.backend.resident_bytes() for region in stages]
+    assert held == [engine._blocks.pages.backed_bytes * layers // 3 for layers in (3, 3, 2, 2)]
+    assert attach.attach(60) is None  # they serve one page pool
+    engine.close()
+    engine.backend.shutdown()
+    assert not any(region.backend.resident_bytes() for region in stages)
+
+
+def test_another_number_of_blocks_is_an_error_and_leaves_nobody_connected(stages):
+    with pytest.raises(
+        EngineUnsupported, match="the scheduler has 61 KV blocks and its workers 60"
+    ):
+        attach.attach(61)
+    attach._attached = False
+    engine = attach.attach(60)
+    engine.close()
+    engine.backend.shutdown()

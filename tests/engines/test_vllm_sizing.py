@@ -9,7 +9,7 @@ from types import SimpleNamespace as Thing
 import pytest
 
 from kvcached.engines.vllm import sizing
-from kvcached.engines.vllm.allocation import place
+from kvcached.engines.vllm.allocation import _common_bytes, place
 from kvcached.engines.vllm.sizing import address_bytes, unsupported_config, unsupported_specs
 from kvcached.errors import EngineUnsupported
 from kvcached.layout import cdiv
@@ -114,12 +114,15 @@ def test_it_fits_with_groups_of_different_block_sizes_too():
         ({"distributed_executor_backend": "uni"}, ""),
         ({"distributed_executor_backend": "ray"}, "workers started by 'ray'"),
         ({"nnodes": 2}, "more than one machine"),
-        ({"pipeline_parallel_size": 2}, "pipeline parallelism"),
+        ({"pipeline_parallel_size": 2}, ""),
         ({"decode_context_parallel_size": 2}, "decode context parallelism"),
         ({"kv_transfer_config": object()}, "a KV connector"),
         ({"kv_offloading_size": 1.5}, "KV offloading"),
         ({"is_encoder_decoder": True}, "encoder-decoder models"),
-        ({"nnodes": 2, "pipeline_parallel_size": 2}, "more than one machine, pipeline parallelism"),
+        (
+            {"nnodes": 2, "decode_context_parallel_size": 2},
+            "more than one machine, decode context parallelism",
+        ),
     ],
 )
 def test_choices_that_are_in_the_way(changes, why):
@@ -159,12 +162,96 @@ def test_an_order_that_vllm_cuts_wrongly_out_of_whole_blocks(kind, layout, why, 
 
 def test_a_refusal_is_a_warning_or_if_strict_an_error(caplog, monkeypatch):
     monkeypatch.setattr(sizing, "_plan", None)
-    away = config(pipeline_parallel_size=2)
+    away = config(decode_context_parallel_size=2)
     sizing.prepare(away, "layout", strict=False)
     assert sizing.plan() is None
-    assert "not elastic: pipeline parallelism is not supported" in caplog.text
-    with pytest.raises(EngineUnsupported, match="cannot be made elastic: pipeline parallelism"):
+    assert "not elastic: decode context parallelism is not supported" in caplog.text
+    with pytest.raises(EngineUnsupported, match="cannot be made elastic: decode context"):
         sizing.prepare(away, "layout", strict=True)
+
+
+# --- stages that have different layers --------------------------------------------------------
+
+
+class World:
+    """As vLLM's group of all workers; ``said``: what each of them has in its way."""
+
+    def __init__(self, *said):
+        self.said, self.heard = list(said), []
+
+    def broadcast_object(self, obj=None, src=0):
+        self.heard.append((src, obj))
+        return self.said[src]
+
+
+@pytest.fixture
+def staged(monkeypatch):
+    """Make a worker of rank 1 of a pipeline whose workers say this; its first wrapped method."""
+
+    def make(*said, specs=None, strict=False, stages=2):
+        world = World(*said)
+        module = Thing(get_world_group=lambda: world)
+        monkeypatch.setitem(sys.modules, "vllm.distributed.parallel_state", module)
+        there = config(pipeline_parallel_size=stages, world_size=len(said))
+        there.cache_config.kv_cache_memory_bytes = 5 * GIB
+        monkeypatch.setattr(sizing, "_wrap", lambda kind: None)
+        monkeypatch.setattr(sizing, "_decide", lambda worker, plan, specs: 7 * GIB)
+        sizing.prepare(there, "layout", strict=strict)
+
+        class Worker:
+            rank = 1
+
+            def get_kv_cache_spec(self):
+                return layers(2) if specs is None else specs
+
+            def determine_available_memory(self):
+                return there.cache_config.kv_cache_memory_bytes
+
+        sizing._wrap_determine(Worker, "layout")
+        return world, Worker()
+
+    yield make
+    sizing._plan = None
+
+
+def test_stages_that_all_can_become_elastic_do(staged):
+    world, worker = staged("", "", "")
+    assert worker.determine_available_memory() == 7 * GIB
+    assert world.heard == [(0, None), (1, ""), (2, None)]  # each says what it has, once
+    assert sizing.plan() is not None
+
+
+def test_what_one_stage_cannot_do_none_does(staged, caplog):
+    """One scheduler looks after all: it hands out blocks that must be there in every worker."""
+    mamba = "layers of the kind MambaSpec"
+    _, worker = staged("", "", mamba, mamba)
+    assert worker.determine_available_memory() == 5 * GIB  # what the user said
+    assert sizing.plan() is None
+    assert f"not elastic: {mamba} is not supported" in caplog.text
+    _, worker = staged(mamba, "", strict=True)
+    with pytest.raises(EngineUnsupported, match=mamba):
+        worker.determine_available_memory()
+
+
+def test_a_stage_says_what_is_in_its_way(staged):
+    world, worker = staged("", "a model without KV cache", specs={})
+    assert worker.determine_available_memory() == 5 * GIB
+    assert (1, "a model without KV cache") in world.heard
+
+
+def test_without_stages_nobody_is_asked(staged):
+    world, worker = staged("never asked", "", stages=1)
+    assert worker.determine_available_memory() == 7 * GIB
+    assert world.heard == []
+
+
+@pytest.mark.parametrize(("stages", "page"), [(1, 24 << 10), (2, 8 << 10)])
+def test_all_stages_have_pages_of_one_size(stages, page):
+    """On the CPU a page divides a block; blocks of three layers and of two have a layer alike."""
+    plan = sizing.Plan(config(pipeline_parallel_size=stages), None, strict=True,
+                       layer_bytes=8 << 10)  # fmt: skip
+    assert _common_bytes(plan, 24 << 10) == page
+    assert plan.staged is (stages > 1)
 
 
 # --- where layers lie -------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from near_workers import Ranks, Shape
 from vllm_model import Pool, Request, Step
 
 from kvcached.broker.budget import LocalBudget
@@ -27,7 +28,16 @@ from kvcached.layout import Geometry
 from kvcached.testing import FakeBackend
 
 PAGE = 8
-SEEN = dict.fromkeys(("steps", "hits", "lifted", "evicted", "preempted", "refused", "reset"), 0)
+# None: the scheduler and the only worker are one process. Else stages of unlike many layers, in
+# planes or in whole blocks, some with two workers, some on a device with others.
+WORKERS = st.sampled_from([
+    None, None, None,
+    lambda b: [Shape(b, 2, 0), Shape(b, 1, 1)],
+    lambda b: [Shape(2 * b, 1, 0, 2), Shape(2 * b, 1, 1, 2), Shape(b, 1, 2, 1), Shape(b, 1, 2, 1)],
+    lambda b: [Shape(b, 1, 0), Shape(b, 1, 0), Shape(b, 3, 0), Shape(b, 3, 1)],
+])  # fmt: skip
+SEEN = dict.fromkeys(("steps", "hits", "lifted", "evicted", "preempted", "refused", "reset",
+                      "ranks", "queued"), 0)  # fmt: skip
 SEED = st.integers(0, 1 << 30)
 
 
@@ -66,11 +76,22 @@ class QueueMachine(RuleBasedStateMachine):
     @initialize(
         blocks=st.integers(3, 40), planes=st.integers(1, 2), block=st.integers(1, 30),
         limit=st.integers(1, 100), tails=st.booleans(), ahead=st.sampled_from([0, 40]),
+        workers=WORKERS,
     )  # fmt: skip
-    def start(self, blocks, planes, block, limit, tails, ahead):
-        self.backend, self.clock = FakeBackend(PAGE), Clock()
-        geometry = Geometry(block, planes, blocks, PAGE)
-        self.budget = AskingBudget(max(limit, planes * (block // PAGE + 2)) * PAGE)
+    def start(self, blocks, planes, block, limit, tails, ahead, workers):
+        self.clock, geometry = Clock(), Geometry(block, planes, blocks, PAGE)
+        self.ranks, self.backend = None, FakeBackend(PAGE)
+        least = max(limit, planes * (block // PAGE + 2)) * PAGE
+        self.budgets = [AskingBudget(least)]
+        self.budget = self.budgets[0]
+        if workers is not None:
+            self.ranks = Ranks(workers(block), blocks)
+            self.backend, geometry = self.ranks.backend, self.ranks.stages.geometry
+            least = max(limit * PAGE, (geometry.block_bytes // geometry.page_bytes + 2)
+                        * geometry.page_bytes)  # fmt: skip
+            self.budget = self.ranks.budget(least, AskingBudget)
+            self.budgets = self.ranks.parts
+        SEEN["ranks"] += workers is not None
         self.tails, self.steps, self.results, self.device_done = tails, [], 0, 0
         self.tenant = EngineBlocks(
             geometry, backend=self.backend, budget=self.budget, name="vllm", config=FOREVER,
@@ -85,23 +106,29 @@ class QueueMachine(RuleBasedStateMachine):
 
     # --- the model -----------------------------------------------------------------------------
 
-    def address(self, block, plane):
-        base = self.tenant._blocks.pages.address_of(0, plane)
-        return base + block * self.tenant.geometry.block_bytes
+    def pieces(self, block):
+        """Backend, address and size of each piece of a block, in all planes of all workers."""
+        if self.ranks is not None:
+            return list(self.ranks.places(block))
+        g, pages = self.tenant.geometry, self.tenant._blocks.pages
+        return [(self.backend, pages.address_of(0, plane) + block * g.block_bytes, g.block_bytes)
+                for plane in range(g.num_planes)]  # fmt: skip
 
     def contents(self, block):
         """What lies in a block, in all planes; raises where a page of it is not mapped."""
-        g = self.tenant.geometry
-        return [self.backend.read(self.address(block, plane), g.block_bytes)
-                for plane in range(g.num_planes)]  # fmt: skip
+        return [backend.read(address, size) for backend, address, size in self.pieces(block)]
 
     def run(self, step):
-        size = self.tenant.geometry.block_bytes
         for block, chain in step.writes:
-            for plane in range(self.tenant.geometry.num_planes):
-                self.backend.write(self.address(block, plane), self.data(chain, size))
+            for backend, address, size in self.pieces(block):
+                backend.write(address, self.data(chain, size))
         for block, chain in step.reads:
-            assert set(self.contents(block)) == {self.data(chain, size)}, "read what is not there"
+            wanted = [self.data(chain, size) for _, _, size in self.pieces(block)]
+            assert self.contents(block) == wanted, "read what is not there"
+
+    def meanwhile(self, act):
+        for budget in self.budgets:
+            budget.meanwhile = act
 
     @staticmethod
     def data(chain, size):
@@ -117,14 +144,14 @@ class QueueMachine(RuleBasedStateMachine):
         def act():
             rng = random.Random(f"{seed} {self.budget.claimed_bytes}")
             what = rng.choice((0, 1, 1, 2, 3))
-            self.budget.meanwhile = lambda: None  # it asks, too
+            self.meanwhile(lambda: None)  # it asks, too
             if what == 1:
                 self.tenant.reclaim(rng.randint(1, 40) * PAGE, patient=rng.random() < 0.5)
             elif what == 2:
                 back_ahead(self.tenant._blocks)
             elif what == 3:
                 self.tenant.take_care()
-            self.budget.meanwhile = act
+            self.meanwhile(act)
 
         return act
 
@@ -134,7 +161,7 @@ class QueueMachine(RuleBasedStateMachine):
     def schedule(self, seed, waiting, growing, asked):
         rng = random.Random(seed)
         step = Step()
-        self.budget.meanwhile = self.others(seed) if asked else lambda: None
+        self.meanwhile(self.others(seed) if asked else lambda: None)
         with self.tenant.scheduling():
             scheduled = []
             for request in rng.sample(self.running, min(growing, len(self.running))):
@@ -152,8 +179,9 @@ class QueueMachine(RuleBasedStateMachine):
                 step.reads += held[: before + request.hits]
                 request.hits = 0
             self.steps.append(step)
-        self.budget.meanwhile = lambda: None
+        self.meanwhile(lambda: None)
         SEEN["steps"] += 1
+        SEEN["queued"] += len(self.steps) - self.results > 2
         SEEN["lifted"] += bool(self.tenant._blocks._lifted)
 
     def admit(self, request):
@@ -307,6 +335,8 @@ class QueueMachine(RuleBasedStateMachine):
         assert all(self.pool.blocks[block].block_hash for block in cached), "kept for no prefix"
         assert 0 <= self.queue.num_free_blocks <= len(self.pool.blocks) - 1 - used
         assert self.budget.claimed_bytes == self.tenant._blocks.pages.backed_bytes
+        if self.ranks is not None:
+            assert self.ranks.held() == [budget.claimed_bytes for budget in self.budgets]
         self.tenant.check()
 
     def teardown(self):
@@ -315,7 +345,7 @@ class QueueMachine(RuleBasedStateMachine):
             self.tenant.close()
             assert self.budget.claimed_bytes == 0
             self.backend.check()
-            self.backend.shutdown()
+            self.backend.shutdown() if self.ranks is None else self.ranks.close()
 
 
 @pytest.mark.slow

@@ -4,7 +4,8 @@
 ``seams.py``; everything that vLLM decides (prefix cache, reference counts, preemption) stays its.
 
 * ``sizing.py``, ``region.py`` run where the worker is: how many addresses, and the tensors.
-* ``queue.py``, ``steps.py``, ``tenant.py`` run where the scheduler is: which blocks have memory.
+* ``queue.py``, ``steps.py``, ``tenant.py`` run where the scheduler is: which blocks have memory;
+  ``attach.py``, ``stages.py`` are between the two.
 """
 
 from __future__ import annotations

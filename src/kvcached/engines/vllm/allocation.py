@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -53,7 +54,9 @@ def _install_layout(plan: _PlanOf) -> None:
         active = _active(plan)
         if active is None or not config.kv_cache_tensors:
             return stock(config, device, layout, kernel_block_sizes)
-        geometry, tensors = place(config, lambda block: make_backend(device, block))
+        geometry, tensors = place(
+            config, lambda block: make_backend(device, _common_bytes(active, block))
+        )
         raw = _open(active, *geometry, _warm_blocks(active, config))
         return _views(config, tensors, raw, layout, kernel_block_sizes)
 
@@ -144,13 +147,18 @@ def _packed(plan: Plan, config: Any, device: Any) -> dict[str, Any]:
     block = page * len(tensors)
     for index, tensor in enumerate(tensors):
         tensor.offset, tensor.block_stride, tensor.size = index * page, block, blocks * block
-    backend = make_backend(device, block)
+    backend = make_backend(device, _common_bytes(plan, block))
     geometry = Geometry(block, 1, blocks, backend.page_bytes)
     raw = _open(plan, backend, geometry, _warm_blocks(plan, config))[: blocks * block]
     return {name: raw for tensor in tensors for name in tensor.shared_by}
 
 
 # --- common ----------------------------------------------------------------------------------
+
+
+def _common_bytes(plan: Plan, block_bytes: int) -> int:
+    """What blocks are made of in all stages alike, so that all have pages of one size."""
+    return math.gcd(block_bytes, plan.layer_bytes) if plan.staged else block_bytes
 
 
 def make_backend(device: Any, block_bytes: int) -> MemoryBackend:
@@ -167,7 +175,10 @@ def _open(plan: Plan, backend: MemoryBackend, geometry: Geometry, warm: int) -> 
     assert plan.facts is not None, "sized before it is allocated"
     torch = import_module("torch")
     stream = 0 if backend.device == "cpu" else torch.cuda.current_stream().cuda_stream
-    region = Region(backend, geometry, plan.facts, stream)
+    # A step of all stages may be a page of each layer: then the last one ends behind the blocks.
+    steps = geometry.num_planes == 1 and plan.staged
+    more = geometry.block_bytes // plan.layer_bytes if steps else 0
+    region = Region(backend, geometry, plan.facts, stream, more_pages=more)
     region.warm(warm)
     publish(region)
     if plan.vllm_config.parallel_config.distributed_executor_backend == "mp":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+from fractions import Fraction
 from typing import Any
 
 from kvcached.broker.budget import Budget
@@ -12,9 +13,9 @@ from kvcached.broker.ranks import RankBudget
 from kvcached.config import Config, engine_config, format_size
 from kvcached.engines.vllm import region as regions
 from kvcached.engines.vllm.port import served_port
+from kvcached.engines.vllm.stages import Stages, stages_of
 from kvcached.engines.vllm.tenant import EngineBlocks
 from kvcached.errors import BackendUnavailable, EngineUnsupported, NotAllowed
-from kvcached.layout import Geometry
 from kvcached.memory.base import Fence, MemoryBackend
 from kvcached.memory.fences import PassedFence, fence_on
 from kvcached.memory.remote import RemoteBackend, Worker
@@ -32,33 +33,31 @@ def attach(num_blocks: int) -> EngineBlocks | None:
     here = regions.current(num_blocks)
     if here is not None:
         backend = here.take_over()
-        return _make(backend, [here.describe()], lambda: fence_on(here.backend, here.stream),
-                     here=True)  # fmt: skip
+        said = [here.describe()]
+        return _make(backend, stages_of(said), said,
+                     lambda: fence_on(here.backend, here.stream), here=True)  # fmt: skip
     found = None if _attached else _workers()
     if found is None:
         return None
     _attached = True
-    remote = RemoteBackend(found)
-    said = remote.descriptions
-    if said[0]["num_blocks"] != num_blocks:
+    try:
+        said = [worker.hello() for worker in found]
+        if said[0]["num_blocks"] != num_blocks:
+            raise EngineUnsupported(
+                f"the scheduler has {num_blocks} KV blocks and its workers {said[0]['num_blocks']}",
+                hint="Unset KVCACHED, and please report this.",
+            )
+        stages = stages_of(said)
+        remote = RemoteBackend(found, stages.shares)
+    except BaseException:  # whatever it was, no connection stays behind
         _end(found)
-        raise EngineUnsupported(
-            f"the scheduler has {num_blocks} KV blocks and its workers {said[0]['num_blocks']}",
-            hint="Unset KVCACHED, and please report this.",
-        )
-    alike = ("block_bytes", "num_planes", "num_blocks", "device")
-    if len({tuple(str(body[key]).partition(":")[0] for key in alike) for body in said}) != 1:
-        _end(found)
-        raise EngineUnsupported(
-            "the workers of this engine have KV caches of different shapes",
-            hint="Unset KVCACHED, or use as many layers in each pipeline stage.",
-        )
+        raise
 
     def settled() -> Fence:
         remote.settle()
         return PassedFence()
 
-    return _make(remote, said, settled)
+    return _make(remote, stages, said, settled)
 
 
 def _workers() -> list[Worker] | None:
@@ -83,28 +82,28 @@ def _end(workers: list[Worker]) -> None:
 
 
 def _make(
-    backend: MemoryBackend, said: list[dict[str, Any]], tail: Any, *, here: bool = False
-) -> EngineBlocks:
-    facts, first = regions.facts_in(said[0]), said[0]
-    geometry = Geometry(first["block_bytes"], first["num_planes"], first["num_blocks"],
-                        first["page_bytes"])  # fmt: skip
+    backend: MemoryBackend, stages: Stages, said: list[dict[str, Any]], tail: Any, *,
+    here: bool = False,
+) -> EngineBlocks:  # fmt: skip
+    geometry, facts = stages.geometry, regions.facts_in(said[stages.leader])
     config = engine_config()
     name = config.name or f"{slug(facts.model)}-{os.getpid()}"
-    budget = _budget(name, config, said, facts)
+    budget = _budget(name, config, stages, said)
     tenant = EngineBlocks(
         geometry, backend=backend, budget=budget, name=name, config=config, owns_backend=False,
         make_tail=tail if facts.runs_on else None, make_idle_tail=tail if here else None,
+        handles=max(share.planes for share in stages.shares),
     )  # fmt: skip
-    block = geometry.block_bytes * geometry.num_planes
+    block, all_of = geometry.block_bytes * geometry.num_planes, stages.factor(range(len(said)))
     _log.info(
         "%s: elastic KV cache: up to %s (%d blocks of %s), %s of addresses; shared as %s",
-        facts.engine, format_size(budget.limit_bytes), budget.limit_bytes // block,
-        format_size(block), format_size(geometry.reserved_bytes), name,
+        facts.engine, format_size(int(budget.limit_bytes * all_of)), budget.limit_bytes // block,
+        format_size(int(block * all_of)), format_size(int(geometry.reserved_bytes * all_of)), name,
     )  # fmt: skip
     if budget.limit_bytes < facts.request_bytes:
         _log.warning("%s: a request of full length takes %s, more than the limit: such a request "
                      "waits until the limit is raised, or --max-model-len is to be lowered",
-                     name, format_size(facts.request_bytes))  # fmt: skip
+                     name, format_size(int(facts.request_bytes * all_of)))  # fmt: skip
     return tenant
 
 
@@ -116,21 +115,23 @@ class _Device:
         self.total_bytes = int(said["total_bytes"])
 
 
-def _budget(name: str, config: Config, said: list[dict[str, Any]], facts: regions.Facts) -> Budget:
+def _budget(name: str, config: Config, stages: Stages, said: list[dict[str, Any]]) -> Budget:
     """The budgets of the workers' devices, as one."""
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for body in said:
-        groups.setdefault(body["uuid"] or body["device"], []).append(body)
-    shares: list[tuple[Budget, int]] = []
-    meta: dict[str, Any] = {"engine": facts.engine, "model": facts.model}
+    facts = [regions.facts_in(body) for body in said]
+    devices: dict[str, list[int]] = {}
+    for rank, body in enumerate(said):
+        devices.setdefault(body["uuid"] or body["device"], []).append(rank)
+    shares: list[tuple[Budget, Fraction]] = []
+    meta: dict[str, Any] = {"engine": facts[0].engine, "model": facts[0].model}
     meta |= {"port": port} if (port := served_port()) else {}
     try:
-        for bodies in groups.values():
-            limit: int | str | None = config.limit or facts.limit_bytes * len(bodies) or None
+        for ranks in devices.values():
+            allowed = sum(facts[rank].limit_bytes for rank in ranks)
+            limit: int | str | None = config.limit or allowed or None
             shares.append((make_budget(
-                name, _Device(bodies[0]), config, limit=limit, floor=config.floor,  # type: ignore[arg-type]
-                weight=config.weight, meta=meta,
-            ), len(bodies)))  # fmt: skip
+                name, _Device(said[ranks[0]]), config, limit=limit,  # type: ignore[arg-type]
+                floor=config.floor, weight=config.weight, meta=meta,
+            ), stages.factor(ranks)))  # fmt: skip
     except BaseException:  # whatever it was, the other devices' budgets do not stay behind
         for budget, _ in shares:
             budget.close()

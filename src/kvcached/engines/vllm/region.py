@@ -52,13 +52,18 @@ class Region:
         See ``Facts``.
     stream:
         Where the worker queues its kernels (an integer handle; 0 on the CPU).
+    more_pages:
+        Address space beyond ``geometry``, for a scheduler whose smallest step is of many pages.
     """
 
     def __init__(
-        self, backend: MemoryBackend, geometry: Geometry, facts: Facts, stream: int = 0
-    ) -> None:
+        self, backend: MemoryBackend, geometry: Geometry, facts: Facts, stream: int = 0, *,
+        more_pages: int = 0,
+    ) -> None:  # fmt: skip
         self.backend, self.geometry, self.facts, self.stream = backend, geometry, facts, stream
-        self.reservation = backend.reserve(geometry.reserved_bytes)
+        self.reservation = backend.reserve(
+            geometry.reserved_bytes + more_pages * geometry.page_bytes
+        )
         self._warm: list[tuple[int, Handle]] = []
         self._handles: list[Handle] = []
         self._server: BackendServer | None = None
@@ -117,7 +122,7 @@ class Region:
             "can_alias": backend.can_alias, "uuid": getattr(backend, "uuid", ""),
             "total_bytes": getattr(backend, "total_bytes", 0),
             "block_bytes": g.block_bytes, "num_planes": g.num_planes, "num_blocks": g.num_blocks,
-            "facts": vars(facts),
+            "reserved_bytes": self.reservation.nbytes, "facts": vars(facts),
         }  # fmt: skip
 
     def close(self) -> None:
@@ -154,9 +159,10 @@ class _Cooling(Adopted):
         self._region = region
 
     def reserve(self, nbytes: int) -> Any:
-        """See ``Adopted.reserve``."""
+        """See ``Adopted.reserve``; some of the addresses beyond the tensors may be asked for."""
         self._region.cool()
-        return super().reserve(nbytes)
+        tensors, whole = self._region.geometry.reserved_bytes, self._region.reservation.nbytes
+        return super().reserve(whole if tensors <= nbytes <= whole else nbytes)
 
 
 def publish(region: Region) -> None:

@@ -77,10 +77,12 @@ WORKER = (
     Seam(f"{_WORKER}.gpu_worker", "Worker.get_kv_cache_spec"),
     Seam(f"{_WORKER}.gpu_worker", "Worker.sleep"),
     Seam(f"{_WORKER}.gpu_worker", "request_memory", ("init_snapshot", "cache_config")),
+    Seam("vllm.distributed.parallel_state", "get_world_group"),
+    Seam("vllm.distributed.parallel_state", "GroupCoordinator.broadcast_object", ("obj", "src")),
     Seam(REGISTRY, "register_backend", ("backend", "class_path")),
     Seam(REGISTRY, "AttentionBackendEnum", methods=("get_path", "is_overridden")),
 )
-"""Where a worker is: how large the cache is, and which attention reads it."""
+"""Where a worker is: how large the cache is, all workers alike, and which attention reads it."""
 LAYOUT_ALLOCATION = (
     Seam(f"{_WORKER}.utils", "allocate_kv_cache",
          ("kv_cache_config", "device", "layout", "kernel_block_sizes")),

@@ -41,6 +41,13 @@ class Plan:
     profiling: bool = False
     """vLLM is trying the model out; caches that it makes now are its own."""
     facts: Facts | None = None
+    layer_bytes: int = 0
+    """Bytes of a block in one layer."""
+
+    @property
+    def staged(self) -> bool:
+        """Whether other workers have other layers, perhaps more of them or fewer."""
+        return int(self.vllm_config.parallel_config.pipeline_parallel_size) > 1
 
 
 _plan: Plan | None = None
@@ -76,7 +83,6 @@ def unsupported_config(vllm_config: Any) -> str:
     reasons = {
         f"workers started by {executor!r}": executor not in _EXECUTORS,
         "more than one machine": getattr(parallel, "nnodes", 1) > 1,
-        "pipeline parallelism": parallel.pipeline_parallel_size > 1,
         "data parallelism": getattr(parallel, "data_parallel_size", 1) > 1,
         "decode context parallelism": getattr(parallel, "decode_context_parallel_size", 1) > 1,
         "a KV connector": vllm_config.kv_transfer_config is not None,
@@ -180,6 +186,8 @@ def _wrap_determine(worker: Any, kind: str) -> None:
             return int(determine(self))
         specs = self.get_kv_cache_spec()
         why = unsupported_specs(specs) or unsupported_layout(kind)
+        if plan.staged:
+            why = _agreed(why, self.rank, plan.vllm_config.parallel_config.world_size)
         if why:
             _give_up(plan, why)
             return int(determine(self))
@@ -191,6 +199,17 @@ def _wrap_determine(worker: Any, kind: str) -> None:
         return _decide(self, plan, specs)
 
     worker.determine_available_memory = elastic_determine
+
+
+def _agreed(why: str, rank: int, world_size: int) -> str:
+    """What is in the way in any pipeline stage, since all share one scheduler: elastic or not.
+
+    Called by all workers at once.
+    """
+    world = import_module("vllm.distributed.parallel_state").get_world_group()
+    found = [world.broadcast_object(why if source == rank else None, src=source)
+             for source in range(world_size)]  # fmt: skip
+    return ", ".join(sorted({reason for reason in found if reason}))
 
 
 def _wrap_sleep(worker: Any) -> None:
@@ -215,6 +234,7 @@ def _decide(worker: Any, plan: Plan, specs: dict[str, Any]) -> int:
     device_bytes, limit = _device_bytes(worker, plan)
     nbytes = address_bytes(config, specs, device_bytes, engine_config().max_tokens)
     served = getattr(config.model_config, "served_model_name", None) or config.model_config.model
+    plan.layer_bytes = int(next(iter(specs.values())).page_size_bytes)
     plan.facts = Facts(
         rank=worker.rank,
         world_size=config.parallel_config.world_size,

@@ -57,7 +57,7 @@ class StepFence:
 
 
 class EngineBlocks(ElasticBlocks):
-    """See the module's docstring. Parameters are those of ``ElasticBlocks``, and one more.
+    """See the module's docstring. Parameters are those of ``ElasticBlocks``, and these.
 
     Parameters
     ----------
@@ -67,6 +67,8 @@ class EngineBlocks(ElasticBlocks):
     make_idle_tail:
         The same, for where vLLM may leave a result where it is until the next request comes: it
         stands in for the result when nothing has happened for a while.
+    handles:
+        How many handles of the driver stand behind one of the backend's.
     """
 
     def __init__(
@@ -74,10 +76,12 @@ class EngineBlocks(ElasticBlocks):
         *args: Any,
         make_tail: Callable[[], Fence] | None = None,
         make_idle_tail: Callable[[], Fence] | None = None,
+        handles: int = 1,
         **more: Any,
     ) -> None:
         self.steps_scheduled = self.steps_done = 0
         self.make_tail, self.make_idle_tail = make_tail, make_idle_tail
+        self._handles = handles
         self._last_pass = time.monotonic()
         self._owed, self._owed_until = 0, -1.0
         self._patience = _BUSY_SECONDS
@@ -91,7 +95,8 @@ class EngineBlocks(ElasticBlocks):
     def _prepare(self) -> None:
         """See ``ElasticBlocks._prepare``."""
         planes = self.geometry.num_planes
-        self.turns = Turns(self._lock, self.name, planes, planes * self.geometry.block_bytes)
+        self.turns = Turns(self._lock, self.name, planes * self._handles,
+                           planes * self.geometry.block_bytes)  # fmt: skip
 
     @contextmanager
     def scheduling(self, expected: int = 0) -> Iterator[None]:
