@@ -9,7 +9,7 @@ from kvcached.broker.budget import LocalBudget
 from kvcached.broker.ranks import RankBudget
 from kvcached.engines.vllm.region import Facts, Region
 from kvcached.engines.vllm.stages import stages_of
-from kvcached.errors import BackendUnavailable
+from kvcached.errors import BackendUnavailable, KvcachedError
 from kvcached.layout import Geometry
 from kvcached.memory.remote import RemoteBackend
 from kvcached.memory.serving import BackendServer
@@ -23,16 +23,12 @@ class NearServer(BackendServer):
     """Without a socket and a thread."""
 
     def __init__(self, region):
-        self._backend, self._describe, self._wait = _served(region), region.describe, lambda: None
+        self._backend, self._describe = region.take_over(), region.describe
+        self._wait = lambda: None
         self._handles, self._ranges = {}, {}
 
     def close(self):
         pass
-
-
-def _served(region):
-    """What ``Region.serve`` serves."""
-    return region.take_over()
 
 
 class NearWorker:
@@ -40,18 +36,22 @@ class NearWorker:
 
     def __init__(self, region):
         self.region, self.server, self.dead = region, NearServer(region), False
-        self.asked: list[Frame] = []
+        self.answers: list[Frame | Exception] = []
         self.name = f"worker {region.facts.rank}"
 
     def send(self, op, values=()):
         if self.dead:
             raise BackendUnavailable(f"{self.name} does not answer")
-        self.asked.append(Frame(op, 0, values=values))
+        try:
+            self.answers.append(self.server._answer(Frame(op, 0, values=values)))
+        except KvcachedError as error:
+            self.answers.append(error)
 
     def receive(self):
-        if self.dead:
-            raise BackendUnavailable(f"{self.name} does not answer")
-        return self.server._answer(self.asked.pop(0))
+        answer = self.answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
 
     def call(self, op, values=()):
         self.send(op, values)

@@ -233,6 +233,20 @@ def test_a_worker_that_ends_is_an_error_with_its_name(rig):
         made.backend.create(1)
 
 
+@pytest.mark.parametrize("bad", [0, 1, 2])
+def test_a_worker_that_ends_leaves_nothing_with_the_others(rig, bad):
+    made = rig(3)
+    handle = made.backend.create(1)
+    made.workers[bad].close()
+    for _ in range(2):  # the others still answer what they are asked
+        with pytest.raises(BackendUnavailable, match=f"worker {bad} of engine"):
+            made.backend.create(2)
+    for rank, server in enumerate(made.servers):
+        assert len(server._handles) == 1, rank
+    made.backend.check()
+    assert handle in made.backend._keys
+
+
 def test_the_server_outlives_its_client_and_takes_the_next_one(rig):
     made = rig()
     made.workers[0].close()

@@ -263,9 +263,15 @@ class RemoteBackend:
         done: list[tuple[Worker, tuple[int, ...]]] = []
         failure: KvcachedError | None = None
         for plane in range(max(map(len, values))):
-            asked = [rank for rank, calls in enumerate(values) if plane < len(calls)]
-            for rank in asked:
-                self._workers[rank].send(op, values[rank][plane])
+            asked = []
+            for rank, calls in enumerate(values):
+                if plane < len(calls):
+                    try:
+                        self._workers[rank].send(op, calls[plane])
+                    except KvcachedError as error:  # it has ended; the others will answer
+                        failure = failure or error
+                    else:
+                        asked.append(rank)
             for rank in asked:
                 try:
                     frame = self._workers[rank].receive()
