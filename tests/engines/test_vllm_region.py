@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import pytest
 from cache_rig import FOREVER, stop_caretaker
 
 from kvcached.blocks import BlockPool
 from kvcached.broker.budget import LocalBudget
+from kvcached.config import check_name
 from kvcached.engines.vllm import attach
 from kvcached.engines.vllm import region as regions
 from kvcached.engines.vllm.region import Facts, Region
@@ -342,3 +344,23 @@ def test_another_number_of_blocks_is_an_error_and_leaves_nobody_connected(stages
     engine = attach.attach(60)
     engine.close()
     engine.backend.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("given", "replica", "name"),
+    [
+        ("chat", 0, "chat"),
+        ("chat", 2, "chat-dp2"),
+        ("c" * 64, 3, "c" * 56 + "-dp3"),
+        ("", 1, ""),
+    ],
+)
+def test_replicas_of_one_model_are_tenants_of_their_own(monkeypatch, alone, given, replica, name):
+    region = make((30, 1, 60), replica=replica)
+    regions.publish(region)
+    config = replace(FOREVER, name=given)
+    monkeypatch.setattr(attach, "engine_config", lambda: config)
+    with attach.attach(60) as engine:
+        assert engine.name == (name or f"m-{os.getpid()}")
+        check_name(engine.name)
+    region.close()

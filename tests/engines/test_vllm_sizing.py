@@ -115,6 +115,8 @@ def test_it_fits_with_groups_of_different_block_sizes_too():
         ({"distributed_executor_backend": "ray"}, "workers started by 'ray'"),
         ({"nnodes": 2}, "more than one machine"),
         ({"pipeline_parallel_size": 2}, ""),
+        ({"data_parallel_size": 2}, "data parallelism of experts"),
+        ({"data_parallel_size": 1, "data_parallel_index": 1}, ""),  # a replica on its own
         ({"decode_context_parallel_size": 2}, "decode context parallelism"),
         ({"kv_transfer_config": object()}, "a KV connector"),
         ({"kv_offloading_size": 1.5}, "KV offloading"),

@@ -63,9 +63,9 @@ def free_port():
 
 
 class Server:
-    """One ``vllm serve``; ended with all its processes."""
+    """One ``vllm serve``; ended with all its processes. ``more``: of its command line."""
 
-    def __init__(self, model, runtime_dir, log, **env):
+    def __init__(self, model, runtime_dir, log, *more, **env):
         self.port = free_port()
         arguments = [f"--{name.replace('_', '-')}={value}" for name, value in ENGINE.items()
                      if name != "enforce_eager"]  # fmt: skip
@@ -74,7 +74,7 @@ class Server:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model),
                  "--host", "127.0.0.1", "--port", str(self.port), "--served-model-name", "tiny",
-                 "--enforce-eager", "--api-server-count=1", *arguments],
+                 "--enforce-eager", "--api-server-count=1", *arguments, *more],
                 stdout=file, stderr=file, env=environment(runtime_dir, **env),
                 start_new_session=True,
             )  # fmt: skip

@@ -24,6 +24,7 @@ from kvcached.resources import make_budget
 _log = logging.getLogger("kvcached.vllm")
 
 
+_MOST_NAME = 56
 _attached = False  # to workers in other processes: they serve one page pool
 
 
@@ -88,6 +89,8 @@ def _make(
     geometry, facts = stages.geometry, regions.facts_in(said[stages.leader])
     config = engine_config()
     name = config.name or f"{slug(facts.model)}-{os.getpid()}"
+    if config.name and facts.replica:  # the name is the same for all, and each is a tenant
+        name = f"{name[:_MOST_NAME]}-dp{facts.replica}"
     budget = _budget(name, config, stages, said)
     tenant = EngineBlocks(
         geometry, backend=backend, budget=budget, name=name, config=config, owns_backend=False,

@@ -36,6 +36,8 @@ class Facts:
     """Physical bytes of a request of full length."""
     runs_on: bool
     """Kernels may run on after a step's result is known (drafts, parts of pooled prompts)."""
+    replica: int = 0
+    """Which engine of several that serve one model (data parallelism)."""
     details: dict[str, Any] = field(default_factory=dict)
 
 

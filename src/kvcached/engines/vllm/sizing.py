@@ -83,7 +83,8 @@ def unsupported_config(vllm_config: Any) -> str:
     reasons = {
         f"workers started by {executor!r}": executor not in _EXECUTORS,
         "more than one machine": getattr(parallel, "nnodes", 1) > 1,
-        "data parallelism": getattr(parallel, "data_parallel_size", 1) > 1,
+        # Replicas of other models are engines of their own, and told that they are one.
+        "data parallelism of experts": getattr(parallel, "data_parallel_size", 1) > 1,
         "decode context parallelism": getattr(parallel, "decode_context_parallel_size", 1) > 1,
         "a KV connector": vllm_config.kv_transfer_config is not None,
         "KV offloading": bool(getattr(cache, "kv_offloading_size", None)),
@@ -244,6 +245,7 @@ def _decide(worker: Any, plan: Plan, specs: dict[str, Any]) -> int:
         request_bytes=address_bytes(config, specs, 0, 1),
         runs_on=config.speculative_config is not None
         or getattr(config.model_config, "runner_type", "") == "pooling",
+        replica=getattr(config.parallel_config, "data_parallel_index", 0),
     )
     _log.info("%s of addresses for the KV cache", format_size(nbytes))
     return nbytes
