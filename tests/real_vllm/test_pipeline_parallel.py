@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
 import pytest
-from real_vllm import rig
+from real_vllm import offline, rig
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 # On the CPU stock vLLM makes what the stages hand on while it compiles, and not at all if told not
@@ -84,3 +91,37 @@ def test_two_stages_of_two_workers(model, stock, run_dir):
                     VLLM_PP_LAYER_PARTITION="3,1")  # fmt: skip
     assert tokens(ours) == tokens(theirs)
     assert ours["phases"][-1]["tenants"][0]["report"]["in_use_bytes"] == rig.BLOCK
+
+
+def worker_of(server, title):
+    """The process of this title below the server."""
+    for pid in offline.descendants(server.process.pid):
+        with contextlib.suppress(OSError):
+            if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(title.encode()):
+                return pid
+    raise AssertionError(f"no process is called {title}")
+
+
+@pytest.mark.slow
+def test_a_stage_that_dies_takes_its_engine_with_it_and_the_memory_is_back(model, run_dir):
+    server = rig.Server(
+        model, run_dir, run_dir / "log", "--pipeline-parallel-size=2", "--no-enforce-eager",
+        '--compilation-config={"mode": 2, "backend": "eager"}', KVCACHED="strict",
+        KVCACHED_NAME="stages", VLLM_CPU_OMP_THREADS_BIND="0|1", VLLM_PP_LAYER_PARTITION="3,1",
+    )  # fmt: skip
+    try:
+        server.wait(400)
+        with ThreadPoolExecutor(4) as pool:
+            doomed = [pool.submit(server.complete, f"request {i}", 600) for i in range(4)]
+            time.sleep(2)
+            assert rig.tenants(run_dir)[0]["report"]["in_use_bytes"] > rig.BLOCK
+            os.kill(worker_of(server, "VLLM::Worker_PP1"), signal.SIGKILL)
+            for future in doomed:
+                with pytest.raises(OSError):  # noqa: PT011 - an error, or the end of the connection
+                    future.result()
+        end = time.monotonic() + 60
+        while (found := rig.tenants(run_dir)) and time.monotonic() < end:
+            time.sleep(0.1)
+        assert found == []
+    finally:
+        server.end()
