@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from typing import Any
 
 from vllm_run import GIB, SMALL, Recorded, add, compared_at_once, share
 
+EXACT = {"VLLM_BATCH_INVARIANT": "1"}
+"""For vLLM: what a request gets does not depend on which others share its batch, which is a matter
+of time. With gpt-oss it also means one tile of experts for all batches: else each size of batch
+has one of its own, which is compiled while the engine serves."""
+TRITON = {"attention_backend": "TRITON_ATTN", "env": EXACT}
+"""Its kernels keep to that. Those of FLASH_ATTN do not: with them stock differs from itself."""
 LAYOUTS: dict[str, dict[str, Any]] = {
-    "blocks of 64": {"shape": "small", "block_size": 64},
-    "blocks of 256": {"shape": "small", "block_size": 256},
-    "fp8 cache": {"shape": "small", "kv_cache_dtype": "fp8", "attention_backend": "TRITON_ATTN"},
+    "blocks of 64": {"shape": "small", "block_size": 64, **TRITON},
+    "blocks of 256": {"shape": "small", "block_size": 256, **TRITON},
+    "fp8 cache": {"shape": "small", "kv_cache_dtype": "fp8", **TRITON},
     "windows beside full attention (Gemma-3)": {"shape": "gemma3"},
-    "windows, sinks, experts (gpt-oss)": {"shape": "gpt-oss"},
+    "windows, sinks, experts (gpt-oss)": {"shape": "gpt-oss", **TRITON},
     "windows alone (Mistral)": {"shape": "mistral"},
-    "MLA (DeepSeek-V2)": {"shape": "deepseek"},
+    "MLA (DeepSeek-V2)": {"shape": "deepseek", "attention_backend": "TRITON_MLA", "env": EXACT},
+    "FLASHINFER": {"shape": "small", "attention_backend": "FLASHINFER",
+                   "enable_flashinfer_autotune": False},
     "drafts by n-grams": {
         "shape": "small",
         "speculative_config": {
@@ -22,9 +31,10 @@ LAYOUTS: dict[str, dict[str, Any]] = {
             "num_speculative_tokens": 4,
             "prompt_lookup_max": 3,
         },
+        **TRITON,
     },
-    "TP=2": {"shape": "small", "tensor_parallel_size": 2},
-}
+    "TP=2": {"shape": "small", "tensor_parallel_size": 2, **TRITON},
+}  # fmt: skip
 """What is compared beside the shapes of the other parts; models are small, with seeded weights."""
 
 
@@ -34,10 +44,20 @@ QUICK = {"max_model_len": 1024, "kv_cache_memory_bytes": GIB,
 """Of their engines: decodes in graphs, but nothing compiled, which takes most of a start."""
 
 
-def layouts() -> None:
-    """Greedy tokens of stock and elastic engines over other layouts, models and ranks."""
+def possible(changes: dict[str, Any]) -> bool:
+    """Whether what a layout needs is here: enough devices, FlashInfer."""
     import torch
 
+    ranks = changes.get("tensor_parallel_size", 1) * changes.get("pipeline_parallel_size", 1)
+    if changes.get("attention_backend") == "FLASHINFER" and not importlib.util.find_spec(
+        "flashinfer"
+    ):
+        return False
+    return ranks <= torch.cuda.device_count()
+
+
+def layouts() -> None:
+    """Greedy tokens of stock and elastic engines over other layouts, models and ranks."""
     shown: dict[str, str] = {}
     again: dict[str, str | None] = {}
     failed: dict[str, str] = {}
@@ -45,15 +65,14 @@ def layouts() -> None:
         chosen = os.environ.get("LAYOUTS")
         if chosen and not any(word in label for word in chosen.split(",")):
             continue
-        ranks = changes.get("tensor_parallel_size", 1)
-        if not Recorded.folder and ranks > torch.cuda.device_count():
+        if not Recorded.folder and not possible(changes):
             continue
-        arguments = SMALL | QUICK | {k: v for k, v in changes.items() if k != "shape"}
+        own = {k: v for k, v in changes.items() if k not in {"shape", "env"}}
         name = "layout_" + "".join(c if c.isalnum() else "_" for c in label)
         try:
             shown[label], again[label] = compared_at_once(
                 name, shape=changes["shape"], phases="4,24,8", prompt=500, output=96, settle=0,
-                seconds=120, engine=arguments,
+                seconds=120, engine=SMALL | QUICK | own, env=changes.get("env"),
             )  # fmt: skip
         except RuntimeError as error:
             failed[label] = str(error)[-600:]
