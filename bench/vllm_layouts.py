@@ -34,6 +34,13 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         **TRITON,
     },
     "TP=2": {"shape": "small", "tensor_parallel_size": 2, **TRITON},
+    "PP=2": {"shape": "small", "pipeline_parallel_size": 2, **TRITON},
+    "stages of 3 and 5 layers": {
+        "shape": "small",
+        "pipeline_parallel_size": 2,
+        **TRITON,
+        "env": EXACT | {"VLLM_PP_LAYER_PARTITION": "3,5"},
+    },
 }  # fmt: skip
 """What is compared beside the shapes of the other parts; models are small, with seeded weights."""
 
