@@ -26,6 +26,7 @@ ZERO = ("never", "on-tenant-change", "always")
 """When pages can be cleared."""
 SLEEP = ("drop", "keep")
 """What can become of the cached prefixes of an engine that falls asleep."""
+_LEAST_PAGE = 4096
 _NAME = re.compile(r"^[a-z0-9][a-z0-9._-]{0,63}\Z")
 
 
@@ -47,18 +48,20 @@ def parse_size(text: int | str, *, total: int | None = None) -> int:
     if number == float("inf"):  # hundreds of digits
         raise _bad_size(text)
     if unit == "%":
-        if total is None or number > 100:
-            raise _bad_size(text)
+        if total is None:
+            raise _bad_size(text, "a share, where a size is needed", share="")
+        if number > 100:
+            raise _bad_size(text, "more than all there is")
         return int(total * number / 100)
     if unit not in _UNITS:
         raise _bad_size(text)
     return int(number * _UNITS[unit])
 
 
-def _bad_size(text: object) -> InvalidSize:
-    return InvalidSize(
-        f"{text!r} is not a size", hint="Sizes: 1048576, '512MiB', '8G' (=GiB), '40%'."
-    )
+def _bad_size(
+    text: object, what: str = "not a size", *, share: str = ", '40%'"
+) -> InvalidSize:  # fmt: skip
+    return InvalidSize(f"{text!r} is {what}", hint=f"Sizes: 1048576, '512MiB', '8G' (=GiB){share}.")
 
 
 def format_size(nbytes: int) -> str:
@@ -141,11 +144,12 @@ class Config:
     def from_env(cls, environ: Mapping[str, str] | None = None) -> Config:
         """Read ``KVCACHED_*`` from ``environ`` (default: ``os.environ``).
 
-        Raises ``InvalidConfig`` naming the variable. Unknown variables are left alone.
+        An empty variable counts as one that is not set. Raises ``InvalidConfig`` naming the
+        variable. Unknown variables are left alone (``kvcached doctor`` lists them).
         """
         env = os.environ if environ is None else environ
-        given = {f.name: env[f"KVCACHED_{f.name.upper()}"] for f in fields(cls)
-                 if f"KVCACHED_{f.name.upper()}" in env}  # fmt: skip
+        given = {f.name: text for f in fields(cls)
+                 if (text := env.get(f"KVCACHED_{f.name.upper()}", ""))}  # fmt: skip
         values: dict[str, Any] = {name: _read(name, text) for name, text in given.items()}
         if not values.get("runtime_dir") and env.get("XDG_RUNTIME_DIR"):
             values["runtime_dir"] = f"{env['XDG_RUNTIME_DIR']}/kvcached"
@@ -173,6 +177,13 @@ def _is_seconds(value: Any) -> bool:
     return number and 0 <= value < 1e6
 
 
+def _is_page(value: Any) -> bool:
+    if not isinstance(value, str) or not value:
+        return value == ""  # the choice is left to us
+    nbytes = parse_size(value)
+    return nbytes >= _LEAST_PAGE and not nbytes & (nbytes - 1)
+
+
 def _is_size(*, empty: bool = False, share: bool = False) -> Callable[[Any], bool]:
     """A test for sizes as text; ``empty`` leaves the choice to us, ``share`` allows ``"40%"``."""
 
@@ -190,9 +201,9 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "runtime_dir": (_is_text, "Use the path of a directory."),
     "budget": (_is_size(empty=True, share=True), "Use '8G' or '40%'."),
     "headroom": (_is_size(share=True), "Use '1GiB' or '5%'."),
-    "broker": (_is_flag, "Use True or False."),
-    "check": (_is_flag, "Use True or False."),
-    "host_page": (_is_size(empty=True), "Use '64KiB'."),
+    "broker": (_is_flag, "Use True or False; of a variable, 1 or 0."),
+    "check": (_is_flag, "Use True or False; of a variable, 1 or 0."),
+    "host_page": (_is_page, "Use a power of two from 4KiB on, such as '64KiB'."),
     "host_memory": (HOST_MEMORY.__contains__, f"Use {' or '.join(HOST_MEMORY)}."),
     "max_handle": (_is_size(), "Use '256MiB'."),
     "spare_seconds": (_is_seconds, "Use a number of seconds >= 0."),
@@ -232,8 +243,7 @@ def _read(name: str, text: str) -> Any:
     try:
         value = _READERS.get(name, str)(text)
     except ValueError as error:  # InvalidConfig is one too
-        reason = getattr(error, "message", str(error))
-        raise InvalidConfig(f"{said}: {reason}", hint=_FIELDS[name][1]) from error
+        raise InvalidConfig(f"{said} cannot work", hint=_FIELDS[name][1]) from error
     _check(name, value, said)
     return value
 
@@ -263,7 +273,8 @@ def engine_config(environ: Mapping[str, str] | None = None) -> Config:
     ``KVCACHED_IPC_NAME`` for ``KVCACHED_NAME``, unless ours are set. Memory comes in smaller pieces
     than elsewhere: those of a request are empty when it ends, and can go to others.
     """
-    env = dict(os.environ if environ is None else environ)
+    given = os.environ if environ is None else environ
+    env = {variable: text for variable, text in given.items() if text}
     name = re.sub(r"[^a-z0-9._-]", "-", env.get("KVCACHED_IPC_NAME", "").lower()).strip("-._")
     if name:
         env.setdefault("KVCACHED_NAME", name[:64])

@@ -184,8 +184,9 @@ def test_the_runtime_directory_falls_back_to_that_of_the_session():
         ("KVCACHED_BUDGET", "140%"),
         ("KVCACHED_HEADROOM", "-1"),
         ("KVCACHED_HOST_PAGE", "40%"),
+        ("KVCACHED_HOST_PAGE", "5000"),
+        ("KVCACHED_HOST_PAGE", "2048"),
         ("KVCACHED_HOST_MEMORY", "shm"),
-        ("KVCACHED_MAX_HANDLE", ""),
         ("KVCACHED_MAX_HANDLE", "1e9"),
         ("KVCACHED_SPARE_SECONDS", "soon"),
         ("KVCACHED_SPARE_SECONDS", "-1"),
@@ -199,6 +200,27 @@ def test_a_bad_value_names_its_variable(variable, text):
         Config.from_env({variable: text})
     assert variable in caught.value.message
     assert repr(text) in caught.value.message
+    assert caught.value.hint
+
+
+def test_an_empty_variable_is_one_that_is_not_set():
+    empty = {f"KVCACHED_{field.name.upper()}": "" for field in dataclasses.fields(Config)}
+    assert Config.from_env(empty) == Config()
+    assert engine_config(empty) == engine_config({}) != Config()
+
+
+def test_a_share_that_cannot_be_says_why():
+    with pytest.raises(InvalidSize, match="more than all there is"):
+        parse_size("140%", total=1000)
+    with pytest.raises(InvalidConfig, match="a share, where a size is needed") as caught:
+        Config.from_env({"KVCACHED_MAX_HANDLE": "40%"})
+    assert "%" not in caught.value.hint
+
+
+def test_the_hint_of_a_flag_can_be_typed():
+    with pytest.raises(InvalidConfig) as caught:
+        Config.from_env({"KVCACHED_BROKER": "maybe"})
+    assert "1 or 0" in caught.value.hint
 
 
 @pytest.mark.parametrize(
@@ -214,6 +236,7 @@ def test_a_bad_value_names_its_variable(variable, text):
         ("check", 1),
         ("host_page", "40%"),
         ("host_page", 4096),
+        ("host_page", "3000"),
         ("host_memory", "shm"),
         ("host_memory", []),
         ("max_handle", ""),
