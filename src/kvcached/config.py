@@ -261,6 +261,15 @@ def plugin_mode(environ: Mapping[str, str] | None = None) -> str:
     return "on" if _flag(text) else "off"
 
 
+VARIABLES = frozenset({
+    *(f"KVCACHED_{field.name.upper()}" for field in fields(Config)),
+    "KVCACHED", "ENABLE_KVCACHED",  # plugin_mode
+    "KVCACHED_IPC_NAME", "KVCACHED_GPU_UTILIZATION",  # engine_config
+    "KVCACHED_HYPOTHESIS_PROFILE", "KVCACHED_CI_VENV", "KVCACHED_VLLM_WHEELS",  # its development
+})  # fmt: skip
+"""The variables that somebody reads."""
+
+
 _ENGINE_HANDLE = "32MiB"
 """About what a request of a few hundred tokens takes. A larger one still holds blocks of other
 requests when most of its own have ended, and nothing of it can be given back."""

@@ -278,7 +278,7 @@ def test_changes_of_a_limit_that_cross_end_the_same_on_both_sides(tenant):
 
 def test_names(tenant):
     tenant("a")
-    with pytest.raises(NameTaken, match="a is taken by process"):
+    with pytest.raises(NameTaken, match="the name 'a' is taken by process"):
         tenant("a")
     with pytest.raises(UnknownName, match="live: a"):
         set_tenant_limit("b", 1)

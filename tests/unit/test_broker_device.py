@@ -13,7 +13,7 @@ from broker_tenant import MIB, CountingTenant
 from fake_nvml import UUID, FakeCard, FakeNvml
 from fault.broker_rig import PACKAGE, until
 
-from kvcached.broker.admin import list_tenants, request_reclaim
+from kvcached.broker.admin import list_tenants, request_reclaim, set_tenant_limit
 from kvcached.broker.capacity import default_capacity
 from kvcached.broker.files import RuntimeDir, try_lock
 from kvcached.broker.nvml import open_card
@@ -187,6 +187,21 @@ def test_a_cuda_backend_has_a_broker_and_a_limit_within_its_capacity(gpu, runtim
     if broker:  # no machine has a card of that name
         assert until(lambda: log.exists() and "others use of this device is not seen" in
                      log.read_text())  # fmt: skip
+
+
+def test_the_start_of_a_uuid_is_enough_to_look_and_to_steer(gpu, runtime_dir):
+    config = Config(runtime_dir=str(runtime_dir))
+    budget = make_budget("a", gpu, config, limit="1GiB", floor=0, weight=1.0)
+    try:
+        whole = device_slug(gpu)
+        for start in (whole, whole[:12], whole[:12].lower()):  # ps shows 12 characters
+            (found,) = list_tenants(start, config=config)
+            assert found.device == whole.lower()
+        assert list_tenants("gpu-0123fedc", config=config) == []
+        assert list_tenants("cpu", config=config) == []
+        assert set_tenant_limit("a", MIB, device=whole[:12], config=config).desired_bytes == MIB
+    finally:
+        budget.close()
 
 
 def test_who_only_schedules_knows_the_capacity_of_a_card():

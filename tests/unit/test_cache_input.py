@@ -189,9 +189,9 @@ def test_a_layer_that_is_not_there_is_refused(index):
 def test_a_limit_that_is_no_size_is_refused(size):
     with tiny_cache() as cache:
         before = cache.stats()
-        with pytest.raises(InvalidSize, match="not a size|more than all there is"):
+        with pytest.raises(InvalidSize, match=r"not a size|more than all there is"):
             cache.set_limit(size)
-        with pytest.raises(InvalidSize, match="not a size|more than all there is"):
+        with pytest.raises(InvalidSize, match=r"not a size|more than all there is"):
             cache.evict_prefixes(size)
         assert cache.stats() == before
 

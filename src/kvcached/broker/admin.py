@@ -28,7 +28,8 @@ def list_tenants(
 ) -> list[DeviceSnapshot]:
     """Devices that have a broker, with their tenants. Never starts a broker.
 
-    ``device`` is ``"cpu"``, a GPU's UUID, or ``None`` for all. Raises ``UnsafeRuntimeDir``.
+    ``device`` is ``"cpu"``, a GPU's UUID or the start of one (as ``kvcached ps`` shows it), or
+    ``None`` for all. Raises ``UnsafeRuntimeDir``.
     """
     found = []
     for path in _sockets(device, config):
@@ -60,13 +61,13 @@ def request_reclaim(
 
 def _sockets(device: str | None, config: Config | None) -> list[str]:
     directory = p.runtime_dir(config or Config.from_env(), create=False)
-    if device is not None:
-        return [f"{directory}/{p.device_slug(device)}.sock"]
+    start = "" if device is None else p.device_slug(device)
     try:
         names = sorted(os.listdir(directory))
     except FileNotFoundError:
         return []
-    return [f"{directory}/{name}" for name in names if name.endswith(".sock")]
+    return [f"{directory}/{name}" for name in names
+            if name.endswith(".sock") and name.startswith(start)]  # fmt: skip
 
 
 def _steer(

@@ -40,8 +40,9 @@ _ERRORS: dict[int, type[KvcachedError]] = {
     p.REFUSED: InvalidInput, p.BAD_MESSAGE: ProtocolError,
 }  # fmt: skip
 _HINTS = {
-    p.NAME_TAKEN: "Give each engine of a device its own name=.",
-    p.REFUSED: "Lower the floors, or raise the budget.",
+    p.NAME_TAKEN: "Give each engine of a device a name of its own (name=, KVCACHED_NAME).\n"
+    "kvcached ps      shows those that run",
+    p.REFUSED: "Lower the floors, or raise the budget (KVCACHED_BUDGET of who starts first).",
 }
 _SAID = ("capacity", "slot", "limit", "ceiling", "revision")
 _open_fds: set[int] = set()

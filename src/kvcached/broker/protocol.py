@@ -194,7 +194,8 @@ def device_slug(device: str) -> str:
     rest = slug.removeprefix("gpu-")
     if slug != "cpu" and (rest == slug or not rest or set(rest) - set("0123456789abcdef-")):
         raise InvalidInput(
-            f"device {device!r} has no broker", hint="Use 'cpu', or a GPU's UUID ('GPU-...')."
+            f"a broker knows no device {device!r}",
+            hint="Use 'cpu', or a GPU's UUID ('GPU-...'), as `kvcached ps` shows it.",
         )
     return slug
 

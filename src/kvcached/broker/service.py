@@ -172,7 +172,9 @@ class Service:
             raise ProtocolError("meta is too long, or this connection has a tenant already")
         taken = self.members.holder_of(str(name), instance)
         if taken is not None:
-            raise Refusal(p.NAME_TAKEN, f"{name} is taken by process {taken.pid}", pid=taken.pid)
+            raise Refusal(
+                p.NAME_TAKEN, f"the name {name!r} is taken by process {taken.pid}", pid=taken.pid
+            )
         if len(self.members.by_ident) >= SLOTS:
             raise Refusal(p.BUSY, f"this broker serves {SLOTS} tenants and no more")
         self._join(peer, message, fds, now)
@@ -195,7 +197,10 @@ class Service:
         if tenant is None:
             os.close(pidfd)
             capacity = self.ledger.capacity
-            raise Refusal(p.REFUSED, f"the floors of all exceed the capacity of {capacity} bytes")
+            raise Refusal(
+                p.REFUSED,
+                f"the floors of all exceed the capacity of {capacity / (1 << 20):,.1f} MiB",
+            )
         self._replace(body["instance"], tenant.ident, own_limit=body.get("own") is True)
         used = {member.slot for member in self.members.by_ident.values()}
         slot = next(i for i in range(SLOTS) if i not in used)

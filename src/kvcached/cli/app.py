@@ -10,27 +10,56 @@ import typer
 from kvcached import __version__
 from kvcached.cli.render import note, print_json, terminal_width
 
+_CODES = """Exit codes: 0 done, 1 failed, 2 usage, 3 nothing by that name, 4 not allowed,
+5 no broker, 6 out of budget. Settings are environment variables: see doctor."""
 
-def _typer(text: str, *, completion: bool = False, bare: bool = False) -> typer.Typer:
+
+def _typer(text: str, *, bare: bool = False) -> typer.Typer:
     # plain help: no colour codes, 80 columns, and rich (40 ms) stays unimported
     return typer.Typer(
         help=text,
+        epilog=_CODES,
         no_args_is_help=not bare,
-        add_completion=completion,
         rich_markup_mode=None,
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80},
     )
 
 
-kvcached = _typer("The KV cache of LLM servers as virtual memory.", completion=True)
+kvcached = _typer("The KV cache of LLM servers as virtual memory.")
 kvctl = _typer("Look at the tenants of a device, and limit them.")
 kvtop = _typer("Watch the tenants of all devices.", bare=True)
 
+
+def _print_version(wanted: bool) -> None:  # noqa: FBT001 (typer calls it so)
+    if wanted:
+        print(f"kvcached-py {__version__} from {os.path.dirname(os.path.dirname(__file__))}")
+        raise typer.Exit
+
+
+def _names() -> list[str]:
+    from kvcached.cli import tenants
+
+    return tenants.completions()
+
+
 Device = Annotated[
-    str | None, typer.Option("--device", help="'cpu' or a GPU's UUID; default: all.")
+    str | None,
+    typer.Option(
+        "--device", metavar="DEVICE", help="'cpu', or a GPU's UUID or its start; default: all."
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+Version = Annotated[
+    bool,
+    typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version),
+]
+
+
+@kvcached.callback()
+@kvctl.callback()
+def _group(version: Version = False) -> None:
+    """What all commands of a group take."""
 
 
 @kvctl.command("ps")
@@ -56,8 +85,12 @@ def ps(device: Device = None, json: Json = False) -> None:
 @kvctl.command("limit")
 @kvcached.command("limit")
 def limit(
-    name: Annotated[str, typer.Argument(help="As shown by ps.")],
-    size: Annotated[str, typer.Argument(help="512MiB, 8G (= GiB), or 40% of the device.")],
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="As shown by ps.", autocompletion=_names)
+    ],
+    size: Annotated[
+        str, typer.Argument(metavar="SIZE", help="512MiB, 8G (= GiB), or 40% of the device.")
+    ],
     device: Device = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would change.")] = False,
     json: Json = False,
@@ -99,10 +132,13 @@ def doctor(
 @kvcached.command("top")
 def top(
     device: Device = None,
-    seconds: Annotated[float, typer.Option(min=0.1, help="Between two looks.")] = 1.0,
+    seconds: Annotated[
+        float, typer.Option(min=0.1, metavar="SECONDS", help="Between two looks.")
+    ] = 1.0,
     once: Annotated[bool, typer.Option("--once", help="Look once and leave.")] = False,
     plain: Annotated[bool, typer.Option("--plain", help="No colour, no redrawing.")] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    version: Version = False,  # noqa: ARG001 (its callback has printed it and left)
 ) -> None:
     """Watch the tenants of all devices until q or Ctrl-C."""
     from kvcached.cli import top as work
@@ -112,12 +148,18 @@ def top(
 
 @kvcached.command("demo")
 def demo(
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, or auto.")] = "cpu",
-    seconds: Annotated[float, typer.Option(min=1, help="About how long it may take.")] = 90.0,
-    budget: Annotated[str, typer.Option(help="KV memory of both engines together.")] = "",
+    device: Annotated[
+        str, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1, or auto.")
+    ] = "cpu",
+    seconds: Annotated[
+        float, typer.Option(min=1, metavar="SECONDS", help="About how long it may take.")
+    ] = 90.0,
+    budget: Annotated[
+        str, typer.Option(metavar="SIZE", help="KV memory of both engines together.")
+    ] = "",
     json: Annotated[str, typer.Option(metavar="FILE", help="Write the figures here.")] = "",
     svg: Annotated[str, typer.Option(metavar="FILE", help="Write the picture here.")] = "",
-    seed: Annotated[int, typer.Option(help="Of the workload.")] = 0,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of the workload.")] = 0,
     model: Annotated[str, typer.Option(metavar="DIR", help="A local Hugging Face model.")] = "",
     plain: Annotated[bool, typer.Option("--plain", help="No colour, no redrawing.")] = False,
 ) -> None:
@@ -128,12 +170,3 @@ def demo(
         device=device, seconds=seconds, budget=budget, json=json, svg=svg, seed=seed, model=model,
         plain=plain,
     )  # fmt: skip
-
-
-@kvcached.callback(invoke_without_command=True)
-def _version(
-    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
-) -> None:
-    if version:
-        print(f"kvcached-py {__version__} from {os.path.dirname(os.path.dirname(__file__))}")
-        raise typer.Exit

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import difflib
 import os
 import platform
 import resource
@@ -14,11 +15,14 @@ from kvcached import __version__
 from kvcached.cli import probes
 from kvcached.cli.checks import Check
 from kvcached.cli.gpus import gpu_checks
-from kvcached.config import Config, format_size
-from kvcached.errors import KvcachedError
+from kvcached.cli.tenants import count_tenants
+from kvcached.config import VARIABLES, Config, format_size, plugin_mode
+from kvcached.errors import InvalidConfig, KvcachedError, UnsafeRuntimeDir
 from kvcached.hostinfo import cgroup_limit
 
-HOST_BACKEND = "host backend"
+HOST_BACKEND, SETTINGS = "host backend", "settings"
+_ALIKE = 0.88
+"""So like a name that we read must another be to be a slip of it."""
 _LOW_MAP_COUNT = 65_530
 _LOW_MEMLOCK = 64 << 20
 KNOWN_ENGINES = {"transformers": ("5.0", "5.17"), "vllm": ("0.24", "0.32")}
@@ -35,15 +39,16 @@ def run_checks() -> list[Check]:
     On a GPU pages are mapped for a moment, to see what that costs.
     """
     groups: Sequence[Callable[[], Iterable[Check]]] = (
-        check_python, check_package, check_libraries, check_host_backend, check_driver,
-        check_runtime_dir, check_system, check_brokers, check_engines,
+        check_python, check_package, check_libraries, check_settings, check_host_backend,
+        check_driver, check_runtime_dir, check_system, check_brokers, check_engines,
     )  # fmt: skip
     return [check for group in groups for check in group()]
 
 
 def host_backend_works(checks: Sequence[Check]) -> bool:
     """Whether ``device="cpu"`` can be used, which is what the exit code says."""
-    return all(check.status == "ok" for check in checks if check.name == HOST_BACKEND)
+    needed = [check for check in checks if check.name in {SETTINGS, HOST_BACKEND}]
+    return all(check.status != "fail" for check in needed)
 
 
 def verdict(checks: Sequence[Check]) -> str:
@@ -93,6 +98,31 @@ def check_libraries() -> Iterator[Check]:
                     "" if version else f"pip install 'kvcached-py[{extra}]'")  # fmt: skip
 
 
+def check_settings() -> Iterator[Check]:
+    """The variables that are set, and those that nobody reads, which may be misspelt."""
+    given = sorted(name for name in os.environ if name.startswith(("KVCACHED", "ENABLE_KVCACHED")))
+    known = [f"{name}={os.environ[name]}" for name in given if name in VARIABLES]
+    try:
+        Config.from_env()
+        plugin_mode()
+    except InvalidConfig as error:
+        yield Check(SETTINGS, "fail", error.message, error.hint)
+    else:
+        yield Check(SETTINGS, "ok", ", ".join(known) or "no KVCACHED_... variable is set")
+    for name in [name for name in given if name not in VARIABLES]:
+        close = difflib.get_close_matches(name, VARIABLES, 1, _ALIKE)
+        guess = f"; did you mean {close[0]}?" if close else ""
+        yield Check(SETTINGS, "warn" if close else "info", f"nothing reads {name}{guess}")
+
+
+def _config() -> Config:
+    """The settings, or the defaults if they cannot be read, which is said once and above."""
+    try:
+        return Config.from_env()
+    except InvalidConfig:
+        return Config()
+
+
 def check_host_backend() -> Iterator[Check]:
     """Reserve, map, write, read, unmap and release with the host backend as configured."""
     try:
@@ -102,7 +132,7 @@ def check_host_backend() -> Iterator[Check]:
                     "Needs Linux 5.7 or newer, and no seccomp profile in the way.")  # fmt: skip
     else:
         total, available = (format_size(n) for n in probes.memory_bytes())
-        kind = Config.from_env().host_memory
+        kind = _config().host_memory
         detail = f"{kind} pages map and unmap; {available} of {total} available"
         yield Check(HOST_BACKEND, "ok", detail)
 
@@ -110,7 +140,7 @@ def check_host_backend() -> Iterator[Check]:
 def _exercise_host_backend() -> None:
     from kvcached.memory.host import HostBackend
 
-    backend = HostBackend(memory=Config.from_env().host_memory)
+    backend = HostBackend(memory=_config().host_memory)
     try:
         room = backend.reserve(2 * backend.page_bytes)
         handle = backend.create(1)
@@ -138,7 +168,7 @@ def check_runtime_dir() -> Iterator[Check]:
     from kvcached.broker.protocol import runtime_dir
 
     try:
-        path = runtime_dir(Config.from_env(), create=False)
+        path = runtime_dir(_config(), create=False)
     except KvcachedError as error:
         yield Check("runtime dir", "warn", error.message, error.hint)
         return
@@ -187,7 +217,9 @@ def check_brokers() -> Iterator[Check]:
     from kvcached.broker.admin import list_tenants
 
     try:
-        devices = list_tenants(config=Config.from_env())
+        devices = list_tenants(config=_config())
+    except UnsafeRuntimeDir:
+        return  # said above
     except KvcachedError as error:
         yield Check("broker", "warn", error.message, error.hint)
         return
@@ -196,7 +228,7 @@ def check_brokers() -> Iterator[Check]:
     for device in devices:
         leased, capacity = format_size(device.leased_bytes), format_size(device.capacity_bytes)
         yield Check("broker", "ok", f"{device.device}: pid {device.broker_pid}, "
-                    f"{leased} of {capacity} leased by {len(device.tenants)} tenants")  # fmt: skip
+                    f"{leased} of {capacity} leased by {count_tenants(device)}")  # fmt: skip
 
 
 def check_engines() -> Iterator[Check]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from kvcached.broker.admin import list_tenants, set_tenant_limit
 from kvcached.cli.render import fits, format_age, shorten, table
 from kvcached.config import Config, format_size, parse_size
-from kvcached.errors import BrokerUnavailable, InvalidInput, UnknownName
+from kvcached.errors import BrokerUnavailable, InvalidInput, KvcachedError, UnknownName
 from kvcached.stats import LimitRecord
 
 if TYPE_CHECKING:
@@ -22,6 +22,14 @@ HEADERS = ("NAME", "DEVICE", "PID", "IN USE", "CACHED", "SPARE", "LEASE", "LIMIT
 def snapshots(device: str | None) -> list[DeviceSnapshot]:
     """All devices that have a broker; starts none."""
     return list_tenants(device, config=Config.from_env())
+
+
+def completions() -> list[str]:
+    """Names for a shell to complete; a shell wants no error in the middle of a line."""
+    try:
+        return sorted({tenant.name for device in snapshots(None) for tenant in device.tenants})
+    except (KvcachedError, OSError):
+        return []
 
 
 def devices_to_dict(devices: Sequence[DeviceSnapshot]) -> dict[str, Any]:
@@ -71,6 +79,12 @@ def lowered(devices: Sequence[DeviceSnapshot]) -> list[str]:
     return lines
 
 
+def count_tenants(device: DeviceSnapshot) -> str:
+    """``"1 tenant"``, ``"3 tenants"``."""
+    number = len(device.tenants)
+    return f"{number} tenant{'s' * (number != 1)}"
+
+
 def short_device(device: str) -> str:
     """A GPU's UUID cut to what tells the cards of one machine apart."""
     return device if len(device) <= 12 else device[:12]
@@ -107,6 +121,7 @@ def change_limit(name: str, size: str, *, device: str | None, dry_run: bool) -> 
 
     Raises ``BrokerUnavailable``, ``UnknownName`` (with the names that exist), ``InvalidSize``.
     """
+    parse_size(size, total=1)  # what cannot be a size needs no broker to be refused
     owner, tenant = find(snapshots(device), name)
     nbytes = parse_size(size, total=owner.capacity_bytes)
     if nbytes > owner.capacity_bytes:

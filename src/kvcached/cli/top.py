@@ -31,7 +31,8 @@ LEGEND = ("in use", "cached", "spare", "leased")
 
 def run(device: str | None, *, seconds: float, once: bool, plain: bool, json: bool) -> None:
     """Look every ``seconds`` until told to stop, or ``once``."""
-    live = not (once or plain or json) and sys.stdout.isatty()
+    redraws = sys.stdout.isatty() and os.environ.get("TERM", "") not in {"dumb", "unknown"}
+    live = redraws and not (once or plain or json)
     with contextlib.suppress(KeyboardInterrupt):
         if live:
             _run_live(device, seconds)
@@ -45,6 +46,8 @@ def run(device: str | None, *, seconds: float, once: bool, plain: bool, json: bo
             if once:
                 return
             time.sleep(seconds)
+            if not json:
+                print()
 
 
 # --- bars -------------------------------------------------------------------------------------
@@ -79,7 +82,7 @@ def device_line(device: DeviceSnapshot) -> str:
     """One line above the tenants of a device."""
     return (
         f"{device.device}: {format_size(device.leased_bytes)} of "
-        f"{format_size(device.capacity_bytes)} leased, {len(device.tenants)} tenants, "
+        f"{format_size(device.capacity_bytes)} leased, {tenants.count_tenants(device)}, "
         f"broker {device.broker_pid}"
     )
 
