@@ -180,6 +180,8 @@ class KVCache(ElasticBlocks):
 
     def block_tables(self, sequences: ListLike[Sequence]) -> NDArray[np.int32]:
         """Block tables int32 ``[len(sequences), most blocks]``, padded with the null block (0)."""
+        if isinstance(sequences, Sequence):
+            raise InvalidInput("block_tables takes a list of sequences", hint="Use [sequence].")
         with self._lock:
             self._require_open()
             for sequence in sequences:

@@ -112,7 +112,7 @@ def test_slugs():
     assert p.device_slug("cpu") == "cpu"
     assert p.device_slug("GPU-0a1b-ff") == "gpu-0a1b-ff"
     for bad in ("", "gpu-", "GPU-../x", "cuda:0", "cpu/../x"):
-        with pytest.raises(InvalidInput, match="no broker"):
+        with pytest.raises(InvalidInput, match="knows no device"):
             p.device_slug(bad)
 
 
@@ -155,6 +155,13 @@ def test_a_link_a_file_a_relative_and_a_long_path(runtime_dir):
     for path, match in cases.items():
         with pytest.raises(UnsafeRuntimeDir, match=match):
             p.runtime_dir(Config(runtime_dir=path))
+
+
+def test_a_session_without_its_directory_is_told_what_to_make(runtime_dir):
+    config = Config.from_env({"XDG_RUNTIME_DIR": str(runtime_dir / "gone")})  # as in a container
+    with pytest.raises(UnsafeRuntimeDir) as caught:
+        p.runtime_dir(config)
+    assert f"Make {runtime_dir / 'gone'}, or set KVCACHED_RUNTIME_DIR" in caught.value.hint
 
 
 def test_a_directory_of_somebody_else(runtime_dir):

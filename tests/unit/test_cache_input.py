@@ -179,6 +179,12 @@ def test_a_stranger_is_no_sequence(stranger):
                 use(stranger)
 
 
+def test_a_sequence_is_no_list_of_sequences():
+    with tiny_cache() as cache, pytest.raises(InvalidInput, match="a list of sequences") as caught:
+        cache.block_tables(cache.new_sequence())
+    assert "[sequence]" in caught.value.hint
+
+
 @pytest.mark.parametrize("index", [-1, 2, 1.0, "0", None, True])
 def test_a_layer_that_is_not_there_is_refused(index):
     with tiny_cache() as cache, pytest.raises(InvalidInput, match="the cache has 2"):

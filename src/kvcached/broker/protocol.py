@@ -227,7 +227,11 @@ def runtime_dir(config: Config, *, create: bool = True) -> str:
         except FileExistsError:
             pass
         except OSError as error:
-            raise _unsafe(path, f"cannot be made: {error.strerror}") from error
+            raise UnsafeRuntimeDir(
+                f"the runtime directory {path!r} cannot be made: {error.strerror}",
+                hint=f"Make {os.path.dirname(path)}, or set KVCACHED_RUNTIME_DIR to a directory of "
+                "your own with mode 0700; without it $XDG_RUNTIME_DIR/kvcached is taken.",
+            ) from error
     _check_dir(path)
     return path
 
