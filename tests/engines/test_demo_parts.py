@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import time
 import xml.etree.ElementTree as ET
@@ -24,6 +25,7 @@ from kvcached.demo.run import _check_budget, _fitting_budget
 from kvcached.demo.svg import picture
 from kvcached.demo.verify import differences
 from kvcached.demo.workload import CPU, ENGINES, Request, Workload, make_workload
+from kvcached.engines.transformers import cache_argument
 from kvcached.errors import EngineUnsupported, InvalidInput
 
 NO_BROKER = Config(broker=False)
@@ -47,6 +49,17 @@ def pair():
     for model in (stock, ours):
         model.generation_config.eos_token_id = 256
     return stock, ours
+
+
+def test_a_model_gets_the_cache_by_the_name_that_it_knows(pair):
+    known = inspect.signature(pair[1].forward).parameters
+    assert cache_argument(pair[1]) in known
+
+    class Newer(torch.nn.Module):
+        def forward(self, input_ids, cache=None):
+            return cache
+
+    assert cache_argument(Newer()) == "cache"
 
 
 def _cache(model, limit):

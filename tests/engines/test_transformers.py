@@ -264,7 +264,9 @@ def test_models_that_keep_something_else_are_refused(kind, what):
 
 def test_a_model_that_changes_keys_after_the_cache_is_found_out(pair, cache, monkeypatch):
     update = PackedCache.update
-    monkeypatch.setattr(ElasticCache, "update", lambda *a: tuple(x.clone() for x in update(*a)))
+    monkeypatch.setattr(
+        ElasticCache, "update", lambda *a, **k: tuple(x.clone() for x in update(*a))
+    )
     with pytest.raises(EngineUnsupported, match="LlamaAttention changes keys"):
         pair[1](**padded([4]), past_key_values=cache)
     pair[1](**padded([4]))
@@ -296,6 +298,16 @@ def test_a_closed_cache_says_so(pair, cache):
     cache.close()
     with pytest.raises(ClosedError):
         pair[1](**padded([3]), past_key_values=cache)
+    pair[1](**padded([3]))  # the refused call has left nothing behind that this one falls over
+
+
+def test_a_batch_that_does_not_continue_what_the_cache_holds_is_refused(pair, cache):
+    batch = padded([5, 20])
+    pair[1](**batch, past_key_values=cache)
+    with pytest.raises(InvalidInput, match=r"(?s)was given 20 and 20 more come.*reset\(\)"):
+        pair[1](**batch, past_key_values=cache)
+    cache.reset()
+    pair[1](**batch, past_key_values=cache)
 
 
 # --- devices ----------------------------------------------------------------------------------

@@ -204,7 +204,7 @@ class Engine:
         """One packed pass; the likeliest next token of each."""
         import torch
 
-        from kvcached.engines.transformers import PackedBatch
+        from kvcached.engines.transformers import PackedBatch, cache_argument
 
         ids = [token for item in work for token in item.tokens]
         positions: list[int] = []
@@ -220,8 +220,9 @@ class Engine:
         inputs = torch.tensor([[ids], [positions]], device=place)
         with torch.inference_mode():
             logits = self.model(
-                input_ids=inputs[0], position_ids=inputs[1], past_key_values=self._paged,
-                use_cache=True, logits_to_keep=torch.tensor(last, device=place),
+                input_ids=inputs[0], position_ids=inputs[1], use_cache=True,
+                logits_to_keep=torch.tensor(last, device=place),
+                **{cache_argument(self.model): self._paged},
             ).logits  # fmt: skip
         # Waits for all kernels of the step; whoever frees or moves blocks later relies on it.
         tokens: list[int] = logits[0].argmax(-1).tolist()

@@ -18,13 +18,18 @@ import numpy as np
 import torch
 
 from kvcached.engines.transformers_batch import PackedBatch
-from kvcached.engines.transformers_pages import NAME, PackedCache, PagedCache
+from kvcached.engines.transformers_pages import (
+    NAME,
+    PackedCache,
+    PagedCache,
+    cache_argument,
+)
 from kvcached.errors import ClosedError, EngineUnsupported, InvalidInput
 
 if TYPE_CHECKING:
     from kvcached.cache import KVCache
 
-__all__ = ["NAME", "ElasticCache", "PackedBatch", "PackedCache"]
+__all__ = ["NAME", "ElasticCache", "PackedBatch", "PackedCache", "cache_argument"]
 
 
 class ElasticCache(PagedCache):
@@ -114,6 +119,12 @@ class ElasticCache(PagedCache):
             mask = torch.ones(size, self.columns + length, dtype=torch.bool)
         if mask.dim() != 2:
             raise EngineUnsupported("elastic pages take a 2-dimensional attention mask only")
+        if mask.shape[1] != self.columns + length:
+            raise InvalidInput(
+                f"the attention mask is {mask.shape[1]} tokens long, but the cache was given "
+                f"{self.columns} and {length} more come",
+                hint="Call reset() between unrelated calls; in a conversation pass all tokens.",
+            )
         mask = mask.cpu()  # from a GPU: the one wait of a pass, as lengths are kept on the host
         if mask[:, : self.columns].sum(1).tolist() != held:
             raise InvalidInput(

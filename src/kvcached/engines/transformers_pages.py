@@ -12,6 +12,7 @@ transformers' own SDPA.
 
 from __future__ import annotations
 
+import inspect
 import threading
 import weakref
 from dataclasses import dataclass
@@ -224,10 +225,10 @@ class PagedCache(Cache):
                 f"the model's attention ({attention!r}) does not read elastic pages",
                 hint="Load the model with attn_implementation='kvcached'.",
             )
-        self._pending = layer
-        _expecting.owner = weakref.ref(self)
         if layer == 0:
             self._start(key, value)
+        self._pending = layer
+        _expecting.owner = weakref.ref(self)
 
     def _start(self, key: torch.Tensor, value: torch.Tensor) -> None:
         """A forward pass begins with these keys and values ``[B, Hkv, Q, D]`` of layer 0."""
@@ -318,6 +319,15 @@ def _check_config(config: Any) -> None:
         )
 
 
+def cache_argument(model: torch.nn.Module) -> str:
+    """As what ``model.forward`` takes a cache.
+
+    Newer releases call it ``cache``, and warn of the older name, ``past_key_values``.
+    """
+    known = inspect.signature(model.forward).parameters
+    return "cache" if "cache" in known else "past_key_values"
+
+
 class PackedCache(PagedCache):
     """The elastic pages of a ``KVCache``, for an engine's own packed forward pass.
 
@@ -325,7 +335,9 @@ class PackedCache(PagedCache):
 
         paged = PackedCache(model.config, cache)
         paged.batch = PackedBatch.of(cache, [(sequence, slots), ...])
-        model(input_ids=ids, position_ids=positions, past_key_values=paged)  # both [1, T]
+        model(input_ids=ids, position_ids=positions, **{cache_argument(model): paged})
+
+    with ``ids`` and ``positions`` ``[1, T]``.
 
     Parameters
     ----------
@@ -343,7 +355,6 @@ class PackedCache(PagedCache):
     def _start(self, key: torch.Tensor, *_: torch.Tensor) -> None:
         tokens = 0 if self.batch is None else len(self.batch.slot_mapping)
         if key.shape[0] * key.shape[2] != tokens:
-            self._pending = None
             raise InvalidInput(
                 f"the forward pass has {key.shape[0] * key.shape[2]} tokens, the batch {tokens}",
                 hint="Set .batch before each forward pass.",
