@@ -15,6 +15,9 @@ from kvcached.errors import ClosedError, ForkedProcessError, InvalidInput, Kvcac
 from kvcached.layout import CacheSpec
 from kvcached.memory.base import MemoryBackend
 
+DEVICES = "Use 'cpu', 'cuda', 'cuda:1', or a GPU's UUID ('GPU-...', as nvidia-smi -L says it)."
+"""The hint for what is none."""
+
 
 def check_arguments(
     spec: object, device: object, name: Any, max_tokens: object,
@@ -24,7 +27,7 @@ def check_arguments(
     if not isinstance(spec, CacheSpec):
         raise InvalidInput(f"spec is {spec!r}", hint="Make it with CacheSpec(...) or from_hf().")
     if not isinstance(device, str):
-        raise InvalidInput(f"device is {device!r}", hint="Use 'cpu', 'cuda' or 'cuda:1'.")
+        raise InvalidInput(f"device is {device!r}", hint=DEVICES)
     if name is not None:
         check_name(name)
     _check_tokens(max_tokens, spec.block_size)

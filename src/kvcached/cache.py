@@ -40,7 +40,7 @@ class KVCache(ElasticBlocks):
     spec:
         What a block holds.
     device:
-        ``"cpu"``, ``"cuda"``, ``"cuda:1"``.
+        ``"cpu"``, ``"cuda"``, ``"cuda:1"``, or a GPU's UUID (``"GPU-..."``).
     name:
         How other processes see this tenant; default ``pid-<pid>``.
     max_tokens:

@@ -7,7 +7,7 @@ import os
 from contextlib import suppress
 from typing import Any
 
-from kvcached.arguments import read_terms
+from kvcached.arguments import DEVICES, read_terms
 from kvcached.blocks import BlockPool
 from kvcached.broker.budget import Budget, LocalBudget
 from kvcached.config import Config, parse_size
@@ -27,7 +27,7 @@ _BOUNCE_BYTES = 64 << 20
 
 
 def make_backend(device: str, spec: CacheSpec, config: Config) -> MemoryBackend:
-    """A backend for ``"cpu"``, ``"cuda"`` or ``"cuda:N"``."""
+    """A backend for ``"cpu"``, ``"cuda"``, ``"cuda:N"`` or the UUID of a GPU."""
     return backend_for(device, _plane_block_bytes(spec), config)
 
 
@@ -37,11 +37,11 @@ def backend_for(device: str, block_bytes: int, config: Config) -> MemoryBackend:
         from kvcached.memory.host import HostBackend
 
         return HostBackend(_dividing_page(block_bytes, config), memory=config.host_memory)
-    if device == "cuda" or device.startswith("cuda:"):
+    if device == "cuda" or device.startswith(("cuda:", "GPU-", "MIG-")):
         from kvcached.memory.cuda import CudaBackend
 
         return CudaBackend("cuda:0" if device == "cuda" else device, zero=config.zero)
-    raise InvalidInput(f"device {device!r} is not known", hint="Use 'cpu', 'cuda' or 'cuda:1'.")
+    raise InvalidInput(f"device {device!r} is not known", hint=DEVICES)
 
 
 def host_page_bytes(spec: CacheSpec, config: Config) -> int:

@@ -7,6 +7,7 @@ import pytest
 from kvcached import CacheSpec, Config, KVCache
 from kvcached.broker.budget import LocalBudget
 from kvcached.errors import DriverError, InvalidInput
+from kvcached.memory import cuda
 from kvcached.memory.cuda import CudaBackend
 from kvcached.testing import FakeCudaDriver
 
@@ -127,3 +128,25 @@ def test_trim_and_reclaim_split_only_behind_the_fence(driver):
         cache.trim(fence=fence)
         assert fence.passed()
     backend.shutdown()
+
+
+# --- which device -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", ["cuda:1", "GPU-00000000-0000-fa4e-0000-000000000001"])
+def test_a_cache_goes_to_the_gpu_that_is_named(driver, monkeypatch, device):
+    monkeypatch.setattr(cuda, "load_driver", lambda: driver)
+    spec = CacheSpec(num_layers=2, num_kv_heads=2, head_dim=64)
+    config = Config(broker=False, budget="64MiB")
+    with KVCache(spec, device=device, max_tokens=4096, config=config) as cache:
+        assert cache.stats().device == "cuda:1"
+        cache.extend(cache.new_sequence(), 20)
+        cache.check()
+
+
+@pytest.mark.parametrize("device", ["gpu", "tpu:0", "GPU-12"])
+def test_what_is_no_device_is_refused_with_those_that_are(driver, monkeypatch, device):
+    monkeypatch.setattr(cuda, "load_driver", lambda: driver)
+    with pytest.raises(InvalidInput, match=device) as caught:
+        KVCache(CacheSpec(num_layers=2, num_kv_heads=2, head_dim=64), device=device)
+    assert "UUID" in caught.value.hint

@@ -90,8 +90,11 @@ def test_without_a_driver_library():
         def cuInit(self, flags):  # noqa: N802
             raise RuntimeError("libcuda.so.1 was not found")
 
-    with pytest.raises(BackendUnavailable, match=r"libcuda\.so\.1 was not found"):
+    with pytest.raises(BackendUnavailable, match=r"libcuda\.so\.1 was not found") as caught:
         CudaBackend(driver=NoLibrary())
+    assert "no NVIDIA driver was found" in caught.value.message
+    assert "older" not in caught.value.message
+    assert "nvidia-smi" in caught.value.hint
 
 
 def test_without_a_device(driver):

@@ -149,10 +149,14 @@ class Calls:
         """``cuInit``; ``BackendUnavailable`` without a usable driver."""
         try:
             self("cuInit", 0)
-        except (DriverError, BackendUnavailable) as error:  # the latter where no driver is
+        except BackendUnavailable as error:  # of this call: the bindings found no library
             raise BackendUnavailable(
-                f"no usable CUDA driver: {getattr(error, 'message', error)}",
-                hint=_INIT_HINTS.get(getattr(error, "status", ""), _NO_DRIVER_HINT),
+                f"no NVIDIA driver was found: {error.__cause__}", hint=_NO_DRIVER_HINT
+            ) from error.__cause__
+        except DriverError as error:
+            raise BackendUnavailable(
+                f"no usable CUDA driver: {error.message}",
+                hint=_INIT_HINTS.get(error.status, _NO_DRIVER_HINT),
             ) from error
         (version,) = self("cuDriverGetVersion")
         if version < _OLDEST_DRIVER:
