@@ -133,7 +133,10 @@ class ElasticBlocks:
             return self._blocks.trim()
 
     def evict_prefixes(self, nbytes: int | str) -> int:
-        """Give back about ``nbytes`` of spares and cached prefixes, the oldest first."""
+        """Give back about ``nbytes`` of spares and cached prefixes, the oldest first.
+
+        A share (``"50%"``) is one of what is backed. Returns the bytes that came back.
+        """
         with self._entered():
             size = parse_size(nbytes, total=self._blocks.pages.backed_bytes)
             return self._blocks.reclaim(size)
@@ -141,7 +144,8 @@ class ElasticBlocks:
     def set_limit(self, limit: int | str) -> LimitRecord:
         """Set the most physical memory this cache may hold; gives back at once what it can.
 
-        Blocks in use stay: ``LimitRecord.applied`` tells whether the limit holds already.
+        A share (``"50%"``) is one of the limit that holds now. Blocks in use stay:
+        ``LimitRecord.applied`` tells whether the limit holds already.
         """
         size = parse_size(limit, total=self._budget.limit_bytes)
         with self._entered():

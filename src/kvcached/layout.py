@@ -158,7 +158,10 @@ def _heads(get: Any) -> dict[str, Any]:
     """Fields of a model whose query heads, or groups of them, have keys and values of their own."""
     heads, own = get("num_attention_heads", "n_head"), get("num_key_value_heads")
     if heads is None:
-        raise InvalidInput("the model configuration names no attention heads")
+        raise InvalidInput(
+            "the model configuration names no attention heads",
+            hint="Pass model.config, AutoConfig.from_pretrained(...) or the dict of a config.json.",
+        )
     _positive("num_attention_heads", heads)
     head_dim, hidden = get("head_dim"), get("hidden_size", "n_embd")
     if head_dim is None:

@@ -128,6 +128,12 @@ def test_a_model_that_cannot_be_read_says_what_is_missing(config, changes, says)
         CacheSpec.from_hf(config, **changes)
 
 
+def test_a_name_in_place_of_a_configuration_is_told_what_to_pass():
+    with pytest.raises(InvalidInput) as caught:
+        CacheSpec.from_hf("meta-llama/Llama-3.1-8B")
+    assert "AutoConfig.from_pretrained" in caught.value.hint
+
+
 def test_an_override_stands_in_for_what_cannot_be_read():
     assert CacheSpec.from_hf(GQA) == CacheSpec(2, 2, 8)
     assert CacheSpec.from_hf(MLA) == CacheSpec(2, 1, 24, head_dim_v=0, mla_value_dim=16)

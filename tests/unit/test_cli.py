@@ -12,7 +12,7 @@ import sys
 import time
 
 import pytest
-from cli_rig import COMMANDS, MIB
+from cli_rig import COMMANDS, MIB, Owner
 
 from kvcached.cli import tenants
 
@@ -69,6 +69,18 @@ def test_a_limit_that_cannot_be_met_yet_says_so(run, owners):
     _, table, note = run("kvcached", "ps")
     assert "51.2M*" in table
     assert "* holds more than its limit" in note
+
+
+def test_a_limit_below_the_floor_says_so(run, runtime_dir):
+    owner = Owner("sure", floor_bytes=64 * MIB)
+    try:
+        assert run("kvctl", "limit", "sure", "128MiB")[1].endswith("holds 100.0 MiB\n")
+        code, out, _ = run("kvctl", "limit", "sure", "32MiB", "--dry-run")
+        assert (code, "below its floor of 64.0 MiB" in out) == (0, True)
+        change = json.loads(run("kvctl", "limit", "sure", "96MiB", "--json")[1])
+        assert (change["floor_bytes"], change["applied"]) == (64 * MIB, True)
+    finally:
+        owner.close()
 
 
 def test_dry_run_changes_nothing(run, owners):

@@ -313,7 +313,8 @@ class Service:
         member = self.members.named(name) if isinstance(name, str) else None
         if member is None or member.peer is None:
             names = sorted(m.tenant.name for m in self.members.by_ident.values())[:40]
-            raise Refusal(p.UNKNOWN_NAME, "no live tenant of that name", names=names)
+            said = f"no live tenant is named {name!r}" if is_name(name) else "no name was given"
+            raise Refusal(p.UNKNOWN_NAME, said, names=names)
         return member
 
     def _change_limit(

@@ -145,6 +145,7 @@ def change_limit(name: str, size: str, *, device: str | None, dry_run: bool) -> 
         "held_bytes": record.held_bytes,
         "revision": record.revision,
         "applied": record.applied,
+        "floor_bytes": record.floor_bytes,
         "usable_bytes": owner.capacity_bytes if owner.usable_bytes is None else owner.usable_bytes,
     }
 
@@ -186,6 +187,8 @@ def describe_limit(change: dict[str, Any]) -> str:
         f"{change['name']}: limit {verb} from {format_size(change['before_bytes'])} to "
         f"{format_size(change['desired_bytes'])}, holds {format_size(change['held_bytes'])}"
     )
+    if change["desired_bytes"] < change["floor_bytes"]:  # a limit counts, a floor is a promise
+        line += f", below its floor of {format_size(change['floor_bytes'])}"
     if not change["applied"]:
         return f"{line}, giving back"
     usable = change["usable_bytes"]
