@@ -255,10 +255,15 @@ def plugin_mode(environ: Mapping[str, str] | None = None) -> str:
     alone. ``ENABLE_KVCACHED``, the name of the C++ project's switch, means the same.
     """
     env = os.environ if environ is None else environ
-    text = env.get("KVCACHED", env.get("ENABLE_KVCACHED", ""))
+    variable = "KVCACHED" if "KVCACHED" in env else "ENABLE_KVCACHED"
+    text = env.get(variable, "")
     if text.strip().lower() == "strict":
         return "strict"
-    return "on" if _flag(text) else "off"
+    try:
+        return "on" if _flag(text) else "off"
+    except InvalidConfig as error:
+        said = f"{variable}={text!r} cannot work"
+        raise InvalidConfig(said, hint="Use 1, 0 or strict.") from error
 
 
 VARIABLES = frozenset({

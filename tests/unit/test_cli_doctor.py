@@ -103,4 +103,4 @@ def test_doctor_lists_what_is_set_and_what_nobody_reads(run, monkeypatch):
 def test_doctor_reads_the_switch_of_the_engines(run, monkeypatch):
     monkeypatch.setenv("KVCACHED", "perhaps")
     code, out, _ = run("kvcached", "doctor")
-    assert (code, "'perhaps' is not a flag" in out) == (1, True)
+    assert (code, "KVCACHED='perhaps' cannot work" in out) == (1, True)

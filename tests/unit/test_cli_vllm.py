@@ -68,7 +68,7 @@ def test_as_json(run):
         ("KVCACHED", "strict", "ok", "strict: elastic, or an error"),
         ("ENABLE_KVCACHED", "true", "ok", "on"),
         ("KVCACHED", "0", "info", "off in this shell"),
-        ("KVCACHED", "maybe", "fail", "'maybe' is not a flag"),
+        ("KVCACHED", "maybe", "fail", "KVCACHED='maybe' cannot work"),
     ],
 )
 def test_the_switch(machine, variable, value, status, text):

@@ -114,8 +114,10 @@ def test_the_switch(environ, mode):
 
 
 def test_a_switch_that_cannot_be_read():
-    with pytest.raises(InvalidConfig):
-        plugin_mode({"KVCACHED": "perhaps"})
+    for variable in ("KVCACHED", "ENABLE_KVCACHED"):
+        with pytest.raises(InvalidConfig, match=f"{variable}='perhaps'") as caught:
+            plugin_mode({variable: "perhaps"})
+        assert "strict" in caught.value.hint
 
 
 def test_the_other_projects_settings_count_where_ours_are_not_set():
