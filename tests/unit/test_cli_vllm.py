@@ -80,6 +80,16 @@ def test_the_switch(machine, variable, value, status, text):
     assert ("when started" in vllm.verdict(checks)) is (status == "info")
 
 
+def test_a_setting_that_would_end_the_engine_is_found_before(machine, run):
+    machine.setenv("KVCACHED_LIMIT", "lots")
+    code, out = run()
+    assert code == 1
+    assert "fail  settings       KVCACHED_LIMIT='lots': 'lots' is not a size" in out
+    machine.setenv("KVCACHED_LIMIT", "40%")
+    code, out = run()
+    assert (code, "KVCACHED_LIMIT=40%" in out, "fail" in out) == (0, True, False)
+
+
 @pytest.mark.parametrize(
     ("value", "status", "fix"),
     [

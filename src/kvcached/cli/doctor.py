@@ -98,13 +98,15 @@ def check_libraries() -> Iterator[Check]:
                     "" if version else f"pip install 'kvcached-py[{extra}]'")  # fmt: skip
 
 
-def check_settings() -> Iterator[Check]:
-    """The variables that are set, and those that nobody reads, which may be misspelt."""
+def check_settings(read: Callable[[], object] | None = None) -> Iterator[Check]:
+    """The variables that are set, and those that nobody reads, which may be misspelt.
+
+    ``read`` raises ``InvalidConfig`` if they cannot work; by default all of them are read.
+    """
     given = sorted(name for name in os.environ if name.startswith(("KVCACHED", "ENABLE_KVCACHED")))
     known = [f"{name}={os.environ[name]}" for name in given if name in VARIABLES]
     try:
-        Config.from_env()
-        plugin_mode()
+        (read or _read_all)()
     except InvalidConfig as error:
         yield Check(SETTINGS, "fail", error.message, error.hint)
     else:
@@ -113,6 +115,11 @@ def check_settings() -> Iterator[Check]:
         close = difflib.get_close_matches(name, VARIABLES, 1, _ALIKE)
         guess = f"; did you mean {close[0]}?" if close else ""
         yield Check(SETTINGS, "warn" if close else "info", f"nothing reads {name}{guess}")
+
+
+def _read_all() -> None:
+    Config.from_env()
+    plugin_mode()
 
 
 def _config() -> Config:

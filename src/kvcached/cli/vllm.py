@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from importlib import metadata
 
 from kvcached.cli.checks import Check
-from kvcached.cli.doctor import check_package
-from kvcached.config import plugin_mode
+from kvcached.cli.doctor import check_package, check_settings
+from kvcached.config import engine_config, plugin_mode
 from kvcached.engines.vllm import seams
 from kvcached.errors import InvalidConfig
 
@@ -22,7 +22,8 @@ _MODULE = "kvcached.engines.vllm"
 def run_checks(source: seams.Source | None = None) -> list[Check]:
     """All findings. ``source``: see ``seams.survey``."""
     version = seams.installed_version()
-    checks = [*check_package(), _check_switch(), _check_entry_point(), _check_allow_list()]
+    checks = [*check_package(), _check_switch(), *check_settings(engine_config),
+              _check_entry_point(), _check_allow_list()]  # fmt: skip
     if version is None:
         return [*checks, Check("vllm", "fail", "not installed here", "pip install vllm")]
     return [*checks, *check_seams(seams.survey(version, source))]
