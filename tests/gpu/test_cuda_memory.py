@@ -61,6 +61,42 @@ def test_the_contract_holds_on_the_driver():
     assert len(ran) >= 10
 
 
+WITH_TORCH = """
+import sys
+import torch
+from kvcached import CacheSpec, Config, KVCache
+from kvcached.broker.budget import LocalBudget
+
+def torch_works():
+    return torch.ones(1000, device="cuda").sum().item() == 1000
+
+assert not torch.cuda.is_initialized()
+if sys.argv[1] == "torch first":
+    assert torch_works()
+spec = CacheSpec(num_layers=2, num_kv_heads=2, head_dim=64, dtype="float16")
+cache = KVCache(spec, device="cuda", max_tokens=4096, budget=LocalBudget(64 << 20), config=Config())
+sequence = cache.new_sequence()
+cache.extend(sequence, 20)
+assert torch.cuda.is_initialized() is (sys.argv[1] == "torch first")
+k, _ = cache.layer(0)
+k[1].fill_(3)
+assert torch_works()
+assert k[1].float().mean().item() == 3
+cache.free(sequence, fence=cache.fence())
+del k, _
+cache.close()
+assert torch_works()  # the context is torch's too
+print("done")
+"""
+
+
+@pytest.mark.parametrize("order", ["torch first", "cache first"])
+def test_the_context_is_shared_whoever_is_first(order):
+    done = subprocess.run([sys.executable, "-c", WITH_TORCH, order], capture_output=True, text=True,
+                          timeout=120, check=False)  # fmt: skip
+    assert done.stdout.strip() == "done", done.stderr[-2000:]
+
+
 def test_what_is_written_survives_growth_splits_and_a_fork():
     with make() as cache:
         sequences = [cache.new_sequence() for _ in range(600)]

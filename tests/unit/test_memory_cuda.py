@@ -17,6 +17,7 @@ from kvcached.errors import (
 )
 from kvcached.memory.base import Fence, MemoryBackend
 from kvcached.memory.cuda import CudaBackend
+from kvcached.memory.driver import Driver
 from kvcached.testing import CLAUSES, FakeCudaDriver, check_memory_backend
 
 NOTHING = dict.fromkeys(FakeCudaDriver().open_resources(), 0)
@@ -118,6 +119,14 @@ def test_a_driver_without_a_function_that_the_bindings_want(driver):
     with pytest.raises(BackendUnavailable, match="older than cuda-bindings") as caught:
         backend.create(1)
     assert "pip install" in caught.value.hint
+
+
+def test_the_real_bindings_have_all_that_is_called():
+    """Where they are installed; tried with 12.9 and 13.3. No driver is needed for it."""
+    driver = pytest.importorskip("cuda.bindings.driver")
+    wanted = {*(name for name in vars(Driver) if name.startswith("cu")), *Driver.__annotations__}
+    assert len(wanted) > 35
+    assert {name for name in wanted if not hasattr(driver, name)} == set()
 
 
 def test_a_device_that_lets_nobody_in():
