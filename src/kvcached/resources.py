@@ -10,7 +10,7 @@ from typing import Any
 from kvcached.arguments import DEVICES, read_terms
 from kvcached.blocks import BlockPool
 from kvcached.broker.budget import Budget, LocalBudget
-from kvcached.config import Config, parse_size
+from kvcached.config import Config, format_size, parse_size
 from kvcached.errors import BackendUnavailable, InvalidInput, KvcachedError
 from kvcached.layout import CacheSpec, Geometry
 from kvcached.memory.base import MemoryBackend
@@ -85,7 +85,7 @@ def make_budget(
     most, least = read_terms(limit, floor, capacity)
     from kvcached.broker.client import BrokerBudget
 
-    return BrokerBudget(
+    budget = BrokerBudget(
         name,
         device=device_slug(backend),
         limit_bytes=most,
@@ -95,6 +95,13 @@ def make_budget(
         config=config,
         meta=meta,
     )
+    if config.budget and budget.capacity_bytes != capacity:  # or one would wait for its effect
+        _log.warning(
+            "the budget of %s (KVCACHED_BUDGET) has no effect: the broker of %s runs, with %s, "
+            "and ends with its last engine",
+            format_size(capacity), backend.device, format_size(budget.capacity_bytes),
+        )  # fmt: skip
+    return budget
 
 
 def make_pages(

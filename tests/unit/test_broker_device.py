@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -187,6 +188,23 @@ def test_a_cuda_backend_has_a_broker_and_a_limit_within_its_capacity(gpu, runtim
     if broker:  # no machine has a card of that name
         assert until(lambda: log.exists() and "others use of this device is not seen" in
                      log.read_text())  # fmt: skip
+
+
+def test_a_budget_that_comes_too_late_says_so(gpu, runtime_dir, caplog):
+    terms = {"limit": None, "floor": 0, "weight": 1.0}
+
+    def join(name, **settings):
+        return make_budget(name, gpu, Config(runtime_dir=str(runtime_dir), **settings), **terms)
+
+    with contextlib.ExitStack() as stack:
+        for name, settings in (("a", {"budget": "1GiB"}), ("b", {"budget": "1GiB"}), ("c", {})):
+            stack.enter_context(contextlib.closing(join(name, **settings)))
+        assert caplog.records == []
+        late = stack.enter_context(contextlib.closing(join("late", budget="2GiB")))
+        (said,) = caplog.messages
+        assert "the budget of 2.0 GiB" in said
+        assert "runs, with 1.0 GiB" in said
+        assert late.capacity_bytes == 1 << 30
 
 
 def test_the_start_of_a_uuid_is_enough_to_look_and_to_steer(gpu, runtime_dir):
