@@ -266,10 +266,15 @@ def plugin_mode(environ: Mapping[str, str] | None = None) -> str:
         raise InvalidConfig(said, hint="Use 1, 0 or strict.") from error
 
 
+THEIRS = {
+    "ENABLE_KVCACHED": "KVCACHED",
+    "KVCACHED_IPC_NAME": "KVCACHED_NAME",
+    "KVCACHED_GPU_UTILIZATION": "KVCACHED_LIMIT",
+}
+"""Variables of the C++ project of the same name, and those of ours that they stand for."""
 VARIABLES = frozenset({
     *(f"KVCACHED_{field.name.upper()}" for field in fields(Config)),
-    "KVCACHED", "ENABLE_KVCACHED",  # plugin_mode
-    "KVCACHED_IPC_NAME", "KVCACHED_GPU_UTILIZATION",  # engine_config
+    "KVCACHED", *THEIRS,  # plugin_mode, engine_config
     "KVCACHED_HYPOTHESIS_PROFILE", "KVCACHED_CI_VENV", "KVCACHED_VLLM_WHEELS",  # its development
 })  # fmt: skip
 """The variables that somebody reads."""

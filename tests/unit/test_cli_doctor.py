@@ -100,6 +100,13 @@ def test_doctor_lists_what_is_set_and_what_nobody_reads(run, monkeypatch):
     assert "info  settings       nothing reads KVCACHED_PAGE_SIZE_MB\n" in out
 
 
+def test_doctor_says_what_the_other_projects_settings_stand_for(run, monkeypatch):
+    monkeypatch.setenv("KVCACHED_IPC_NAME", "VLLM")
+    code, out, _ = run("kvcached", "doctor")
+    assert code == 0
+    assert "info  settings       KVCACHED_IPC_NAME stands for KVCACHED_NAME" in out
+
+
 def test_doctor_reads_the_switch_of_the_engines(run, monkeypatch):
     monkeypatch.setenv("KVCACHED", "perhaps")
     code, out, _ = run("kvcached", "doctor")
