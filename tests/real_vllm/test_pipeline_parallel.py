@@ -35,7 +35,9 @@ def tokens(run, most=60):
 
 def test_stages_of_unlike_many_layers_under_a_tight_budget(model, stock, run_dir):
     """Two steps are in flight at once; requests are preempted and blocks leave meanwhile."""
-    ours = staged(model, run_dir, KVCACHED_LIMIT="12MiB", VLLM_PP_LAYER_PARTITION="3,1")
+    chunked = {"max_num_batched_tokens": 256, "enable_chunked_prefill": True}
+    ours = staged(model, run_dir, KVCACHED_LIMIT="12MiB", VLLM_PP_LAYER_PARTITION="3,1",
+                  engine=chunked)  # fmt: skip
     assert tokens(ours) == tokens(stock)
     assert ours["preempted"] > 0
     for phase in ours["phases"]:

@@ -83,7 +83,8 @@ def unsupported_config(vllm_config: Any) -> str:
     reasons = {
         f"workers started by {executor!r}": executor not in _EXECUTORS,
         "more than one machine": getattr(parallel, "nnodes", 1) > 1,
-        # Replicas of other models are engines of their own, and told that they are one.
+        # A replica with nothing to do computes along, over block tables that name blocks which may
+        # be gone. Replicas of other models are engines of their own, and told that they are one.
         "data parallelism of experts": getattr(parallel, "data_parallel_size", 1) > 1,
         "decode context parallelism": getattr(parallel, "decode_context_parallel_size", 1) > 1,
         "a KV connector": vllm_config.kv_transfer_config is not None,
