@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace as Thing
@@ -157,9 +158,23 @@ def test_layers_that_are_in_the_way(specs, why):
     ],
 )
 def test_an_order_that_vllm_cuts_wrongly_out_of_whole_blocks(kind, layout, why, monkeypatch):
-    utils = Thing(get_kv_cache_layout=lambda: layout)
+    current: list[str] = []
+
+    @contextlib.contextmanager
+    def set_current(given):
+        current.append(given)
+        yield
+        current.pop()
+
+    def ask():
+        assert current == ["its configuration"], "as vLLM asserts when nobody asked before"
+        return layout
+
+    utils = Thing(get_kv_cache_layout=ask)
     monkeypatch.setitem(sys.modules, "vllm.v1.attention.backends.utils", utils)
-    assert sizing.unsupported_layout(kind) == why
+    monkeypatch.setitem(sys.modules, "vllm.config", Thing(set_current_vllm_config=set_current))
+    assert sizing.unsupported_layout(kind, "its configuration") == why
+    assert not current
 
 
 def test_a_refusal_is_a_warning_or_if_strict_an_error(caplog, monkeypatch):

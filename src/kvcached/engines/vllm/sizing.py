@@ -110,16 +110,18 @@ def unsupported_specs(specs: dict[str, Any]) -> str:
     )
 
 
-def unsupported_layout(kind: str) -> str:
+def unsupported_layout(kind: str, vllm_config: Any) -> str:
     """Which order of heads and tokens within a block is in the way; empty if none.
 
     Up to 0.24 vLLM cuts layers out of blocks that hold all of them as if tokens came first, and
     turns them nevertheless where heads should (``_reshape_attention_kv_cache``): kernels would read
-    heads as tokens. FlashInfer on Blackwell asks for that order, and the environment may.
+    heads as tokens. FlashInfer on Blackwell asks for that order, and the environment may. Where no
+    attention backend has asked vLLM before (TRITON_MLA does not), it looks into its configuration.
     """
     if kind != "packed":
         return ""
-    layout = import_module("vllm.v1.attention.backends.utils").get_kv_cache_layout()
+    with import_module("vllm.config").set_current_vllm_config(vllm_config):
+        layout = import_module("vllm.v1.attention.backends.utils").get_kv_cache_layout()
     return "" if layout in {None, "NHD"} else f"the KV cache layout {layout} in this release"
 
 
@@ -187,7 +189,7 @@ def _wrap_determine(worker: Any, kind: str) -> None:
         if plan is None:
             return int(determine(self))
         specs = self.get_kv_cache_spec()
-        why = unsupported_specs(specs) or unsupported_layout(kind)
+        why = unsupported_specs(specs) or unsupported_layout(kind, plan.vllm_config)
         if plan.staged:
             why = _agreed(why, self.rank, plan.vllm_config.parallel_config.world_size)
         if why:
