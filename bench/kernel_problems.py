@@ -218,9 +218,16 @@ class Problem:
         kernels.gather_kv(self.k, self.v, self.tables[copy], starts, *outs)
         return outs[0], outs[1]
 
-    def error(self, out: torch.Tensor, copy: int = 0, scale: float | None = None) -> float:
-        """Largest difference of some rows of ``out [T, Hq, Dv]`` from the float64 answer."""
+    def errors(
+        self, out: torch.Tensor, copy: int = 0, scale: float | None = None
+    ) -> dict[str, float]:
+        """Of some rows of ``out [T, Hq, Dv]``, how far they are from the float64 answer.
+
+        ``error`` is the largest difference, a matter of luck with few roundings; ``error_rms``, the
+        root of the mean square, tells who rounds more.
+        """
         shape, counts, worst = self.shape, self.shape.counts, 0.0
+        squares, numbers = 0.0, 0
         seqs = sorted({0, len(counts) - 1, len(counts) // 2, shape.lens.index(max(shape.lens))})
         firsts = [sum(counts[:i]) for i in range(len(counts))]
         for seq in seqs:
@@ -229,8 +236,10 @@ class Problem:
             for token in {*range(0, counts[seq], every), counts[seq] - 1}:
                 row = firsts[seq] + token
                 wanted = self.answer(self.q[copy][row], k, v, token, counts[seq], scale)
-                worst = max(worst, float((out[row].double() - wanted).abs().max()))
-        return worst
+                off = out[row].double() - wanted
+                worst = max(worst, float(off.abs().max()))
+                squares, numbers = squares + float(off.square().sum()), numbers + off.numel()
+        return {"error": worst, "error_rms": math.sqrt(squares / numbers)}
 
     def answer(self, q: Any, k: Any, v: Any, token: int, count: int, scale: Any) -> torch.Tensor:
         """Attention of one query token in float64: ``[Hq, Dv]``."""

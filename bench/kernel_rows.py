@@ -156,7 +156,7 @@ def base_row(timing: Timing, limit_us: float, target: tuple[str, float] | None) 
 
 def peers_of(problem: Problem) -> Row:
     """Microseconds and errors of each peer that takes the problem; why others failed."""
-    times, errors, failed = {}, {}, {}
+    times, errors, rms, failed = {}, {}, {}, {}
     for name, make in available().items():
         if pace.warming and "contiguous" in name and not name.startswith("Flex"):
             continue  # torch's own, compiled long ago
@@ -168,17 +168,21 @@ def peers_of(problem: Problem) -> Row:
             if calls is None:
                 continue
             out = calls[0]().clone()
-            errors[name] = problem.error(out.reshape(problem.out[0].shape))
+            off = problem.errors(out.reshape(problem.out[0].shape))
+            errors[name], rms[name] = off["error"], off["error_rms"]
             times[name] = timed(calls).us
             del calls, out
         except Exception as error:  # noqa: BLE001 - a peer that fails is a result
             failed[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
         if DEVICE == "cuda":
             torch.cuda.empty_cache()
-    best = min(errors.values(), default=None)
-    return {"peers": times, "peer_errors": errors, "peer_error": best} | (
-        {"peers_failed": failed} if failed else {}
-    )
+    return {
+        "peers": times,
+        "peer_errors": errors,
+        "peer_errors_rms": rms,
+        "peer_error": min(errors.values(), default=None),
+        "peer_error_rms": min(rms.values(), default=None),
+    } | ({"peers_failed": failed} if failed else {})
 
 
 def attention_row(ident: str, limits: Limits, *, dry: bool) -> Row:
@@ -189,7 +193,7 @@ def attention_row(ident: str, limits: Limits, *, dry: bool) -> Row:
     try:
         calls, more = our_calls(problem)
         first = output(calls[0]()).clone()
-        error = problem.error(first)
+        errors = problem.errors(first)
         same = all(
             torch.equal(output(calls[0]()), first)
             for _ in range(2 if dry or pace.warming else RUNS)
@@ -197,8 +201,8 @@ def attention_row(ident: str, limits: Limits, *, dry: bool) -> Row:
         timing = timed(calls)
         row = base_row(timing, limits.us(shape.nbytes, shape.flops), target)
         row |= {"tb_per_s": round(shape.nbytes / timing.us / 1e6, 3),
-                "tflops": round(shape.flops / timing.us / 1e6, 1), "error": error,
-                "runs_equal": same} | host_costs(calls[0]) | more  # fmt: skip
+                "tflops": round(shape.flops / timing.us / 1e6, 1),
+                "runs_equal": same} | errors | host_costs(calls[0]) | more  # fmt: skip
         return row | peers_of(problem)
     finally:
         problem.close()
@@ -222,13 +226,13 @@ def cascade_row(limits: Limits, *, dry: bool) -> Row:
         def call() -> Any:
             return cascade(q, problem.k, problem.v, levels, out=out)
 
-        error = problem.error(call())
+        errors = problem.errors(call())
         timing, flat = timed([call]), timed(calls)
         one = Shape((prefix, *[own] * requests), 32, 8, 128, causal=False)
         flops = problem.shape.flops
         row = base_row(timing, limits.us(one.kv_bytes, flops), ("speedup", 13))
-        return row | {"flat_us": flat.us, "speedup": round(flat.us / timing.us, 2), "error": error,
-                      "host_us": host_us(call), "peers": {"ours, flat": flat.us}}  # fmt: skip
+        row |= {"flat_us": flat.us, "speedup": round(flat.us / timing.us, 2)} | errors
+        return row | {"host_us": host_us(call), "peers": {"ours, flat": flat.us}}
     finally:
         problem.close()
 
@@ -239,7 +243,7 @@ def mixed_row(limits: Limits, *, dry: bool) -> Row:
     problem = Problem(shape, copies=1)
     try:
         calls, _ = our_calls(problem)
-        error = problem.error(calls[0]())
+        errors = problem.errors(calls[0]())
         timing = timed(calls)
         chunk, table, out = shape.counts[0], problem.tables[0], problem.out[0]
         apart = [
@@ -252,12 +256,12 @@ def mixed_row(limits: Limits, *, dry: bool) -> Row:
         ]  # fmt: skip
         times = [timed([call]).us for call in apart]
         row = base_row(timing, limits.us(shape.nbytes, shape.flops), ("us", round(sum(times), 1)))
+        row |= errors | host_costs(calls[0])
         row |= {
-            "error": error,
             "prefill_us": times[0],
             "decode_us": times[1],
             "tflops": round(shape.flops / timing.us / 1e6, 1),
-        } | host_costs(calls[0])
+        }
         found = peers_of(problem)
         found["peers"]["ours, apart"] = round(sum(times), 2)
         return row | found

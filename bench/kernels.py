@@ -83,7 +83,8 @@ def line(row: Row) -> str:
     return (
         f"{row['id']:<14} {row['us']:>10.2f} us  p99 {row['p99']:>10.2f}  "
         f"R {row['ratio_to_limit']:.3f}  target {row['target']} {row['target_of']} {verdict:<5} "
-        f"error {row.get('error', 0):.1e} (peer {row.get('peer_error') or 0:.1e})  {extra}  "
+        f"error {row.get('error', 0):.1e} (peer {row.get('peer_error') or 0:.1e}) "
+        f"rms {row.get('error_rms', 0):.2e} (peer {row.get('peer_error_rms') or 0:.2e})  {extra}  "
         f"peers/ours {peers} {failed}"
     )
 

@@ -58,6 +58,14 @@ def gpu_table(result: dict[str, Any]) -> str:
     return f"{table(headers, rows)}\n\n{source}"
 
 
+def _errors(row: dict[str, Any], whose: str) -> str:
+    """The largest error of a row, and its root mean square, if it was measured."""
+    if row.get(f"{whose}error") is None:
+        return ""
+    rms = row.get(f"{whose}error_rms")
+    return f"{row[f'{whose}error']:.1e}" + ("" if rms is None else f" / {rms:.2e}")
+
+
 def kernels_table(result: dict[str, Any]) -> str:
     """Each kernel with its share of the limit, its target, its error and the peers' times."""
     units = {"ratio": "of the limit", "us": "us", "tflops": "TFLOP/s", "gb_per_s": "GB/s",
@@ -72,9 +80,9 @@ def kernels_table(result: dict[str, Any]) -> str:
         value = row[{"ratio": "ratio_to_limit"}.get(what, what or "us")]
         bound = "<=" if what == "us" else ">="
         target = "" if what is None else f"{bound} {number(row['target'])} {units[what]}"
-        error = "" if row.get("error") is None else f"{row['error']:.1e}"
+        error = _errors(row, "")
         if row.get("peer_error") is not None:
-            error += f" ({row['peer_error']:.1e})"
+            error += f" ({_errors(row, 'peer_')})"
         beside = "; ".join(f"{who}: {number(us)}" for who, us in row.get("peers", {}).items())
         beside += "".join(f"; {who}: none ({why.partition(': ')[2] or why})"
                           for who, why in row.get("peers_failed", {}).items())  # fmt: skip
@@ -85,7 +93,7 @@ def kernels_table(result: dict[str, Any]) -> str:
                      f"{row['ratio_to_limit']:.3f}", f"{number(value)} {units[what or 'us']}",
                      target, host, error, beside.removeprefix("; ")])  # fmt: skip
     headers = ["row", "us", "p99", "of the limit", "value", "target", "host us (bound)",
-               "error (best peer's)", "peers, us"]  # fmt: skip
+               "error / rms (best peer's)", "peers, us"]  # fmt: skip
     limits = ", ".join(f"{name} {number(value)}" for name, value in result["limits"].items())
     source = f"{result['device']}, {result['date']}, commit {result['commit']}; limits: {limits}."
     notes = f"\n\nNot measured: {'; '.join(absent)}." if absent else ""

@@ -40,6 +40,7 @@ def test_every_row_runs_or_says_what_it_lacks(tmp_path):
             )
             continue
         assert row["error"] < 0.02, (ident, row)
+        assert row.get("error_rms", 0) <= row["error"], (ident, row)
         assert row.get("runs_equal", True), ident
         assert row["us"] > 0 and row["p99"] >= row["us"]
     ways = {"FlexAttention", "FlexAttention, contiguous"}
@@ -50,8 +51,10 @@ def test_every_row_runs_or_says_what_it_lacks(tmp_path):
     finally:
         sys.path.remove(str(ROOT / "bench"))
     table = report.kernels_table(result)
-    for ident in rows:
+    for ident, row in rows.items():
         assert f"`{ident}`" in table
+        if "peers" in row and ident[0] in "DSMP":
+            assert f"{row['error']:.1e} / {row['error_rms']:.2e}" in table
 
 
 @pytest.mark.slow
