@@ -323,7 +323,8 @@ def _start(
             split, grid = Split(cluster, cluster), (items * cluster, 1)
         else:
             short = longest * items <= SHORT_PART_TOKENS * grid[0] * grid[1]
-            config, warps = alone(config, size, short=short, early=early)
+            # A plan's list cuts at its own tiles: larger ones would reach over the end of a block.
+            config, warps = alone(config, size, short=short, early=early and not planned)
     if early:
         options = {"launch_pdl": True, "cluster": max(1, cluster),
                    "least_shared": _half_of_shared(call.q.device)}  # fmt: skip

@@ -191,9 +191,13 @@ def test_heads_dims_and_options(q_heads, heads, dim, options):
         close(one.solve(num_splits=splits), want)
 
 
-@pytest.mark.parametrize("lens", [SKEWED, (1500,) * 4, (2000,)])
-def test_plans_change_no_result_and_each_run_is_the_same(lens):
-    one = problem(lens)
+@pytest.mark.parametrize(("lens", "options"), [
+    (SKEWED, {}), ((1500,) * 4, {}), ((2000,), {}),
+    # Few programs of 32 rows, whose parts begin in the middle of a block.
+    ((4000, 1300), {"block_size": 128, "q_heads": 32, "heads": 1}),
+])  # fmt: skip
+def test_plans_change_no_result_and_each_run_is_the_same(lens, options):
+    one = problem(lens, **options)
     want = one.expect()
     for deterministic in (False, True):
         plan = one.plan(deterministic=deterministic)

@@ -80,6 +80,14 @@ def test_more_programs_do_not_and_neither_do_fixed_parts(hopper):
     assert start.constants["STAGES"] == config["STAGES"]
 
 
+def test_the_parts_of_a_list_are_read_in_the_tiles_that_it_was_cut_in(hopper):
+    """Else a tile that begins within a block of 128 tokens would read past its end."""
+    plan = SimpleNamespace(balanced=True, fixed=0, shape={"max_seqlen_k": 4096}, slots=128)
+    start, config = started(2, 4096, heads=1, group=32, plan=plan)
+    assert start.constants["EARLY"]
+    assert start.constants["BN"] == config["BN"] == 64
+
+
 def test_gpus_before_hopper_know_neither(hopper, monkeypatch):
     monkeypatch.setattr(decode, "starts_early", lambda _: False)
     start, _ = started(1, 1024)
