@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from kvcached.kernels._parts import finish, finish_together, write
-from kvcached.kernels._tiles import block_ids, first_scale, load_q, places, tile
+from kvcached.kernels._tiles import block_ids, fetch_ahead, first_scale, load_q, places, tile
 from kvcached.kernels._widen import from_bytes, from_nibble_pairs, from_nibbles, from_pairs
 
 
@@ -91,15 +91,21 @@ def attend_kernel(
     WIDTH: tl.constexpr = DVP * 2 if STORED.primitive_bitwidth == 8 else DVP
     HELD: tl.constexpr = ROWS if RESTS else BM
     tl.static_assert(BM >= TOKENS * G)
-    if EARLY:
-        # Memory may be touched only when the kernel in front has ended. The next one may take its
-        # places now: it waits here too, or is one that the driver starts at this one's end.
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     item, part = tl.program_id(0), tl.program_id(1)
     if CLUSTER:
         item, part = item // CLUSTER, item % CLUSTER
     head, nth = item % KV_HEADS, item // KV_HEADS
+    if EARLY:
+        # Memory may be touched only when the kernel in front has ended. The next one may take its
+        # places now: it waits here too, or is one that the driver starts at this one's end.
+        if not PLANNED:
+            most = tl.num_programs(1)
+            if CLUSTER:
+                most = CLUSTER
+            fetch_ahead(TABLE, LENS, Q, nth // q_tiles, head, part, most, max_q, stride_table,
+                        columns, stride_qt, stride_qh, G, PAGED, VARLEN)  # fmt: skip
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     if PLANNED:
         entry = WORK + nth * 8
         seq, lo, hi = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
@@ -134,6 +140,8 @@ def attend_kernel(
             first_part = item * tl.num_programs(1)
             if part >= parts:
                 return
+            if not SPLIT and not LEFT:  # so block ids come with the length
+                ids_to = columns * BLOCK_SIZE
     acc, top, total = _attend_part(
         Q, K, V, TABLE, MASKS, SLOPES, K_SCALE, V_SCALE, scale, softcap, left, right,
         seq, head, first_token, q_start, queries, length, floor, lo, hi, stride_table,
@@ -213,9 +221,12 @@ def _masks_and_slopes(
 # again: their weights are what rounding took off, so that sums are as of exact weights.
 @triton.jit
 def _or_rests(weights, offs_m, ROWS: tl.constexpr, COMPUTE: tl.constexpr):
-    """Weights in the first ROWS rows, in others what rounding takes off them."""
-    rest = weights - weights.to(COMPUTE).to(tl.float32)
-    return tl.where((offs_m < ROWS)[:, None], weights, rest)
+    """Weights in 16 bits in the first ROWS rows, in others what that takes off them."""
+    if tl.bfloat16 == COMPUTE:  # cut off: faster than rounding, and the rest makes up for it
+        short = (weights.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+    else:
+        short = weights.to(COMPUTE).to(tl.float32)
+    return tl.where((offs_m < ROWS)[:, None], short, weights - short)
 
 
 @triton.jit
@@ -292,8 +303,13 @@ def _attend_part(
             V_SCALE + head * stride_vch, ids, lo, hi, floor, base, offs_n, stride_vcb, stride_vcs,
             BN, BLOCK_SIZE, PAGED,
         )  # fmt: skip
+    # Sums of each column of a tile, added up in the end: warps need not wait for one another.
+    LATE: tl.constexpr = BM <= 32 and not PAIRS
+    HELD_ROWS: tl.constexpr = BN <= 64 or BM <= 16
     top = tl.full([BM], -1.0e30, tl.float32)  # not -inf: an empty part must not make NaN
     total = tl.zeros([BM], tl.float32)
+    if LATE:
+        totals = tl.zeros([BM, BN], tl.float32)
     acc = tl.zeros([BM, VP], tl.float32)
     if PAIRS:
         acc_odd = tl.zeros([BM, VP], tl.float32)
@@ -307,7 +323,7 @@ def _attend_part(
         block, slot = places(ids, start, base, offs_n, BN, BLOCK_SIZE, PAGED)
         # A load of ids that this tile's loads wait for would halve the depth of the pipeline.
         ids = block_ids(TABLE, start + BN, hi, floor, offs_n, BN, BLOCK_SIZE, PAGED, LEFT)
-        k = tile(K_BASE, block * stride_kb + slot * stride_ks, offs_d, valid_n, DS, DP)
+        k = tile(K_BASE, block * stride_kb, slot * stride_ks, offs_d, valid_n, DS, DP, HELD_ROWS)
         scores = _products(q, q_high, k, KIND, COMPUTE, ASM)
         if K_SCALES == 2:
             at = K_SCALE + head * stride_kch + block * stride_kcb + slot * stride_kcs
@@ -319,13 +335,16 @@ def _attend_part(
         new_top = tl.maximum(top, tl.max(scores, 1))
         weights = tl.exp2(scores - new_top[:, None])
         fade = tl.exp2(top - new_top)
-        total = total * fade + tl.sum(weights, 1)
+        if LATE:
+            totals = totals * fade[:, None] + weights
+        else:
+            total = total * fade + tl.sum(weights, 1)
         acc = acc * fade[:, None]
         if PAIRS:
             acc_odd = acc_odd * fade[:, None]
         top = new_top
-        v_row = block * (stride_vb // PER) + slot * (stride_vs // PER)
-        v = tile(V_BASE, v_row, offs_v, valid_n, DVS, VP)
+        v_block, v_slot = block * (stride_vb // PER), slot * (stride_vs // PER)
+        v = tile(V_BASE, v_block, v_slot, offs_v, valid_n, DVS, VP, HELD_ROWS)
         if V_SCALES == 2:
             at = V_SCALE + head * stride_vch + block * stride_vcb + slot * stride_vcs
             weights *= (tl.load(at, mask=valid_n, other=0.0) / unit)[None, :]
@@ -343,6 +362,8 @@ def _attend_part(
             if RESTS:
                 weights = _or_rests(weights, offs_m, ROWS, COMPUTE)
             acc = tl.dot(weights.to(COMPUTE), v, acc, input_precision="ieee")
+    if LATE:
+        total = tl.sum(totals, 1)
     if V_SCALES == 1:
         unit = tl.load(V_SCALE + head * stride_vch)
     if PAIRS:

@@ -322,7 +322,8 @@ def _start(
         if cluster:
             split, grid = Split(cluster, cluster), (items * cluster, 1)
         else:
-            short = longest * items <= SHORT_PART_TOKENS * grid[0] * grid[1]
+            few = longest * items <= SHORT_PART_TOKENS * grid[0] * grid[1]
+            short = few and not call.kv.quantized  # which would not fit in two warps' registers
             # A plan's list cuts at its own tiles: larger ones would reach over the end of a block.
             config, warps = alone(config, size, short=short, early=early and not planned)
     if early:

@@ -49,7 +49,8 @@ def attend(call, *, split=True, planned=False, alone=False, early=False, parts=0
                                 call.max_q, call.q.dtype, kv.dtype)  # fmt: skip
     warps = decode.num_warps(config, call.q.element_size())
     if alone:
-        config, warps = decode.alone(config, call.q.element_size(), short=not early, early=early)
+        config, warps = decode.alone(config, call.q.element_size(), early=early,
+                                     short=not early and not kv.quantized)  # fmt: skip
     config, cluster = decode.together(config, call.q.element_size(), max(1, parts), 64 * parts)
     constants = decode.constants_of(call, config, split=split, planned=planned, early=early,
                                     cluster=cluster)  # fmt: skip
