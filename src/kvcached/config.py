@@ -280,6 +280,12 @@ VARIABLES = frozenset({
 """The variables that somebody reads."""
 
 
+def read_for_theirs(environ: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The variables of the C++ project that are set, and those of ours that they stand for."""
+    env = os.environ if environ is None else environ
+    return {theirs: ours for theirs, ours in THEIRS.items() if env.get(theirs)}
+
+
 _ENGINE_HANDLE = "32MiB"
 """About what a request of a few hundred tokens takes. A larger one still holds blocks of other
 requests when most of its own have ended, and nothing of it can be given back."""

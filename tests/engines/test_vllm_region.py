@@ -314,14 +314,16 @@ def stages(monkeypatch, alone):
         region.close()
 
 
-def test_the_scheduler_counts_what_each_stage_holds(stages, caplog):
+def test_the_scheduler_counts_what_each_stage_holds(stages, caplog, monkeypatch):
     caplog.set_level("INFO")
+    monkeypatch.setenv("KVCACHED_GPU_UTILIZATION", "1.0")
     engine = attach.attach(60)
     stop_caretaker(engine)
     budget = engine._budget
     # All are on one device here, so its limit is all of theirs, in terms of a worker of three.
     assert budget.limit_bytes == 13_700 * 3 // (3 + 3 + 2 + 2)
     assert "(137 blocks of 100 B), " in caplog.text
+    assert "KVCACHED_GPU_UTILIZATION is read as KVCACHED_LIMIT" in caplog.text
     assert engine.turns.part_extents == 8
     assert engine.secure(20)
     ids = engine.take(20)

@@ -16,7 +16,7 @@ from kvcached.cli import probes
 from kvcached.cli.checks import Check
 from kvcached.cli.gpus import gpu_checks
 from kvcached.cli.tenants import count_tenants
-from kvcached.config import THEIRS, VARIABLES, Config, format_size, plugin_mode
+from kvcached.config import VARIABLES, Config, format_size, plugin_mode, read_for_theirs
 from kvcached.errors import InvalidConfig, KvcachedError, UnsafeRuntimeDir
 from kvcached.hostinfo import cgroup_limit
 
@@ -111,8 +111,8 @@ def check_settings(read: Callable[[], object] | None = None) -> Iterator[Check]:
         yield Check(SETTINGS, "fail", error.message, error.hint)
     else:
         yield Check(SETTINGS, "ok", ", ".join(known) or "no KVCACHED_... variable is set")
-    for name in [name for name in given if name in THEIRS]:
-        yield Check(SETTINGS, "info", f"{name} stands for {THEIRS[name]}, which wins if it is set")
+    for name, ours in read_for_theirs().items():
+        yield Check(SETTINGS, "info", f"{name} stands for {ours}, which wins if it is set")
     for name in [name for name in given if name not in VARIABLES]:
         close = difflib.get_close_matches(name, VARIABLES, 1, _ALIKE)
         guess = f"; did you mean {close[0]}?" if close else ""

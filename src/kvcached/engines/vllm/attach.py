@@ -10,7 +10,7 @@ from typing import Any
 
 from kvcached.broker.budget import Budget
 from kvcached.broker.ranks import RankBudget
-from kvcached.config import Config, engine_config, format_size
+from kvcached.config import Config, engine_config, format_size, read_for_theirs
 from kvcached.engines.vllm import region as regions
 from kvcached.engines.vllm.port import served_port
 from kvcached.engines.vllm.stages import Stages, stages_of
@@ -103,6 +103,8 @@ def _make(
         facts.engine, format_size(int(budget.limit_bytes * all_of)), budget.limit_bytes // block,
         format_size(int(block * all_of)), format_size(int(geometry.reserved_bytes * all_of)), name,
     )  # fmt: skip
+    for old, ours in read_for_theirs().items():
+        _log.info("%s: %s is read as %s, which wins if it is set", name, old, ours)
     if budget.limit_bytes < facts.request_bytes:
         _log.warning("%s: a request of full length takes %s, more than the limit: such a request "
                      "waits until the limit is raised, or --max-model-len is to be lowered",
