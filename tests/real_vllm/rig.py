@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import random
@@ -13,6 +14,8 @@ import sys
 import time
 import urllib.request
 from pathlib import Path
+
+import openai
 
 ENGINE = {
     "dtype": "float32",
@@ -79,7 +82,7 @@ class Server:
                 start_new_session=True,
             )  # fmt: skip
 
-    def wait(self, seconds=180):
+    def wait(self, seconds=400):
         """Until it answers."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
@@ -101,10 +104,20 @@ class Server:
         return json.loads(data) if data else None
 
     def complete(self, prompt, max_tokens):
-        """Greedy text of a completion."""
-        body = {"model": "tiny", "prompt": prompt, "max_tokens": max_tokens, "temperature": 0,
-                "ignore_eos": True}  # fmt: skip
-        return self.post("/v1/completions", body)["choices"][0]["text"]
+        """Greedy text of a completion, by OpenAI's client; ``OSError`` if there is none."""
+        try:
+            done = self.client.completions.create(
+                model="tiny", prompt=prompt, max_tokens=max_tokens, temperature=0,
+                extra_body={"ignore_eos": True},
+            )  # fmt: skip
+        except openai.APIError as error:
+            raise ConnectionError(f"{self.log}: {error}") from error
+        return done.choices[0].text
+
+    @functools.cached_property
+    def client(self):
+        """OpenAI's, which may be used by many threads; a request is sent once."""
+        return openai.OpenAI(base_url=self.url("/v1"), api_key="none", max_retries=0, timeout=120)
 
     def metrics(self):
         with urllib.request.urlopen(self.url("/metrics")) as answer:
