@@ -63,6 +63,10 @@ CLUSTER_TILE = 128
 """Keys of a part whose cluster merges it: its only tile."""
 LONE_TILE = 128
 """Keys of a tile of 32 rows in programs that have an SM each."""
+CROWD = 4
+"""Programs that an SM has room for, if tiles are small."""
+CROWD_SIZES = {"BN": 32, "STAGES": 3}
+"""Of head dim 128: 32 KiB in flight in each."""
 MAX_MERGED = 8
 """Parts that are merged at a time."""
 MERGED_ELEMENTS = 8192
@@ -145,6 +149,16 @@ def alone(
         config["BN"] = LONE_TILE
     small = config["BM"] == 16 and narrow
     return config, SHORT_WARPS if short and small else num_warps(config, itemsize)
+
+
+def crowded(config: dict[str, int], programs: int, sms: int) -> bool:
+    """Whether sizes are for programs that run all at once if tiles are small, but not else.
+
+    Then none waits for another's end, which would leave most SMs idle during the last ones. Only
+    sizes that were measured: 16 rows, head dim 128, 16 bits.
+    """
+    pair = config["DP"], config["DVP"], config["BM"], config["BN"], config["STAGES"]
+    return pair == (128, 128, 16, 64, 4) and PROGRAMS_PER_SM * sms < programs <= CROWD * sms
 
 
 def together(
@@ -306,15 +320,15 @@ def _start(
     Where each has an SM to itself, it gets so much shared memory that no two share one, and may
     begin before the kernel in front has ended (programmatic dependent launch of CUDA). Else the
     next launch would be placed beside it, on some SMs twice and on others not at all, which costs
-    more than an early start saves.
+    more than an early start saves. The same goes for four to an SM, if they fill nearly all of it.
     """
     planned, size = plan is not None and plan.balanced, call.q.element_size()
     grid = (plan.slots * call.kv.num_kv_heads, 1) if plan is not None and planned else (
         items, split.most)  # fmt: skip
     warps, cluster, options = num_warps(config, size), 0, {}
     fixed = plan is not None and plan.fixed  # then the size of the batch must not show
-    early = False
-    if grid[0] * grid[1] <= multiprocessors(call.q.device) and not fixed:
+    early, sms, beside = False, multiprocessors(call.q.device), 1
+    if grid[0] * grid[1] <= sms and not fixed:
         early = starts_early(call.q.device)
         longest = call.longest if plan is None else plan.shape["max_seqlen_k"]
         if early and not asked and not planned:
@@ -326,17 +340,23 @@ def _start(
             short = few and not call.kv.quantized  # which would not fit in two warps' registers
             # A plan's list cuts at its own tiles: larger ones would reach over the end of a block.
             config, warps = alone(config, size, short=short, early=early and not planned)
+    elif not (fixed or planned or call.kv.quantized) and split.most == call.max_q == 1 and (
+        crowded(config, items, sms)
+    ):  # fmt: skip
+        config, beside = config | CROWD_SIZES, CROWD
+        early = 8 * items >= 7 * CROWD * sms and starts_early(call.q.device)
     if early:
         options = {"launch_pdl": True, "cluster": max(1, cluster),
-                   "least_shared": _half_of_shared(call.q.device)}  # fmt: skip
+                   "least_shared": _share_of_shared(call.q.device, beside)}  # fmt: skip
     constants = constants_of(call, config, split=planned or split.most > 1, planned=planned,
                              early=early, cluster=cluster)  # fmt: skip
     return _Start(split, grid, constants, warps, options)
 
 
-def _half_of_shared(device: torch.device) -> int:
-    """Bytes of shared memory of which an SM has no two."""
-    return int(torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor) // 2
+def _share_of_shared(device: torch.device, programs: int) -> int:
+    """Bytes of shared memory with which an SM has room for so many programs, and no more."""
+    properties = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_multiprocessor) // (programs + 1)
 
 
 def _split(call: AttentionCall, items: int, asked: int, plan: Plan | None) -> Split:

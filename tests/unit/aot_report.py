@@ -42,7 +42,7 @@ def shaped(dtype, dim, *, stored=None, block_size=16, paged=True, max_q=1, heads
     )  # fmt: skip
 
 
-def attend(call, *, split=True, planned=False, alone=False, early=False, parts=0):
+def attend(call, *, split=True, planned=False, alone=False, crowd=False, early=False, parts=0):
     """(kernel, types, constants, warps, bytes of tiles that are to be in flight)."""
     kv = call.kv
     config = decode.tile_config(call.q.shape[1] // kv.num_kv_heads, kv.head_dim, kv.head_dim_v,
@@ -51,6 +51,8 @@ def attend(call, *, split=True, planned=False, alone=False, early=False, parts=0
     if alone:
         config, warps = decode.alone(config, call.q.element_size(), early=early,
                                      short=not early and not kv.quantized)  # fmt: skip
+    if crowd:
+        config = config | decode.CROWD_SIZES
     config, cluster = decode.together(config, call.q.element_size(), max(1, parts), 64 * parts)
     constants = decode.constants_of(call, config, split=split, planned=planned, early=early,
                                     cluster=cluster)  # fmt: skip
@@ -103,6 +105,7 @@ def configurations():
     rows["attend int8 128 cluster"] = attend(
         shaped(torch.bfloat16, 128, stored=torch.int8), early=True, parts=16
     )
+    rows["attend bf16 128 crowd early"] = attend(plain, split=False, crowd=True, early=True)
     rows["attend bf16 128 planned"] = attend(plain, planned=True)
     for name, stored in QUANTIZED.items():
         for by_row in (True,) if stored == INT4 else (True, False):

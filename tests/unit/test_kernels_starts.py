@@ -20,7 +20,7 @@ SMS, SHARED = 132, 233_472
 def hopper(monkeypatch):
     monkeypatch.setattr(decode, "multiprocessors", lambda _: SMS)
     monkeypatch.setattr(decode, "starts_early", lambda _: True)
-    monkeypatch.setattr(decode, "_half_of_shared", lambda _: SHARED // 2)
+    monkeypatch.setattr(decode, "_share_of_shared", lambda _, programs: SHARED // (programs + 1))
 
 
 def started(batch, length, *, heads=8, group=4, asked=0, plan=None):
@@ -78,6 +78,25 @@ def test_more_programs_do_not_and_neither_do_fixed_parts(hopper):
     start, config = started(1, 1024, plan=plan)
     assert not start.options
     assert start.constants["STAGES"] == config["STAGES"]
+
+
+def test_programs_that_have_room_at_once_in_small_tiles_take_them(hopper):
+    start, _ = started(64, 2048)
+    assert (start.constants["BN"], start.constants["STAGES"], start.grid) == (32, 3, (512, 1))
+    assert start.options == {"launch_pdl": True, "cluster": 1, "least_shared": SHARED // 5}
+    # A program's share, with the KiB that the driver keeps of each: four to an SM, not five.
+    assert 4 * (SHARED // 5 + 1024) <= SHARED < 5 * (SHARED // 5 + 1024)
+    start, _ = started(40, 2048)  # many SMs would have less than four: those behind would fill them
+    assert (start.constants["BN"], start.options) == (32, {})
+
+
+@pytest.mark.parametrize(("batch", "options"), [
+    (33, {}), (67, {}), (64, {"group": 8, "heads": 4}), (8, {"asked": 8}), (64, {"group": 32}),
+])  # fmt: skip
+def test_others_keep_their_tiles(hopper, batch, options):
+    start, config = started(batch, 2048, **options)
+    assert (start.constants["BN"], start.constants["STAGES"]) == (config["BN"], config["STAGES"])
+    assert not start.options
 
 
 def test_the_parts_of_a_list_are_read_in_the_tiles_that_it_was_cut_in(hopper):
