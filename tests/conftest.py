@@ -59,6 +59,14 @@ if settings is not None:
     )
 
 
+def pytest_configure() -> None:
+    """The laws of the kernels run in Triton's interpreter, most of whose time is of no use."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        from quick_interpreter import hasten
+
+        hasten()
+
+
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
     """Without torch, leave out the files that import it: bookkeeping is tested without."""
     if _HAS_TORCH or collection_path.suffix != ".py" or not collection_path.name.startswith("test"):
