@@ -6,7 +6,10 @@ under ``.nox``; ``nox -R`` runs one again without installing.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import nox
@@ -38,9 +41,18 @@ def _group(name: str) -> list[str]:
     return list(nox.project.dependency_groups(PYPROJECT, name))
 
 
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """No other nox of this tree is in here: ``pip install -e .`` writes into it."""
+    with open(Path(__file__).parent / ".nox" / "installing", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def _install(session: nox.Session, *packages: str) -> None:
     session.env.update(ENV)
-    session.install("-q", *packages)
+    with _alone():
+        session.install("-q", *packages)
 
 
 def _pytest(session: nox.Session, *args: str, profile: str = "ci") -> None:

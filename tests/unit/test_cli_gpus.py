@@ -46,7 +46,7 @@ def test_a_gpu_in_order(checks, library):
     library.in_use = {os.getpid(): 3 * GIB, 1 << 30: UNKNOWN}
     started = time.monotonic()
     found = checks()
-    assert time.monotonic() - started < 2.0
+    assert time.monotonic() - started < 5.0
     assert {check.status for check in found.values()} == {"ok", "info"}
     assert found["nvidia driver"].detail == "580.159.03, CUDA 13.0; cuda-bindings 13.0.1"
     assert "2.0 MiB pages that can be shared as file descriptors" in found["gpu 0"].detail
