@@ -115,21 +115,38 @@ class BoundCall:
         if self._device_here() != self._index:
             with torch.cuda.device(self._index):
                 return self(*tensors)
-        stream = self._stream_of(self._index)
-        steps, maps = self._replacing.get(len(tensors)) or self._replace(len(tensors))
-        if not tensors:
-            for step in steps:
-                step.again(stream)
+        if tensors:
+            self.at(self._addresses(tensors))
         else:
-            addresses: list[Any] = self._addresses(tensors)
-            for i, one in maps:
-                addresses.append(one.at(addresses[i]))
-            for step in steps:
-                step(stream, addresses)
+            stream = self._stream_of(self._index)
+            for step in (self._replacing.get(0) or self._replace(0))[0]:
+                step.again(stream)
         if not self._results:
             return None
         out = tensors[1] if len(tensors) > 1 else self._results[0]
         return out if len(self._results) == 1 else (out, self._results[1])
+
+    @property
+    def takes_addresses(self) -> bool:
+        """Whether ``at`` can make it: it was bound on a GPU."""
+        return self._launches is not None
+
+    def at(self, addresses: list[int]) -> None:
+        """Make the call with tensors that lie at ``addresses``; the maps of some are added to them.
+
+        Nothing is checked: the caller knows that they are as those of ``takes``.
+        """
+        if self._device_here() != self._index:
+            with torch.cuda.device(self._index):
+                return self.at(addresses)
+        stream = self._stream_of(self._index)
+        steps, maps = self._replacing.get(len(addresses)) or self._replace(len(addresses))
+        given: list[Any] = addresses
+        for i, one in maps:
+            given.append(one.at(addresses[i]))
+        for step in steps:
+            step(stream, given)
+        return None
 
     def _addresses(self, tensors: Sequence[torch.Tensor]) -> list[int]:
         """Of the tensors of a call; raises ``InvalidInput`` if one does not fit."""

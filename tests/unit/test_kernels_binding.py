@@ -117,6 +117,17 @@ def test_a_bound_call_queues_its_kernels_at_every_call_and_not_before(driver, ca
             assert taken[argument] == given[name].data_ptr()
 
 
+def test_a_call_made_at_addresses_is_that_with_the_tensors_there(driver, case):
+    function, given, launches, _ = case
+    given |= {"out": zeros(*given["q"].shape[:2], 64)} if "q" in given else {}
+    call = kernels.bind(function, **given).release()
+    assert call.takes_addresses
+    others = [given[name].clone() for name in call.takes]
+    call(*others)
+    call.at([x.data_ptr() for x in others])
+    assert driver.launches[: len(launches)] == driver.launches[len(launches) :]
+
+
 def test_tensors_take_the_place_of_the_first_that_a_call_takes_and_of_no_others(driver, case):
     function, given, launches, names = case
     given |= {"out": zeros(*given["q"].shape[:2], 64)} if "q" in given else {}
@@ -230,6 +241,8 @@ def test_a_map_of_a_cache_goes_with_it(driver, monkeypatch):
     call()
     others = [given[name].clone() for name in call.takes]
     call(*others)
+    call.at([x.data_ptr() for x in others])
+    assert driver.launches[1] == driver.launches.pop()
     for one, (keys, values) in zip(driver.launches, ([given[n] for n in ("k_cache", "v_cache")],
                                                      others[-2:]), strict=True):  # fmt: skip
         taken = driver.taken(one)
