@@ -8,35 +8,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from fake_launches import launch_nothing
 from tiny_models import make_model, make_pair, padded
 from transformers import DynamicCache
 
 from kvcached import CacheSpec, KVCache
+from kvcached.engines import transformers_calls
 from kvcached.engines.transformers import ElasticCache, PackedBatch, PackedCache
-from kvcached.errors import ClosedError, EngineUnsupported, InvalidInput
+from kvcached.engines.transformers_calls import MOST_KEPT
+from kvcached.errors import InvalidInput
+from kvcached.kernels import bind, binding
 
 LENGTHS = [5, 33, 16, 1, 47, 17, 2, 30]
 GREEDY = {"max_new_tokens": 24, "do_sample": False}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread_and_no_broker():
-    os.environ["KVCACHED_BROKER"] = "0"
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def pair():
-    return make_pair()
-
-
-@pytest.fixture
-def cache(pair):
-    with ElasticCache(pair[1].config, limit="64MiB") as cache:
-        yield cache
+pytestmark = pytest.mark.usefixtures("one_thread_and_no_broker")
 
 
 def test_a_padded_batch_gives_the_tokens_of_stock(pair, cache):
@@ -53,6 +38,67 @@ def test_padding_takes_no_slot(pair, cache):
     blocks = sum(-(-length // cache.cache.spec.block_size) for length in LENGTHS)
     assert cache.cache.stats().blocks_in_use == blocks
     assert cache.get_seq_length() == max(LENGTHS)
+
+
+@pytest.mark.parametrize("places", ["behind", "between"])
+def test_pads_may_lie_anywhere(pair, cache, places):
+    """In front they are queries that see nothing; elsewhere the tokens are picked out."""
+    stock, elastic = pair
+    ids = padded([12, 12])["input_ids"]
+    mask = torch.ones(2, 12, dtype=torch.long)
+    mask[1, 7:] = 0
+    if places == "between":
+        mask[1] = torch.tensor([0, 1, 1, 0, 1, 0, 0, 1, 1, 1, 1, 1])
+    more = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+    kept = mask.bool()
+    ours = elastic(ids, past_key_values=cache, **more).logits
+    torch.testing.assert_close(ours[kept], stock(ids, **more).logits[kept], rtol=1e-4, atol=1e-4)
+    assert [s.num_tokens for s in cache._sequences] == mask.sum(1).tolist()
+
+
+def test_a_call_is_checked_for_one_layer_and_made_for_all(pair, cache, monkeypatch):
+    bound = []
+
+    def noted(function, **given):
+        bound.append(function.__name__)
+        return bind(function, **given)
+
+    monkeypatch.setattr(transformers_calls, "bind", noted)
+    step = padded([1, 1])["input_ids"]
+    pair[1](**padded([9, 9]), past_key_values=cache)
+    assert bound == ["reshape_and_cache", "attn_with_kvcache"]
+    pair[1](step, past_key_values=cache)
+    assert len(bound) == 4
+    for _ in range(3):
+        pair[1](step, past_key_values=cache)
+    assert len(bound) == 4, "steps of one shape are known"
+    cache.reset()
+    for length in range(10, 10 + MOST_KEPT):
+        pair[1](**padded([length]), past_key_values=cache)
+        cache.reset()
+    assert len(bound) == 4 + 2 * MOST_KEPT
+    assert len(cache._calls._kinds) == MOST_KEPT
+
+
+def test_layers_are_launched_with_the_addresses_of_their_own(pair, cache, monkeypatch):
+    """As on a GPU, with a driver that keeps what is launched: nothing is copied on the way."""
+    driver = launch_nothing(monkeypatch)
+    monkeypatch.setattr(binding, "_on_gpu", lambda _: True)
+    prompts = padded([9, 4])
+    mask = torch.cat([prompts["attention_mask"], torch.ones(2, 1, dtype=torch.long)], 1)
+    for batch in (prompts, {"input_ids": prompts["input_ids"][:, :1], "attention_mask": mask}):
+        driver.launches.clear()
+        pair[1](**batch, past_key_values=cache)
+        kernels = [one.function[0] for one in driver.launches]
+        assert kernels == ["append_kernel", "attend_kernel"] * 3
+        for number, one in enumerate(driver.launches):
+            taken = driver.taken(one)
+            assert (taken["K"], taken["V"]) == cache._views[number // 2].addresses
+        assert cache._batch.cu_seqlens_q is None
+        seen = {driver.taken(one)["LENS"] for one in driver.launches[1::2]}
+        assert seen == {cache._batch.cache_seqlens.data_ptr()}
+    assert [kind.direct for kind in cache._calls._kinds.values()] == [True, True]
+    assert cache._batch.cache_seqlens.tolist() == [10, 5]
 
 
 def test_padded_query_rows_are_finite(pair, cache):
@@ -204,147 +250,6 @@ def test_tables_keep_their_shape_while_sequences_grow(pair):
                 assert row[:held].tolist() == list(sequence.block_ids)
                 assert not row[held:].any()
         assert shapes == [(2, 32)] * 3 + [(2, 64)]
-
-
-# --- limits -----------------------------------------------------------------------------------
-
-
-def test_out_of_memory_is_a_memory_error_and_reset_mends_it(pair):
-    stock, elastic = pair
-    with ElasticCache(elastic.config, limit="64KiB") as cache:
-        with pytest.raises(MemoryError, match="KV10"):
-            elastic(**padded([400, 400]), past_key_values=cache)
-        cache.reset()
-        batch = padded([9])
-        ours = elastic.generate(**batch, **GREEDY, past_key_values=cache)
-        assert torch.equal(ours, stock.generate(**batch, **GREEDY))
-
-
-def test_another_attention_is_refused(pair):
-    with (
-        ElasticCache(pair[0].config) as cache,
-        pytest.raises(EngineUnsupported, match=r"(?s)'sdpa'.*attn_implementation='kvcached'"),
-    ):
-        pair[0](**padded([4]), past_key_values=cache)
-
-
-def test_features_that_pages_cannot_do_are_refused_by_name(pair, cache):
-    elastic = pair[1]
-    batch = padded([9])
-    elastic(**batch, past_key_values=cache)
-    with pytest.raises(EngineUnsupported, match="cropped"):
-        cache.crop(-1)
-    with pytest.raises(EngineUnsupported, match="output attentions"):
-        elastic(**padded([2]), past_key_values=cache, output_attentions=True)
-    cache.reset()
-    elastic.train()
-    try:
-        elastic.model.layers[0].self_attn.attention_dropout = 0.5
-        with pytest.raises(EngineUnsupported, match="dropout"):
-            elastic(**batch, past_key_values=cache)
-    finally:
-        elastic.eval()
-        elastic.model.layers[0].self_attn.attention_dropout = 0.0
-
-
-@pytest.mark.parametrize(
-    ("kind", "what"),
-    [
-        ("qwen3_next", "linear_attention"),
-        ("llama4_text", "chunked_attention"),
-        ("deepseek_v3", "latent attention"),
-    ],
-)
-def test_models_that_keep_something_else_are_refused(kind, what):
-    from transformers import AutoConfig
-
-    with pytest.raises(EngineUnsupported, match=what):
-        ElasticCache(AutoConfig.for_model(kind))
-
-
-def test_a_model_that_changes_keys_after_the_cache_is_found_out(pair, cache, monkeypatch):
-    update = PackedCache.update
-    monkeypatch.setattr(
-        ElasticCache, "update", lambda *a, **k: tuple(x.clone() for x in update(*a))
-    )
-    with pytest.raises(EngineUnsupported, match="LlamaAttention changes keys"):
-        pair[1](**padded([4]), past_key_values=cache)
-    pair[1](**padded([4]))
-
-
-def test_softcap_and_sinks_without_an_elastic_cache_are_refused():
-    model = make_model("gemma2", "kvcached", attn_logit_softcapping=2.0)
-    with pytest.raises(EngineUnsupported, match="softcap"):
-        model(**padded([4]))
-
-
-def test_a_mask_that_forgets_tokens_is_refused(pair, cache):
-    batch = padded([6])
-    pair[1](**batch, past_key_values=cache)
-    mask = torch.ones(1, 7, dtype=torch.long)
-    mask[0, 2] = 0
-    with pytest.raises(InvalidInput, match="hold"):
-        pair[1](batch["input_ids"][:, :1], attention_mask=mask, past_key_values=cache)
-
-
-def test_another_batch_size_is_refused(pair, cache):
-    pair[1](**padded([6]), past_key_values=cache)
-    with pytest.raises(InvalidInput, match="2 rows"):
-        pair[1](padded([1, 1])["input_ids"], past_key_values=cache)
-
-
-def test_a_closed_cache_says_so(pair, cache):
-    cache.close()
-    cache.close()
-    with pytest.raises(ClosedError):
-        pair[1](**padded([3]), past_key_values=cache)
-    pair[1](**padded([3]))  # the refused call has left nothing behind that this one falls over
-
-
-def test_a_batch_that_does_not_continue_what_the_cache_holds_is_refused(pair, cache):
-    batch = padded([5, 20])
-    pair[1](**batch, past_key_values=cache)
-    with pytest.raises(InvalidInput, match=r"(?s)was given 20 and 20 more come.*reset\(\)"):
-        pair[1](**batch, past_key_values=cache)
-    cache.reset()
-    pair[1](**batch, past_key_values=cache)
-
-
-# --- devices ----------------------------------------------------------------------------------
-
-
-def test_a_cache_lies_where_the_model_computes(pair):
-    with ElasticCache(pair[1].config, device="cpu") as cache:
-        pair[1](**padded([4]), past_key_values=cache)
-        assert cache.cache.backend.device == "cpu"
-
-
-@pytest.mark.parametrize("device", ["cuda", "cuda:1", torch.device("meta")])
-def test_a_cache_on_another_device_than_the_model_is_refused(pair, device):
-    with (
-        ElasticCache(pair[1].config, device=device) as cache,
-        pytest.raises(InvalidInput, match=r"(?s)computes on cpu.*Leave out device="),
-    ):
-        pair[1](**padded([4]), past_key_values=cache)
-
-
-def test_a_device_that_is_none_is_refused(pair):
-    with ElasticCache(pair[1].config, device="here") as cache, pytest.raises(InvalidInput):
-        pair[1](**padded([4]), past_key_values=cache)
-
-
-def test_a_layer_on_another_device_or_of_another_dtype_is_refused_before_it_takes_slots(pair):
-    spec = CacheSpec.from_hf(pair[1].config, dtype="float32")
-    away = make_model(attention="kvcached").to("meta")
-    half = make_model(attention="kvcached").half()
-    with KVCache(spec, device="cpu", name="mine", max_tokens=4096, limit="16MiB") as mine:
-        cache = ElasticCache(pair[1].config, cache=mine)
-        with pytest.raises(EngineUnsupported, match="layer 0 computes in float32 on meta"):
-            away(padded([4])["input_ids"].to("meta"), past_key_values=cache)
-        with pytest.raises(EngineUnsupported, match=r"float16 on cpu.*float32 on cpu"):
-            half(**padded([4]), past_key_values=cache)
-        assert mine.stats().blocks_in_use == 0
-        pair[1](**padded([4]), past_key_values=cache)
 
 
 # --- the real model ---------------------------------------------------------------------------

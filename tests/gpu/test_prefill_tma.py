@@ -17,6 +17,8 @@ TOLERANCE = {FP16: 2e-3, BF16: 1.6e-2}
 RAGGED = {"lens": (1000, 37, 513, 2048, 128, 0, 1), "queries": (1000, 37, 100, 7, 128, 3, 1)}
 EVEN = {"lens": (777, 1024, 512), "queries": (256, 256, 256)}
 
+PADDED = {"lens": (5, 1024, 0, 300), "queries": (1024, 1024, 1024, 1024)}
+
 
 @pytest.fixture(autouse=True)
 def taken(monkeypatch):
@@ -97,8 +99,14 @@ def test_every_head_dim(taken, dims, dtype, causal):
     check(taken, dtype, *dims, causal=causal, **RAGGED)
 
 
+@pytest.mark.parametrize("dims", [(64, 64), (128, 128)], ids=str)
+def test_queries_in_front_of_short_prompts_see_nothing(taken, dims):
+    """As a batch that is padded in front has them."""
+    check(taken, BF16, *dims, **PADDED)
+
+
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
-@pytest.mark.parametrize("shape", [EVEN, RAGGED], ids=["even", "ragged"])
+@pytest.mark.parametrize("shape", [EVEN, RAGGED, PADDED], ids=["even", "ragged", "padded"])
 def test_short_prompts(taken, monkeypatch, dtype, shape):
     monkeypatch.setattr(_prefill_tma, "SHORT_QUERIES", 1 << 20)
     check(taken, dtype, sinks=True, **shape)

@@ -15,7 +15,6 @@ from paged import (
     TRITON,
     Case,
     ElasticCache,
-    append,
     assert_close,
     bitwise,
     expect,
@@ -27,7 +26,7 @@ from paged import (
     with_options,
 )
 
-from kvcached.kernels import merge_state
+from kvcached.kernels import merge_state, reshape_and_cache
 from kvcached.kernels.checks import check_call, check_places
 
 pytestmark = pytest.mark.skipif(not TRITON, reason="a Triton kernel: TRITON_INTERPRET=1 or a GPU")
@@ -36,8 +35,12 @@ SMALL = {"BM": 32, "BN": 16}
 """A tile that several of still fit a sequence which the interpreter can afford."""
 
 
-def run(case, *, splits=1, placement=0, rows=None, fill=0xFF, config=SMALL, table=True):
-    """(out, lse) of the prefill kernel for a case whose rows lie at ``placement``."""
+def run(case, *, splits=1, placement=0, rows=None, fill=0xFF, config=SMALL, table=True,
+        even=False):  # fmt: skip
+    """(out, lse) of the prefill kernel for a case whose rows lie at ``placement``.
+
+    ``even`` sequences have the same number of queries, of which the kernel is told only that.
+    """
     from kvcached.kernels.prefill import attend_prefill
 
     q, keys, values = rows or case.rows()
@@ -52,8 +55,9 @@ def run(case, *, splits=1, placement=0, rows=None, fill=0xFF, config=SMALL, tabl
         slots = torch.arange(sum(case.lens), dtype=torch.int32) + 3
         used = range((sum(case.lens) + 3) // case.block_size + 1)
     with ElasticCache(used, fill=fill, **case.sizes()) as cache:
-        append(torch.cat(keys), torch.cat(values), cache.k, cache.v, slots)
-        call = check_call(q, cache.k, cache.v, out=out, **where, **lengths(case), **case.options)
+        reshape_and_cache(torch.cat(keys), torch.cat(values), cache.k, cache.v, slots)
+        asked = lengths(case) | ({"cu_seqlens_q": None} if even else {})
+        call = check_call(q, cache.k, cache.v, out=out, **where, **asked, **case.options)
         check_places(call)
         attend_prefill(call, splits, config)
     return call.out, call.lse
@@ -111,8 +115,9 @@ def test_2_the_block_size_makes_no_difference(case):
 @few(40)
 @given(case=prompts(), splits=st.integers(2, 8))
 def test_3_the_number_of_splits_makes_no_difference(case, splits):
-    assert_close(case, run(case, splits=splits), expect(case))
-    assert bitwise(run(case, splits=splits), run(case, splits=splits))
+    got = run(case, splits=splits)
+    assert_close(case, got, expect(case))
+    assert bitwise(got, run(case, splits=splits))
 
 
 @few(40)
@@ -175,6 +180,16 @@ def test_10_a_prompt_at_once_equals_its_tokens_one_by_one(case):
 @given(case=prompts())
 def test_sequences_may_lie_in_consecutive_slots_without_a_table(case):
     assert_close(case, run(case, table=False), expect(case))
+
+
+@few(40)
+@given(case=prompts(), splits=st.sampled_from([1, 2]), more=st.integers(0, 20))
+def test_queries_in_front_of_a_short_prompt_see_nothing(case, splits, more):
+    """So a batch that is padded in front needs no starts, and no token of it is moved."""
+    case = replace(case, queries=(max(1, *case.lens) + more,) * len(case.lens))
+    got, wanted = run(case, splits=splits, even=True), expect(case)
+    assert_close(case, got, wanted)
+    assert torch.isneginf(got[1]).any() or not more
 
 
 @few(40)

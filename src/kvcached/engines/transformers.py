@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from kvcached.engines.transformers_batch import PackedBatch
+from kvcached.engines.transformers_calls import LayerCalls
 from kvcached.engines.transformers_pages import (
     NAME,
     PackedCache,
@@ -104,19 +105,22 @@ class ElasticCache(PagedCache):
         counts, rows = self._new_tokens(mask, size, length)
         self.columns += length
         work = [(s, cache.extend(s, n)) for s, n in zip(self._sequences, counts, strict=True)]
+        if rows is None:
+            return PackedBatch.behind_pads(cache, work, length)
         return PackedBatch.of(cache, work, rows)
 
     def _new_tokens(
         self, mask: torch.Tensor | None, size: int, length: int
     ) -> tuple[list[int], np.ndarray | None]:
-        """Tokens to add to each row, and their places in the padded batch (``None``: all)."""
+        """Tokens to add to each row; their places in the padded batch, unless all are row ends."""
         held = [sequence.num_tokens for sequence in self._sequences]
         if size != len(held):
             raise InvalidInput(
                 f"the batch has {size} rows, the cache {len(held)}", hint="Call reset() first."
             )
         if mask is None:
-            mask = torch.ones(size, self.columns + length, dtype=torch.bool)
+            _check_held([self.columns] * size, held)
+            return [length] * size, None
         if mask.dim() != 2:
             raise EngineUnsupported("elastic pages take a 2-dimensional attention mask only")
         if mask.shape[1] != self.columns + length:
@@ -125,15 +129,13 @@ class ElasticCache(PagedCache):
                 f"{self.columns} and {length} more come",
                 hint="Call reset() between unrelated calls; in a conversation pass all tokens.",
             )
-        mask = mask.cpu()  # from a GPU: the one wait of a pass, as lengths are kept on the host
-        if mask[:, : self.columns].sum(1).tolist() != held:
-            raise InvalidInput(
-                f"the attention mask differs from the one before: the rows hold {held} tokens",
-                hint="Pass the whole mask each time, or call reset() first.",
-            )
-        new = mask[:, self.columns :].bool()
-        rows = None if bool(new.all()) else np.flatnonzero(new.numpy())
-        return new.sum(1).tolist(), rows
+        # From a GPU this is the one wait of a pass, as lengths are kept on the host.
+        known = mask.cpu().numpy().astype(np.bool_, copy=False)
+        _check_held(np.count_nonzero(known[:, : self.columns], axis=1).tolist(), held)
+        new = known[:, self.columns :]
+        counts = np.count_nonzero(new, axis=1)
+        at_ends = (new == (np.arange(length) >= length - counts[:, None])).all()
+        return counts.tolist(), None if at_ends else np.flatnonzero(new)
 
     # --- the batch changes ---
 
@@ -167,7 +169,7 @@ class ElasticCache(PagedCache):
 
     def _wait_for_kernels(self) -> None:
         """On a GPU, wait for the passes that are queued: then blocks can be freed and copied."""
-        if self._views and (device := self._views[0][0].device).type == "cuda":
+        if self._views and (device := self._views[0].keys.device).type == "cuda":
             torch.cuda.current_stream(device).synchronize()
 
     # --- life ---
@@ -197,6 +199,7 @@ class ElasticCache(PagedCache):
         self.reset()
         self._closed = True
         self._views = []
+        self._calls = self._lasting = LayerCalls()
         if self._owned and self._cache is not None:
             self._cache.close()
 
@@ -205,6 +208,15 @@ class ElasticCache(PagedCache):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _check_held(seen: list[int], held: list[int]) -> None:
+    """``seen``: tokens of each row that the mask has where the cache has ``held``."""
+    if seen != held:
+        raise InvalidInput(
+            f"the attention mask differs from the one before: the rows hold {held} tokens",
+            hint="Pass the whole mask each time, or call reset() first.",
+        )
 
 
 def _place(wanted: Any, found: torch.device) -> str:

@@ -25,8 +25,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from kvcached.engines.transformers_batch import PackedBatch
+from kvcached.engines.transformers_calls import LayerCache, LayerCalls
 from kvcached.errors import EngineUnsupported, InvalidInput
-from kvcached.kernels import attn_with_kvcache, reshape_and_cache
 
 if TYPE_CHECKING:
     from kvcached.cache import KVCache
@@ -94,14 +94,12 @@ def elastic_attention(
         output_attentions=kwargs.get("output_attentions"),
         position_bias=kwargs.get("position_bias"),
     )
-    features: dict[str, Any] = {"softmax_scale": scaling}
-    if sliding_window is not None:
-        features["window_size"] = (sliding_window - 1, 0)
-    if softcap is not None:
-        features["softcap"] = softcap
-    if s_aux is not None:
-        features["sinks"] = s_aux.detach().float()
-    out = ticket.owner.attend(ticket.layer, query, key, value, attention_mask, features)
+    features = {
+        "softmax_scale": scaling, "softcap": softcap or 0.0,
+        "window_size": (-1, -1) if sliding_window is None else (sliding_window - 1, 0),
+    }  # fmt: skip
+    sinks = None if s_aux is None else s_aux.detach().float()
+    out = ticket.owner.attend(ticket.layer, query, key, value, attention_mask, sinks, features)
     return out, None
 
 
@@ -168,6 +166,7 @@ class _ElasticLayer(CacheLayerMixin):
     def __init__(self, owner: PagedCache, layer: int) -> None:
         super().__init__()
         self._owner, self._layer = owner, layer
+        self._ticket = _Ticket(owner, layer)
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Nothing to do: pages appear when tokens come."""
@@ -177,7 +176,7 @@ class _ElasticLayer(CacheLayerMixin):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Attach the ticket for the attention function; nothing is written yet."""
         self._owner.expect(self._layer, key_states, value_states)
-        setattr(key_states, _TICKET, _Ticket(self._owner, self._layer))
+        setattr(key_states, _TICKET, self._ticket)
         return key_states, value_states
 
     def get_seq_length(self) -> int:
@@ -204,10 +203,13 @@ class PagedCache(Cache):
         _check_config(config)
         self.config = config
         self._cache: KVCache | None = None
-        self._views: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._views: list[LayerCache] = []
         self._batch: PackedBatch | None = None
         self.columns = 0
         self._pending: int | None = None
+        self._self = weakref.ref(self)
+        self._calls, self._lasting = LayerCalls(), LayerCalls()
+        self._stream: Any = None
         super().__init__(layers=[_ElasticLayer(self, i) for i in range(config.num_hidden_layers)])
 
     def _bind(self, cache: KVCache) -> None:
@@ -215,7 +217,7 @@ class PagedCache(Cache):
         if layers != len(self.layers):
             raise InvalidInput(f"the KVCache has {layers} layers, the model {len(self.layers)}")
         self._cache = cache
-        self._views = [cache.layer(i) for i in range(layers)]
+        self._views = [LayerCache(*cache.layer(i)) for i in range(layers)]
 
     def expect(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """A layer is about to attend: check that the one before it really came back to us."""
@@ -228,7 +230,7 @@ class PagedCache(Cache):
         if layer == 0:
             self._start(key, value)
         self._pending = layer
-        _expecting.owner = weakref.ref(self)
+        _expecting.owner = self._self
 
     def _start(self, key: torch.Tensor, value: torch.Tensor) -> None:
         """A forward pass begins with these keys and values ``[B, Hkv, Q, D]`` of layer 0."""
@@ -240,34 +242,31 @@ class PagedCache(Cache):
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-        mask: torch.Tensor | None, features: dict[str, Any],
+        mask: torch.Tensor | None, sinks: torch.Tensor | None, features: dict[str, Any],
     ) -> torch.Tensor:  # fmt: skip
         """Write the new tokens of one layer and attend over all, as ``elastic_attention`` says."""
         self._pending = _expecting.owner = None
         self._check_place(layer, key)
         if layer == 0:
             self._batch = None
-            self._batch = self._plan(mask)
+            self._begin(self._plan(mask))
         batch = self._batch
         if batch is None:
             raise EngineUnsupported("a layer attends before layer 0 of the same forward pass did")
-        k_cache, v_cache = self._views[layer]
-        size, heads, length, _ = query.shape
-        q, k, v = (_pack(x, batch.rows) for x in (query, key, value))
-        reshape_and_cache(k, v, k_cache, v_cache, batch.slot_mapping)
-        out: torch.Tensor = attn_with_kvcache(
-            q, k_cache, v_cache, cache_seqlens=batch.cache_seqlens, page_table=batch.block_table,
-            cu_seqlens_q=batch.cu_seqlens_q, max_seqlen_q=batch.max_seqlen_q, causal=True,
-            **features,
-        )  # fmt: skip
-        if batch.rows is not None:
-            padded = out.new_zeros(size * length, *out.shape[1:])
-            padded[batch.rows] = out
-            out = padded
-        return out.view(size, length, heads, -1)
+        return self._calls.run(query, key, value, self._views[layer], batch, sinks, features)
+
+    def _begin(self, batch: PackedBatch) -> None:
+        """All layers attend to ``batch``. What calls of even batches need serves later ones too."""
+        self._batch = batch
+        stream = None
+        if batch.slot_mapping.is_cuda:
+            stream = torch.cuda.current_stream(batch.slot_mapping.device)
+        if stream != self._stream:  # parts of sequences of two streams need memory apart
+            self._stream, self._lasting = stream, LayerCalls()
+        self._calls = self._lasting if batch.cu_seqlens_q is None else LayerCalls()
 
     def _check_place(self, layer: int, key: torch.Tensor) -> None:
-        held = self._views[layer][0]
+        held = self._views[layer].keys
         if (key.dtype, key.device) != (held.dtype, held.device):
             raise EngineUnsupported(
                 f"layer {layer} computes in {_short(key.dtype)} on {key.device}, but the cache "
@@ -290,14 +289,6 @@ class PagedCache(Cache):
         """Only a crop of nothing is possible (assisted generation needs more; refused)."""
         if tokens_to_remove:
             raise EngineUnsupported("an elastic cache cannot be cropped (assisted generation)")
-
-
-def _pack(x: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
-    """``[B, H, Q, D]`` to ``[T, H, D]``."""
-    if rows is None and x.shape[2] == 1:  # a step of decode: one operation less, of every layer
-        return x.detach()[:, :, 0]
-    flat = x.detach().transpose(1, 2).reshape(-1, x.shape[1], x.shape[3])
-    return flat if rows is None else flat[rows]
 
 
 def _short(dtype: torch.dtype) -> str:
