@@ -16,16 +16,18 @@ import json
 import os
 import random
 import statistics
+import tempfile
 import time
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from common import RESULTS, SCHEMA_VERSION, commit
+from pass_profile import device_ms, host_us
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, __version__
 
 from kvcached.engines.transformers import NAME, ElasticCache
@@ -40,6 +42,7 @@ TINY = LLAMA_1B | {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 96
                    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
                    "head_dim": 16}  # fmt: skip
 Row = dict[str, Any]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -90,19 +93,24 @@ def waited() -> float:
 
 @dataclass
 class Run:
-    """One pass over a work: seconds of both parts, tokens, the last logits, bytes of the cache."""
+    """One pass over a work: seconds of both parts, tokens, the last logits, bytes.
+
+    ``peak_bytes`` is all that was held at once beyond the weights: the cache too.
+    """
 
     prefill_s: float
     decode_s: float
     tokens: torch.Tensor
     logits: torch.Tensor
     cache_bytes: int
+    peak_bytes: int
 
 
 def go(model: Any, work: Work, cache: Any) -> Run:
     """Greedy, by the forward pass itself: ``generate`` would add its own time to both sides."""
     ids, mask = work.inputs(model.config.vocab_size)
     found, more = [], {}
+    before = start_counting()
     with torch.inference_mode():
         start = waited()
         if mask is not None:
@@ -120,7 +128,22 @@ def go(model: Any, work: Work, cache: Any) -> Run:
             logits = model(found[-1][:, None], past_key_values=cache, **more).logits[:, -1]
             found.append(logits.argmax(-1))
         done = waited()
-    return Run(filled - start, done - filled, torch.stack(found, 1), logits.float(), nbytes(cache))
+    peak = peak_since(before) + (nbytes(cache) if isinstance(cache, ElasticCache) else 0)
+    return Run(filled - start, done - filled, torch.stack(found, 1), logits.float(), nbytes(cache),
+               peak)  # fmt: skip
+
+
+def start_counting() -> int:
+    """Bytes that torch has allocated now; its peak is counted from here."""
+    if DEVICE != "cuda":
+        return 0
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()
+
+
+def peak_since(before: int) -> int:
+    """The most bytes that torch held since, beyond those of ``before``; elastic pages are none."""
+    return torch.cuda.max_memory_allocated() - before if DEVICE == "cuda" else 0
 
 
 def nbytes(cache: Any) -> int:
@@ -131,23 +154,6 @@ def nbytes(cache: Any) -> int:
     return sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values))
 
 
-def ours(model: Any, work: Work, repeats: int) -> list[Run]:
-    """Runs on elastic pages; the cache is kept, as a server would keep it."""
-    model.set_attn_implementation(NAME)
-    runs = []
-    with closing(ElasticCache(model.config)) as cache:
-        for _ in range(repeats):
-            runs.append(go(model, work, cache))
-            cache.reset()
-    return runs
-
-
-def stock(model: Any, work: Work, repeats: int, name: str) -> list[Run]:
-    """Runs with an attention and the cache of transformers."""
-    model.set_attn_implementation(name)
-    return [go(model, work, DynamicCache(config=model.config)) for _ in range(repeats)]
-
-
 def peers() -> list[str]:
     """Attentions of transformers that run here."""
     found = ["sdpa"]
@@ -156,33 +162,133 @@ def peers() -> list[str]:
     return found
 
 
-def row(ident: str, unit: str, runs: dict[str, list[Run]], of: Callable[[Run], float]) -> Row:
+@contextmanager
+def caches(model: Any) -> Iterator[Callable[[], dict[str, Any]]]:
+    """A function that gives each attention its empty cache; ours is kept, as a server keeps it."""
+    with closing(ElasticCache(model.config)) as elastic:
+
+        def anew() -> dict[str, Any]:
+            elastic.reset()
+            return {name: DynamicCache(config=model.config) for name in peers()} | {NAME: elastic}
+
+        yield anew
+
+
+def alternate(model: Any, repeats: int, run: Callable[[Any, int], T]) -> dict[str, list[T]]:
+    """``run(cache, number)`` of each attention in turn: what disturbs one disturbs all.
+
+    Ours comes last: what torch loads at first use is not ours.
+    """
+    found: dict[str, list[T]] = {name: [] for name in [*peers(), NAME]}
+    with caches(model) as anew:
+        for number in range(repeats):
+            for name, cache in anew().items():
+                model.set_attn_implementation(name)
+                found[name].append(run(cache, number))
+    return found
+
+
+def row(ident: str, unit: str, runs: dict[str, list[T]], of: Callable[[T], float]) -> Row:
     """A figure of ours with that of the others; the first run of each is a warm-up."""
     figures = {name: sorted(of(run) for run in list_[1:]) for name, list_ in runs.items()}
     middle = {name: round(statistics.median(values), 3) for name, values in figures.items()}
+    ends = {name: [round(values[0], 3), round(values[-1], 3)] for name, values in figures.items()}
     return {"id": ident, "value": middle.pop(NAME), "unit": unit, "target": None, "peers": middle,
-            "repeats": len(figures[NAME]), "range": [round(x, 3) for x in figures[NAME][:: max(
-                1, len(figures[NAME]) - 1)]]}  # fmt: skip
+            "repeats": len(figures[NAME]), "ranges": ends}  # fmt: skip
 
 
 def timed(model: Any, work: Work, repeats: int) -> tuple[list[Row], dict[str, list[Run]]]:
     """The rows of a work."""
-    runs = {NAME: ours(model, work, repeats)}
-    runs |= {name: stock(model, work, repeats, name) for name in peers()}
+    runs = alternate(model, repeats, lambda cache, _: go(model, work, cache))
     many = len(work.lens) * work.steps
     rows = [
         row(f"prefill, {work.name}", "ms", runs, lambda run: run.prefill_s * 1e3),
         row(f"decode, {work.name}", "tokens/s", runs, lambda run: many / run.decode_s),
         row(f"cache, {work.name}", "MiB", runs, lambda run: run.cache_bytes / (1 << 20)),
-    ]
-    return rows, runs  # fmt: skip
+    ]  # fmt: skip
+    if DEVICE == "cuda":
+        rows.append(row(f"peak beyond weights, {work.name}", "MiB", runs,
+                        lambda run: run.peak_bytes / (1 << 20)))  # fmt: skip
+    return rows, runs
+
+
+def profiled(model: Any, work: Work, repeats: int) -> list[Row]:
+    """Kernels of a prompt and of a step, and what the host spends on a layer in a step."""
+    ids, mask = work.inputs(model.config.vocab_size)
+    mask = torch.ones_like(ids) if mask is None else mask
+    steps = [torch.cat([mask, mask.new_ones(len(ids), n)], 1) for n in range(4)]
+
+    def passes(cache: Any, _: int) -> tuple[float, float, float]:
+        def forward(step: int) -> None:
+            positions = (steps[step].cumsum(1) - 1).clamp(min=0)[:, -1 if step else 0 :]
+            model(ids[:, -1:] if step else ids, attention_mask=steps[step], logits_to_keep=1,
+                  position_ids=positions, past_key_values=cache)  # fmt: skip
+
+        with torch.inference_mode():
+            prompt = device_ms(lambda: forward(0)) if DEVICE == "cuda" else forward(0) or 0.0
+            forward(1)
+            host = host_us(model, cache, lambda: forward(2))
+            step = device_ms(lambda: forward(3)) if DEVICE == "cuda" else 0.0
+        return prompt, step, host
+
+    runs = alternate(model, repeats, passes)
+    rows = [row(f"host, a layer's attention and cache in a step, {work.name}", "us", runs,
+                lambda found: found[2])]  # fmt: skip
+    if DEVICE == "cuda":
+        rows += [
+            row(f"kernels of the prefill, {work.name}", "ms", runs, lambda found: found[0]),
+            row(f"kernels of a step, {work.name}", "ms", runs, lambda found: found[1]),
+        ]
+    return rows
+
+
+def new_lengths(model: Any, longest: int) -> Row:
+    """Prompts of a length that never came before, as those of people are."""
+
+    def once(cache: Any, number: int) -> float:
+        ids = torch.randint(0, model.config.vocab_size, (1, longest - 7 * number), device=DEVICE)
+        start = waited()
+        with torch.inference_mode():
+            model(ids, past_key_values=cache, logits_to_keep=1)
+        return (waited() - start) * 1e3
+
+    runs = alternate(model, 9, once)
+    return row(f"prefill, one prompt of a new length near {longest}", "ms", runs, lambda ms: ms)
+
+
+def generated(model: Any, work: Work, repeats: int) -> Row:
+    """``generate`` itself, greedy, whole calls."""
+    ids, mask = work.inputs(model.config.vocab_size)
+    mask = torch.ones_like(ids) if mask is None else mask
+
+    def once(cache: Any, _: int) -> float:
+        start = waited()
+        out = model.generate(
+            ids, attention_mask=mask, past_key_values=cache, do_sample=False, pad_token_id=0,
+            max_new_tokens=work.steps, min_new_tokens=work.steps,
+        )  # fmt: skip
+        return (out.shape[1] - ids.shape[1]) * len(ids) / (waited() - start)
+
+    runs = alternate(model, repeats, once)
+    return row(f"generate, {work.name}, {work.steps} new", "tokens/s", runs, lambda rate: rate)
+
+
+def first_use(work: Work, runs: dict[str, list[Run]]) -> Row:
+    """What the first run took longer than those after it: ours compiles its kernels then."""
+    extra = {}
+    for name, (first, *others) in runs.items():
+        usual = statistics.median(run.prefill_s + run.decode_s for run in others)
+        extra[name] = round(first.prefill_s + first.decode_s - usual, 2)
+    return {"id": f"longer at first use, {work.name}", "value": extra.pop(NAME), "unit": "s",
+            "target": None, "peers": extra}  # fmt: skip
 
 
 def compared(sizes: dict[str, Any], work: Work) -> list[Row]:
     """Share of tokens that are those of ``sdpa``, in float32 with products in full."""
     torch.set_float32_matmul_precision("highest")
     model = make_model(sizes, torch.float32)
-    mine, other = ours(model, work, 1)[0], stock(model, work, 1, "sdpa")[0]
+    runs = alternate(model, 1, lambda cache, _: go(model, work, cache))
+    mine, other = runs[NAME][0], runs["sdpa"][0]
     share = float((mine.tokens == other.tokens).float().mean())
     apart = float((mine.logits - other.logits).abs().max())
     return [{"id": f"tokens like sdpa's in float32, {work.name}", "value": round(100 * share, 2),
@@ -214,23 +320,39 @@ def main() -> None:
     end = time.monotonic() + options.seconds
     sizes = TINY if options.dry else LLAMA_1B
     os.environ.setdefault("KVCACHED_BROKER", "0")
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["TRITON_CACHE_DIR"] = folder  # empty: the first use compiles
+        measure(options, sizes, end)
+
+
+def measure(options: argparse.Namespace, sizes: dict[str, Any], end: float) -> None:
+    """Every work until the ``end``, then the tokens; written after each."""
     rows: list[Row] = []
+
+    def put(found: list[Row]) -> None:
+        rows.extend(found)
+        for line in found:
+            print(line["id"], line["value"], line["unit"], line["peers"], flush=True)
+        write(rows, dry=options.dry)
+
     model = make_model(sizes, torch.bfloat16 if DEVICE == "cuda" else torch.float32)
     todo = works(dry=options.dry)
     for work in todo:
         if time.monotonic() > end:
             print(f"no time: {work.name}")
             continue
-        found, _ = timed(model, work, options.repeats)
-        rows += found
-        for line in found:
-            print(line["id"], line["value"], line["unit"], line["peers"], flush=True)
-        write(rows, dry=options.dry)
+        found, runs = timed(model, work, options.repeats)
+        put(found if rows else [*found, first_use(work, runs)])
+    short = Work("4 of 20 to 200", (200, 20, 90, 150), 32)
+    if time.monotonic() < end:
+        put([new_lengths(model, 100 if options.dry else 1000)])
+        put([generated(model, short, options.repeats)])
+    for work in todo:
+        if time.monotonic() < end:
+            put(profiled(model, work, options.repeats))
     del model
     if time.monotonic() < end:
-        rows += compared(sizes, Work(todo[-1].name, tuple(n // 8 + 1 for n in todo[-1].lens), 32))
-        print(rows[-1]["id"], rows[-1]["value"], rows[-1]["logits_apart"])
-    write(rows, dry=options.dry)
+        put(compared(sizes, Work(todo[-1].name, tuple(n // 8 + 1 for n in todo[-1].lens), 32)))
 
 
 if __name__ == "__main__":

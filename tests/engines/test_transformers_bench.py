@@ -24,8 +24,8 @@ def test_it_runs_and_the_tokens_are_those_of_sdpa(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     rows = json.loads((tmp_path / "transformers.json").read_text())["rows"]
-    assert len(rows) == 7
+    assert len(rows) == 12
     assert rows[-1]["value"] == 100.0
     for row in rows[:-1]:
-        assert row["value"] > 0
+        assert row["value"] > 0 or row["unit"] == "s", "the first use may be no longer"
         assert row["peers"].keys() == {"sdpa"}
