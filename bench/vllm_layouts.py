@@ -14,6 +14,10 @@ of time. With gpt-oss it also means one tile of experts for all batches: else ea
 has one of its own, which is compiled while the engine serves."""
 TRITON = {"attention_backend": "TRITON_ATTN", "env": EXACT}
 """Its kernels keep to that. Those of FLASH_ATTN do not: with them stock differs from itself."""
+ALIKE = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+"""The engine in the process that asks: it has all requests before its first step, so that batches
+are alike in all runs. For FLASHINFER, which vLLM does not know as one that does not depend on
+them."""
 LAYOUTS: dict[str, dict[str, Any]] = {
     "blocks of 64": {"shape": "small", "block_size": 64, **TRITON},
     "blocks of 256": {"shape": "small", "block_size": 256, **TRITON},
@@ -23,7 +27,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "windows alone (Mistral)": {"shape": "mistral"},
     "MLA (DeepSeek-V2)": {"shape": "deepseek", "attention_backend": "TRITON_MLA", "env": EXACT},
     "FLASHINFER": {"shape": "small", "attention_backend": "FLASHINFER",
-                   "enable_flashinfer_autotune": False},
+                   "enable_flashinfer_autotune": False, "env": ALIKE},
     "drafts by n-grams": {
         "shape": "small",
         "speculative_config": {
