@@ -230,6 +230,29 @@ def _or_rests(weights, offs_m, ROWS: tl.constexpr, COMPUTE: tl.constexpr):
 
 
 @triton.jit
+def _add_values(
+    weights, v, acc, offs_m, ROWS: tl.constexpr, COMPUTE: tl.constexpr, RESTS: tl.constexpr
+):
+    """Weighted values added that are stored in 16 or 32 bits."""
+    if tl.float32 == COMPUTE:
+        v = v.to(tl.float32)
+    if RESTS:
+        weights = _or_rests(weights, offs_m, ROWS, COMPUTE)
+    return tl.dot(weights.to(COMPUTE), v, acc, input_precision="ieee")
+
+
+@triton.jit
+def _rows_of(
+    offs_m, first_token, head, queries, ROWS: tl.constexpr, TOKENS: tl.constexpr,
+    G: tl.constexpr, RESTS: tl.constexpr,
+):  # fmt: skip
+    """(token, query head, whether there is one) of each row of a tile."""
+    same = offs_m % ROWS if RESTS else offs_m
+    token, query = first_token + same // G, head * G + same % G
+    return token, query, (same < TOKENS * G) & (token < queries)
+
+
+@triton.jit
 def _with_rests(
     acc, top, total, offs_m, BM: tl.constexpr, ROWS: tl.constexpr, VP: tl.constexpr
 ):  # fmt: skip
@@ -274,9 +297,7 @@ def _attend_part(
     VP: tl.constexpr = DVP // 2 if INT4 else DVP
     offs_m, offs_n = tl.arange(0, BM), tl.arange(0, BN)
     offs_d, offs_v = tl.arange(0, DP), tl.arange(0, VP)
-    same = offs_m % ROWS if RESTS else offs_m
-    token, query = first_token + same // G, head * G + same % G
-    valid_m = (same < TOKENS * G) & (token < queries)
+    token, query, valid_m = _rows_of(offs_m, first_token, head, queries, ROWS, TOKENS, G, RESTS)
     place = length - queries + token  # causal is aligned bottom-right
     row = (q_start + token).to(tl.int64)
     Q_BASE = tl.multiple_of(Q + q_start.to(tl.int64) * stride_qt, ALIGN_Q)  # an argument forgets it
@@ -307,9 +328,7 @@ def _attend_part(
     LATE: tl.constexpr = BM <= 32 and not PAIRS
     HELD_ROWS: tl.constexpr = BN <= 64 or BM <= 16
     top = tl.full([BM], -1.0e30, tl.float32)  # not -inf: an empty part must not make NaN
-    total = tl.zeros([BM], tl.float32)
-    if LATE:
-        totals = tl.zeros([BM, BN], tl.float32)
+    total = tl.zeros([BM, BN], tl.float32) if LATE else tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, VP], tl.float32)
     if PAIRS:
         acc_odd = tl.zeros([BM, VP], tl.float32)
@@ -335,10 +354,7 @@ def _attend_part(
         new_top = tl.maximum(top, tl.max(scores, 1))
         weights = tl.exp2(scores - new_top[:, None])
         fade = tl.exp2(top - new_top)
-        if LATE:
-            totals = totals * fade[:, None] + weights
-        else:
-            total = total * fade + tl.sum(weights, 1)
+        total = total * fade[:, None] + weights if LATE else total * fade + tl.sum(weights, 1)
         acc = acc * fade[:, None]
         if PAIRS:
             acc_odd = acc_odd * fade[:, None]
@@ -357,13 +373,9 @@ def _attend_part(
             acc = tl.dot(weights.to(COMPUTE), even, acc, input_precision="ieee")
             acc_odd = tl.dot(weights.to(COMPUTE), odd, acc_odd, input_precision="ieee")
         else:
-            if tl.float32 == COMPUTE:
-                v = v.to(tl.float32)
-            if RESTS:
-                weights = _or_rests(weights, offs_m, ROWS, COMPUTE)
-            acc = tl.dot(weights.to(COMPUTE), v, acc, input_precision="ieee")
+            acc = _add_values(weights, v, acc, offs_m, ROWS, COMPUTE, RESTS)
     if LATE:
-        total = tl.sum(totals, 1)
+        total = tl.sum(total, 1)
     if V_SCALES == 1:
         unit = tl.load(V_SCALE + head * stride_vch)
     if PAIRS:

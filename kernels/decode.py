@@ -152,13 +152,13 @@ def alone(
 
 
 def crowded(config: dict[str, int], programs: int, sms: int) -> bool:
-    """Whether sizes are for programs that run all at once if tiles are small, but not else.
+    """Whether so many programs fill a GPU all at once if their tiles are small, but not else.
 
-    Then none waits for another's end, which would leave most SMs idle during the last ones. Only
-    sizes that were measured: 16 rows, head dim 128, 16 bits.
+    Then none waits for another's end, which would leave SMs idle during the last ones. Only sizes
+    that were measured: 16 rows, head dim 128, 16 bits.
     """
-    pair = config["DP"], config["DVP"], config["BM"], config["BN"], config["STAGES"]
-    return pair == (128, 128, 16, 64, 4) and PROGRAMS_PER_SM * sms < programs <= CROWD * sms
+    sizes = config["DP"], config["DVP"], config["BM"], config["BN"], config["STAGES"]
+    return sizes == (128, 128, 16, 64, 4) and 7 * CROWD * sms <= 8 * programs <= 8 * CROWD * sms
 
 
 def together(
@@ -320,13 +320,14 @@ def _start(
     Where each has an SM to itself, it gets so much shared memory that no two share one, and may
     begin before the kernel in front has ended (programmatic dependent launch of CUDA). Else the
     next launch would be placed beside it, on some SMs twice and on others not at all, which costs
-    more than an early start saves. The same goes for four to an SM, if they fill nearly all of it.
+    more than an early start saves. The same goes for four to an SM, where they fill nearly all.
     """
     planned, size = plan is not None and plan.balanced, call.q.element_size()
     grid = (plan.slots * call.kv.num_kv_heads, 1) if plan is not None and planned else (
         items, split.most)  # fmt: skip
     warps, cluster, options = num_warps(config, size), 0, {}
     fixed = plan is not None and plan.fixed  # then the size of the batch must not show
+    plain = not (fixed or planned or call.kv.quantized) and split.most == call.max_q == 1
     early, sms, beside = False, multiprocessors(call.q.device), 1
     if grid[0] * grid[1] <= sms and not fixed:
         early = starts_early(call.q.device)
@@ -340,11 +341,8 @@ def _start(
             short = few and not call.kv.quantized  # which would not fit in two warps' registers
             # A plan's list cuts at its own tiles: larger ones would reach over the end of a block.
             config, warps = alone(config, size, short=short, early=early and not planned)
-    elif not (fixed or planned or call.kv.quantized) and split.most == call.max_q == 1 and (
-        crowded(config, items, sms)
-    ):  # fmt: skip
-        config, beside = config | CROWD_SIZES, CROWD
-        early = 8 * items >= 7 * CROWD * sms and starts_early(call.q.device)
+    elif plain and crowded(config, items, sms) and starts_early(call.q.device):
+        config, beside, early = config | CROWD_SIZES, CROWD, True
     if early:
         options = {"launch_pdl": True, "cluster": max(1, cluster),
                    "least_shared": _share_of_shared(call.q.device, beside)}  # fmt: skip
