@@ -39,7 +39,7 @@ LN_2 = math.log(2)
 
 _ADDRESSES = (
     "counter", "q", "k", "v", "out", "lse", "table", "starts", "lens", "q_starts",
-    "item_seq", "item_token", "sinks", "slopes", "k_scale", "v_scale",
+    "item_seq", "item_token", "sinks", "slopes", "masks", "k_scale", "v_scale",
 )  # fmt: skip
 _INTEGERS = (
     "items", "kv_heads", "group", "dim", "dim_v", "block_size", "item_tokens", "left", "right",
@@ -63,6 +63,11 @@ def _padded(count, step):
 @njit
 def _int32(address, index):
     return np.int64(carray(pointer(address, np.int32(0)), index + 1)[index])
+
+
+@njit
+def _int64(address, index):
+    return carray(pointer(address, np.int64(0)), index + 1)[index]
 
 
 @njit
@@ -196,6 +201,17 @@ def _bias_row(row, task, head, lo, hi, first, pos, zero):
 
 
 @njit
+def _hide(row, mask, lo, hi, drafts):
+    """Hide the scores ``lo .. hi`` of the query tokens that ``mask`` leaves out.
+
+    Column ``drafts`` is that of the sequence's first query token; those before it stay.
+    """
+    for j in range(max(lo, drafts), hi):
+        if (mask >> (j - drafts)) & 1 == 0:
+            row[j] = -np.inf
+
+
+@njit
 def _softmax_row(row, acc, top, total, lo, hi, columns, zero):
     """Online softmax step; returns the row's new (top, total). ``row`` becomes the weights."""
     row[:lo] = -np.inf
@@ -215,8 +231,11 @@ def _softmax_row(row, acc, top, total, lo, hi, columns, zero):
 
 
 @njit
-def _softmax(scores, acc, top, total, task, head, first, count, pos, tokens, length, zero):
-    """Mask, bias and normalise a tile of scores; ``pos`` is the first query's position."""
+def _softmax(scores, acc, top, total, task, head, first, count, pos, tokens, length, tree, zero):
+    """Mask, bias and normalise a tile of scores; ``pos`` is the first query's position.
+
+    ``tree``: the index of the first query's mask, and the position of its sequence's first query.
+    """
     columns = _padded(count, LANES)
     for r in range(tokens * task.group):
         here = pos + r // task.group
@@ -226,6 +245,8 @@ def _softmax(scores, acc, top, total, task, head, first, count, pos, tokens, len
         row = scores[r]
         if task.softcap > 0 or task.slopes != 0:
             _bias_row(row, task, head * task.group + r % task.group, lo, hi, first, here, zero)
+        if task.masks != 0:
+            _hide(row, _int64(task.masks, tree[0] + r // task.group), lo, hi, tree[1] - first)
         state = _softmax_row(row, acc[r], top[r], total[r], lo, max(lo, hi), columns, zero)
         top[r], total[r] = state
     for r in range(tokens * task.group, _padded(tokens * task.group, 4)):
@@ -275,7 +296,8 @@ def _attend(task, item, head, scratch, like, itemsize, zero, stored, kv_itemsize
         _load_tile(k, task, seq, first, count, task.k, k_strides, task.dim, like, kv_itemsize,
                    k_scales, stored)  # fmt: skip
         _dot(q, k, scores, rows, _padded(count, LANES), zero)
-        _softmax(scores, acc, top, total, task, head, first, count, pos, tokens, length, zero)
+        _softmax(scores, acc, top, total, task, head, first, count, pos, tokens, length,
+                 (start + token, pos - token), zero)  # fmt: skip
         _load_tile(v, task, seq, first, count, task.v, v_strides, task.dim_v, like, kv_itemsize,
                    v_scales, stored)  # fmt: skip
         _add(scores, v, acc, rows, count, zero)

@@ -41,8 +41,8 @@ def attn_with_kvcache(
         ``[T, Hq, D]``, the query tokens of all sequences one after another.
     k_cache, v_cache:
         ``[num_blocks, block_size, Hkv, D]`` and ``[..., Dv]`` of q's dtype (float32, float16,
-        bfloat16, float64) or, on GPUs, quantised as in ``kernels.quant``; last stride 1,
-        ``Hq % Hkv == 0``. Only slots that a query sees are read.
+        bfloat16; on CPUs float64) or quantised as in ``kernels.quant``, then with ``k_descale`` and
+        ``v_descale``; last stride 1, ``Hq % Hkv == 0``. Only slots that a query sees are read.
     k, v:
         ``[T, Hkv, D]``, ``[..., Dv]``: of the query tokens, to be written to the cache first. Then
         ``cache_seqlens`` counts the tokens *before* them.
@@ -61,8 +61,8 @@ def attn_with_kvcache(
         Scores become ``softcap * tanh(score / softcap)``; slopes ``[Hq]`` take off ``slope *
         distance``; sinks ``[Hq]`` join the softmax's denominator (not the LSE).
     custom_mask:
-        In place of ``causal``, on GPUs: bit j of int64 ``[T]`` tells whether the token sees the
-        j-th query token of its sequence, of at most 64 (a tree of drafts).
+        In place of ``causal``: bit j of int64 ``[T]`` tells whether the token sees the j-th query
+        token of its sequence, of at most 64 (a tree of drafts).
     k_descale, v_descale:
         Scales of a quantised cache, float32: ``()``, ``[Hkv]`` or (of int4 always) ``[num_blocks,
         block_size, Hkv]``.
@@ -119,7 +119,6 @@ def _run(
 ) -> None:  # fmt: skip
     """The one place where a checked call goes to the kernel that serves it best."""
     if call.kv.device.type == "cpu":
-        _refuse_on_cpu(call)
         from kvcached.kernels.cpu import attend
 
         attend(call)
@@ -152,8 +151,3 @@ def prepare(
     if plan is None and prefill.suits_prefill(call):
         return prefill.prepare(call, num_splits, memory=memory)
     return decode.prepare(call, num_splits, plan, memory)
-
-
-def _refuse_on_cpu(call: AttentionCall) -> None:
-    if call.masks is not None:
-        raise InvalidInput("custom_mask works on GPUs only")

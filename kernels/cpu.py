@@ -13,7 +13,7 @@ from numba import njit
 from kvcached.errors import InvalidInput
 from kvcached.kernels import _team, quant
 from kvcached.kernels._attend import E4M3, E5M2, INT4, INT8, Q_TILE_ROWS, TASK, attention_worker
-from kvcached.kernels.checks import AttentionCall, check_places
+from kvcached.kernels.checks import UNBOUNDED, AttentionCall, check_places
 
 STORAGE: dict[torch.dtype, Any] = {
     torch.float32: np.float32,
@@ -81,13 +81,14 @@ def _fields(call: AttentionCall, group: int) -> dict[str, int | float]:
     """The fields of ``TASK`` that the call alone decides."""
     kv, q, out, table = call.kv, call.q, call.out, call.table
     tensors = {"q": q, "out": out, "lse": call.lse, "table": table, "starts": call.starts,
-               "sinks": call.sinks, "slopes": call.slopes, "k_scale": call.k_scale,
-               "v_scale": call.v_scale}  # fmt: skip
+               "sinks": call.sinks, "slopes": call.slopes, "masks": call.masks,
+               "k_scale": call.k_scale, "v_scale": call.v_scale}  # fmt: skip
     addresses = {name: 0 if x is None else x.data_ptr() for name, x in tensors.items()}
     return addresses | _scale_fields(call) | {
         "k": kv.k_ptr, "v": kv.v_ptr, "kv_heads": kv.num_kv_heads, "group": group,
         "dim": kv.head_dim, "dim_v": kv.head_dim_v, "block_size": kv.block_size,
-        "left": call.left, "right": call.right, "q_token": q.stride(0), "q_head": q.stride(1),
+        "left": call.left, "right": call.right if call.masks is None else UNBOUNDED,
+        "q_token": q.stride(0), "q_head": q.stride(1),
         "out_token": out.stride(0), "out_head": out.stride(1),
         "table_row": 0 if table is None else table.stride(0),
         "k_block": kv.block_stride, "k_slot": kv.slot_stride, "k_head": kv.head_stride,

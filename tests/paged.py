@@ -118,6 +118,13 @@ def slots_of(table, lens, block_size):
     return torch.cat(parts).int()
 
 
+def scales_of(kind, heads, block_size):
+    """Scales of one side of a quantised cache, to be read or (by row) to be written."""
+    if kind == "row":  # NaN where nobody has written
+        return torch.full((NUM_BLOCKS, block_size, heads), torch.nan)
+    return torch.tensor(0.02) if kind == "tensor" else 0.01 + 0.02 * torch.rand(heads)
+
+
 def append(key, value, k_cache, v_cache, slots):
     """``reshape_and_cache`` by the backend under test."""
     if not TRITON:
@@ -165,13 +172,16 @@ def expect(case, rows=None):
     """(out, lse) in float64 from the rows alone, without any cache."""
     q, keys, values = rows or case.rows()
     o = case.options
+    masks = o.get("custom_mask")
+    trees = [None] * len(case.lens) if masks is None else masks.split(case.queries)
     parts = [
         reference.attend_rows(
             part, k, v, scale=o.get("softmax_scale", case.dim**-0.5),
             causal=o.get("causal", True), window=o.get("window_size", (-1, -1)),
             softcap=o.get("softcap", 0.0), slopes=o.get("alibi_slopes"), sinks=o.get("sinks"),
+            masks=tree,
         )
-        for part, k, v in zip(q.split(case.queries), keys, values, strict=True)
+        for part, k, v, tree in zip(q.split(case.queries), keys, values, trees, strict=True)
     ]  # fmt: skip
     return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts])
 

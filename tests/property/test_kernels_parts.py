@@ -1,4 +1,4 @@
-"""Laws of the Triton attention alone: planned parts, quantised caches, trees of drafts.
+"""Laws of the Triton attention alone: planned parts, quantised caches.
 
 They run in the interpreter (TRITON_INTERPRET=1), on slots full of NaN.
 """
@@ -24,7 +24,6 @@ from paged import (
     lengths,
     owned,
     slots_of,
-    with_options,
 )
 
 from kvcached.errors import InvalidInput
@@ -241,42 +240,3 @@ def test_12_attention_over_a_quantised_cache_is_that_over_what_it_means(given_, 
             q, k, v, page_table=table, k_descale=ks, v_descale=vs, **lengths(case)
         )
         torch.testing.assert_close(twin[0], wanted[0])
-
-
-# --- trees ------------------------------------------------------------------------------------
-
-
-@few(40)
-@given(case=cases(), seed=st.integers(0, 2**20), splits=st.sampled_from([1, 4]))
-def test_10_a_tree_of_drafts_equals_its_float64_twin(case, seed, splits):
-    queries = tuple(min(n, c) for n, c in zip(case.lens, case.queries, strict=True))
-    case = replace(case, queries=queries)
-    generator = torch.Generator().manual_seed(seed)
-    masks = []
-    for count in queries:
-        own = []
-        for j in range(count):
-            parent = int(torch.randint(-1, j, (1,), generator=generator)) if j else -1
-            own.append((own[parent] if parent >= 0 else 0) | 1 << j)
-        masks += own
-    masks = torch.tensor(masks, dtype=torch.int64)
-    q, keys, values = case.rows()
-    table = case.table()
-    with ElasticCache(owned(table), **case.sizes()) as cache:
-        slots = slots_of(table, case.lens, case.block_size)
-        reshape_and_cache(torch.cat(keys), torch.cat(values), cache.k, cache.v, slots)
-        call = check_call(q, cache.k, cache.v, page_table=table, custom_mask=masks,
-                          **lengths(case), **case.options)  # fmt: skip
-        got = run(call, splits)
-    parts = [
-        reference.attend_rows(
-            a, k, v, scale=case.dim**-0.5, causal=True, window=(-1, -1), softcap=0.0,
-            slopes=None, sinks=None, masks=m,
-        )
-        for a, k, v, m in zip(q.split(queries), keys, values, masks.split(queries), strict=True)
-    ]  # fmt: skip
-    assert_close(case, got, tuple(torch.cat(x) for x in zip(*parts, strict=True)))
-    chain = torch.cat([(2 << torch.arange(count)) - 1 for count in queries])
-    plain = with_options(case)
-    if torch.equal(masks, chain):
-        assert_close(plain, got, expect(plain))

@@ -9,7 +9,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from paged import (
-    NUM_BLOCKS,
     TRITON,
     ElasticCache,
     assert_close,
@@ -18,6 +17,7 @@ from paged import (
     few,
     lengths,
     owned,
+    scales_of,
     slots_of,
 )
 
@@ -43,12 +43,6 @@ def quantised(draw):
     kind = "row" if dtype == INT4 else draw(st.sampled_from(["tensor", "head", "row"]))
     kept = torch.float32 if case.dtype == torch.float64 else case.dtype
     return replace(case, dim_v=case.dim, dtype=kept), dtype, kind
-
-
-def scales_of(kind, heads, block_size):
-    if kind == "row":  # NaN where nobody has written
-        return torch.full((NUM_BLOCKS, block_size, heads), torch.nan)
-    return torch.tensor(0.02) if kind == "tensor" else 0.01 + 0.02 * torch.rand(heads)
 
 
 @few(80)

@@ -68,7 +68,11 @@ BAD_CALLS = {
     "alibi_slopes must be": {"alibi_slopes": torch.zeros(3)},
     "out must be": {"out": torch.zeros(2, 4, 9)},
     "custom_mask must be": {"custom_mask": torch.zeros(2)},
-    "custom_mask works on GPUs": {"custom_mask": torch.ones(2).long()},
+    "custom_mask has 64 bits": {
+        "q": torch.zeros(130, 4, 8),
+        "max_seqlen_q": 65,
+        "custom_mask": torch.ones(130).long(),
+    },
     "custom_mask goes with": {"custom_mask": torch.ones(2).long(), "window_size": (3, 0)},
     "k and v must be given both": {"k": torch.zeros(2, 2, 8)},
     "key must be": {"k": torch.zeros(1, 2, 8), "v": torch.zeros(2, 2, 8)},
