@@ -51,6 +51,8 @@ _HOMES = {
     "swap_pages": "move",
     "KVView": "view",
 }
+_PLANS = {"plan", "mla_plan"}
+"""Modules that need Triton; without it plans are those of ``plan_cpu``."""
 __all__ = [
     "BoundCall",
     "KVView",
@@ -84,7 +86,13 @@ def __getattr__(name: str) -> Any:
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{home}"), name)
+    try:
+        module = importlib.import_module(f"{__name__}.{home}")
+    except ModuleNotFoundError as error:
+        if error.name != "triton" or home not in _PLANS:
+            raise
+        module = importlib.import_module(f"{__name__}.plan_cpu")
+    return getattr(module, name)
 
 
 def __dir__() -> list[str]:

@@ -118,6 +118,28 @@ def check_call(
     return replace(call, lens=_append(k, v, k_cache, v_cache, call))
 
 
+def check_sizes(**sizes: int) -> dict[str, int]:
+    """The sizes of a plan as they are; raises ``InvalidInput`` for those that no call can have."""
+    for name, size in sizes.items():
+        if size < 1:
+            raise InvalidInput(f"{name} is {size}, but must be at least 1")
+    return sizes
+
+
+def check_planned(shape: dict[str, Any], **counts: int) -> None:
+    """Raise ``InvalidInput`` if a call has more of something than its plan."""
+    for name, count in counts.items():
+        if count > shape[name]:
+            raise InvalidInput(f"the plan has {name} {shape[name]}, the call {count}")
+
+
+def group_of(num_q_heads: int, num_kv_heads: int) -> int:
+    """Query heads a KV head; raises ``InvalidInput`` if these do not come out even."""
+    if num_q_heads < 1 or num_q_heads % num_kv_heads:
+        raise InvalidInput(f"{num_q_heads} query heads are no multiple of {num_kv_heads}")
+    return num_q_heads // num_kv_heads
+
+
 def index_tensor(name: str, value: Any, dims: int, device: torch.device) -> torch.Tensor:
     """``value`` (tensor, or numpy array for the CPU) as an int32 tensor; copies nothing."""
     tensor = value if isinstance(value, torch.Tensor) else torch.as_tensor(value)

@@ -9,6 +9,7 @@ import torch
 from kvcached.errors import InvalidInput
 from kvcached.kernels._repeat import Known
 from kvcached.kernels._workspace import Growing, make_workspace
+from kvcached.kernels.checks import check_planned, check_sizes
 from kvcached.kernels.decode import multiprocessors
 from kvcached.layout import cdiv
 
@@ -34,9 +35,7 @@ class MlaPlan:
 
     def check(self, batch: int, max_q: int, heads: int, device: torch.device) -> None:
         """Raise ``InvalidInput`` if the plan was made for other calls."""
-        for name, count in (("max_batch", batch), ("max_q", max_q), ("num_heads", heads)):
-            if count > self.shape[name]:
-                raise InvalidInput(f"the plan has {name} {self.shape[name]}, the call {count}")
+        check_planned(self.shape, max_batch=batch, max_q=max_q, num_heads=heads)
         if device != self.device:
             raise InvalidInput(f"the plan is for {self.device}, the call on {device}")
 
@@ -49,11 +48,8 @@ def plan_mla(
 
     On the CPU a plan does nothing. Raises ``InvalidInput`` for sizes that no call can have.
     """
-    shape = {"max_batch": max_batch, "num_heads": num_heads, "head_dim_v": head_dim_v,
-             "max_q": max_q}  # fmt: skip
-    for name, size in shape.items():
-        if size < 1:
-            raise InvalidInput(f"{name} is {size}, but must be at least 1")
+    shape = check_sizes(max_batch=max_batch, num_heads=num_heads, head_dim_v=head_dim_v,
+                        max_q=max_q)  # fmt: skip
     where = torch.device(device)
     if where.type == "cuda" and where.index is None:
         where = torch.device("cuda", torch.cuda.current_device())

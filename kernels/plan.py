@@ -20,7 +20,14 @@ from kvcached.kernels._decode import span
 from kvcached.kernels._launch import Handle, handle_of, interpreted
 from kvcached.kernels._repeat import Known
 from kvcached.kernels._workspace import Growing, make_workspace
-from kvcached.kernels.checks import UNBOUNDED, AttentionCall, index_tensor
+from kvcached.kernels.checks import (
+    UNBOUNDED,
+    AttentionCall,
+    check_planned,
+    check_sizes,
+    group_of,
+    index_tensor,
+)
 from kvcached.kernels.decode import (
     MIN_SPLIT_TOKENS,
     NATURAL,
@@ -217,9 +224,7 @@ class Plan:
         for name, value in has.items():
             if value != self.shape[name]:
                 raise InvalidInput(f"the plan has {name} {self.shape[name]}, the call {value}")
-        for name, count in (("max_batch", len(call.lens)), ("max_q", call.max_q)):
-            if count > self.shape[name]:
-                raise InvalidInput(f"the plan has {name} {self.shape[name]}, the call {count}")
+        check_planned(self.shape, max_batch=len(call.lens), max_q=call.max_q)
         if call.left != self.window:
             raise InvalidInput("the plan was made for another window_size")
         return self.config
@@ -259,19 +264,15 @@ def plan_attention(
 
     Raises ``InvalidInput`` for sizes that no call can have.
     """
-    sizes = {"max_batch": max_batch, "max_seqlen_k": max_seqlen_k, "num_kv_heads": num_kv_heads,
-             "head_dim": head_dim, "max_q": max_q}  # fmt: skip
-    for name, size in sizes.items():
-        if size < 1:
-            raise InvalidInput(f"{name} is {size}, but must be at least 1")
-    if num_q_heads < 1 or num_q_heads % num_kv_heads:
-        raise InvalidInput(f"{num_q_heads} query heads are no multiple of {num_kv_heads}")
+    sizes = check_sizes(max_batch=max_batch, max_seqlen_k=max_seqlen_k, num_kv_heads=num_kv_heads,
+                        head_dim=head_dim, max_q=max_q)  # fmt: skip
+    group = group_of(num_q_heads, num_kv_heads)
     where = torch.device(device)
     if where.type == "cuda" and where.index is None:
         where = torch.device("cuda", torch.cuda.current_device())
     queries = dtype or (torch.bfloat16 if kv_dtype.itemsize == 1 else kv_dtype)
     shape = sizes | {
-        "group": num_q_heads // num_kv_heads, "head_dim_v": head_dim_v or head_dim,
+        "group": group, "head_dim_v": head_dim_v or head_dim,
         "kv_dtype": kv_dtype, "dtype": queries, "device": where,
     }  # fmt: skip
     config = tile_config(shape["group"], head_dim, shape["head_dim_v"], max_q, queries, kv_dtype)

@@ -240,6 +240,56 @@ def test_every_public_name_exists_and_others_do_not():
         _ = kernels.flash
 
 
+WITHOUT_TRITON = """
+import sys
+
+sys.modules["triton"] = None  # importing it fails, as if it were not installed
+from kvcached.kernels import *
+from kvcached import kernels
+from kvcached.errors import BackendUnavailable, InvalidInput
+import torch
+
+assert kernels.MlaPlan is MlaPlan and kernels.Plan is Plan
+lens, table = torch.tensor([3, 20]).int(), torch.tensor([[1, 0], [2, 3]]).int()
+q, cache = torch.randn(2, 4, 8), torch.randn(4, 16, 2, 8)
+plan = plan_attention(2, 32, 4, 2, 8, torch.float32, device="cpu")
+assert isinstance(plan, Plan)
+plan.update(lens)
+call = dict(cache_seqlens=lens, page_table=table)
+plain = attn_with_kvcache(q, cache, cache, **call)
+assert torch.equal(attn_with_kvcache(q, cache, cache, plan=plan, **call), plain)
+assert torch.equal(bind(attn_with_kvcache, q, cache, cache, plan=plan, **call)(), plain)
+mla, latents = plan_mla(2, 4, head_dim_v=6, device="cpu"), cache[:, :, 0]
+assert isinstance(mla, MlaPlan)
+for given in (None, mla):
+    out, _ = mla_with_kvcache(q, latents, table, lens, 6, softmax_scale=0.3, plan=given)
+    assert out.shape == (2, 4, 6)
+refused = [
+    lambda: plan.update(lens.repeat(2)), lambda: plan_attention(0, 1, 1, 1, 8, torch.float16),
+    lambda: plan_attention(1, 1, 3, 2, 8, torch.float16, device="cpu"),
+    lambda: mla_with_kvcache(q, latents, table, lens, 6, softmax_scale=0.3,
+                             plan=plan_mla(1, 4, device="cpu")),
+    lambda: plan_mla(0, 4), lambda: plan_attention(1, 1, 1, 1, 8, torch.float16),
+]
+for call in refused:
+    try:
+        call()
+    except (InvalidInput, BackendUnavailable) as error:
+        print(error)
+"""
+
+
+def test_without_triton_everything_can_be_imported_and_plans_are_for_the_cpu():
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TRITON], check=False, capture_output=True, text=True
+    )
+    assert not done.returncode, done.stderr
+    wanted = ["at most 2 sequences got 4", "max_batch is 0", "3 query heads", "max_batch 1, the",
+              "max_batch is 0", "a plan for cuda needs Triton"]  # fmt: skip
+    lines = done.stdout.splitlines()
+    assert all(text in done.stdout for text in wanted), lines
+
+
 def test_threads_run_the_same_task_without_openmp(monkeypatch):
     from kvcached.kernels import _team
 
