@@ -91,7 +91,7 @@ def __getattr__(name: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name != "triton" or home not in _PLANS:
             raise
-        module = importlib.import_module(f"{__name__}.plan_cpu")
+        module = importlib.import_module("kvcached.kernels.plan_cpu")
     return getattr(module, name)
 
 
