@@ -165,6 +165,8 @@ class Problem:
             form = self.k.shape[:3] if shape.stored.startswith("int") else (shape.kv_heads,)
             self.options |= {name: 0.01 + 0.02 * torch.rand(form, device=DEVICE)
                              for name in ("k_descale", "v_descale")}  # fmt: skip
+        if shape.mla and shape.stored != "bfloat16":  # values are the front of the keys
+            self.options["v_descale"] = self.options["k_descale"]
 
     def fill(self, ids: torch.Tensor) -> None:
         """Random rows in all blocks that are there, run by run."""

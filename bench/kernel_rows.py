@@ -33,9 +33,9 @@ def llama(batch: int, length: int, **more: Any) -> Shape:
     return Shape((length,) * batch, 32, 8, 128, **more)
 
 
-def latent(batch: int, length: int, heads: int) -> Shape:
+def latent(batch: int, length: int, heads: int, **more: Any) -> Shape:
     """Heads of DeepSeek's absorbed MLA."""
-    return Shape((length,) * batch, heads, 1, 576, dim_v=512, block_size=64, mla=True)
+    return Shape((length,) * batch, heads, 1, 576, dim_v=512, block_size=64, mla=True, **more)
 
 
 ATTENTION: dict[str, tuple[Shape, tuple[str, float]]] = {
@@ -61,6 +61,7 @@ ATTENTION: dict[str, tuple[Shape, tuple[str, float]]] = {
     "S1": (llama(64, 4096, queries=4), ("ratio", 0.92)),
     "S2": (llama(16, 8192, queries=8, tree=True), ("ratio", 0.87)),
     "M1": (latent(64, 4096, 16), ("ratio", 0.87)),
+    "M1_fp8": (latent(64, 4096, 16, stored="fp8"), ("ratio", 0.80)),
     "M2": (latent(64, 8192, 64), ("ratio", 0.82)),
     "M3": (latent(128, 4096, 128), ("ratio", 0.50)),
     "M4": (latent(1, 65536, 128), ("ratio", 0.45)),
@@ -77,8 +78,8 @@ PREFIX, OWN, REQUESTS = 16384, 512, 64
 IDS = [
     "D0", "D1", "D2", "D3", "D4", "D5", "D6", "D8", "D9", "D10", "D14", "P1", "P2", "P3", "P4",
     "M1", "M2", "M3", "M4", "S1", "S2", "C1", "W1_b256", "W1_8192", "G1_rows", "G1_blocks",
-    "G1_compact", "G1_fp8", "G1_int4", "X1", "P5", "P6", "P7", "D11", "D12", "D13", "D3_page1",
-    "D3_page64", "D3_page256", "D3_contiguous", "D3_strided", "O1_d2h", "O1_h2d", "O1_both",
+    "G1_compact", "G1_fp8", "G1_int4", "X1", "P5", "P6", "P7", "D11", "D12", "D13", "M1_fp8",
+    "D3_page1", "D3_page64", "D3_page256", "D3_contiguous", "D3_strided", "O1_d2h", "O1_h2d", "O1_both",
 ]  # fmt: skip
 """All rows; what matters most comes first, should the time run out."""
 assert {*IDS} == {*ATTENTION, "C1", "X1", *MOVES}
@@ -121,7 +122,8 @@ def our_calls(problem: Problem) -> tuple[list[partial[Any]], Row]:
     shape, more = problem.shape, Row()
     if shape.mla:
         latents = problem.k.squeeze(2)
-        options = {"plan": kernels.plan_mla(len(shape.lens), shape.q_heads, max_q=problem.max_q,
+        options = {"kv_descale": problem.options.get("k_descale"),
+                   "plan": kernels.plan_mla(len(shape.lens), shape.q_heads, max_q=problem.max_q,
                                             head_dim_v=shape.value_dim, device=DEVICE)}  # fmt: skip
         return [
             partial(kernels.mla_with_kvcache, problem.q[copy], latents, problem.tables[copy],

@@ -17,6 +17,50 @@ from kvcached.kernels._prefill_parts import (
 )
 
 
+@triton.jit
+def share_of(
+    LENS, item, split, right, max_q, H: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    SPLITS: tl.constexpr,
+):  # fmt: skip
+    """(sequence, first row in it, its length, first key, end, clear to) of a split of a tile.
+
+    Before the last, every row sees every key.
+    """
+    per_seq = tl.cdiv(max_q * H, BM)
+    seq, first_row = item // per_seq, item % per_seq * BM
+    length = tl.load(LENS + seq)
+    first_place = length - max_q + first_row // H
+    last_place = length - max_q + tl.minimum((first_row + BM - 1) // H, max_q - 1)
+    end = tl.maximum(tl.minimum(length, last_place + right + 1), 0)
+    share = tl.cdiv(tl.cdiv(end, SPLITS), BN) * BN
+    lo = split * share
+    hi = tl.minimum(lo + share, end)
+    return seq, first_row, length, lo, hi, tl.minimum(hi, first_place + right + 1)
+
+
+@triton.jit
+def finish(
+    acc, top, total, item, split, row, head, valid_m, PARTIAL, STATE, FINISHED, OUT, LSE,
+    stride_ot, stride_oh, H: tl.constexpr, BM: tl.constexpr, DV: tl.constexpr,
+    SPLITS: tl.constexpr, FUSED: tl.constexpr,
+):  # fmt: skip
+    """Write what a split found, or with ``FUSED``, if it is the last to end, what all found."""
+    if SPLITS > 1:
+        own = (row * H + head) * SPLITS
+        put_partial(PARTIAL, STATE, own + split, valid_m, acc, top, total, 0, DV, DV)
+        if not FUSED:
+            return
+        tl.debug_barrier()  # all of this program's stores come before its count
+        last = tl.atomic_add(FINISHED + item, 1, sem="acq_rel", scope="gpu") == SPLITS - 1
+        if last:
+            acc, top, total = merge_partials(PARTIAL, STATE, own, valid_m, BM, SPLITS, DV)
+            tl.store(FINISHED + item, 0)  # ready for the next launch
+        valid_m = valid_m & last
+    out = acc / tl.where(total > 0, total, 1.0)[:, None]
+    store_rows(OUT, row * stride_ot + head * stride_oh, valid_m, out, 0, DV, DV)
+    tl.store(LSE + row * H + head, lse_of(top, total), mask=valid_m)
+
+
 # What varies from step to step is not specialised, or a server would compile again and again.
 @triton.jit(do_not_specialize=["max_q", "stride_table"])
 def mla_kernel(
@@ -33,22 +77,14 @@ def mla_kernel(
     With ``FUSED`` the last split of a tile merges them, else ``merge_kernel`` does.
     """
     item, split = tl.program_id(0), tl.program_id(1)
-    per_seq = tl.cdiv(max_q * H, BM)
-    seq, first_row = item // per_seq, item % per_seq * BM
-    length = tl.load(LENS + seq)
+    seq, first_row, length, lo, hi, clear_to = share_of(
+        LENS, item, split, right, max_q, H, BM, BN, SPLITS
+    )
     offs_m, offs_n = tl.arange(0, BM), tl.arange(0, BN)
     token, head = (first_row + offs_m) // H, (first_row + offs_m) % H
     valid_m = token < max_q
     place = length - max_q + token  # causal is aligned bottom-right
     row = (seq * max_q + token).to(tl.int64)
-
-    first_place = length - max_q + first_row // H
-    last_place = length - max_q + tl.minimum((first_row + BM - 1) // H, max_q - 1)
-    end = tl.maximum(tl.minimum(length, last_place + right + 1), 0)
-    share = tl.cdiv(tl.cdiv(end, SPLITS), BN) * BN
-    lo = split * share
-    hi = tl.minimum(lo + share, end)
-    clear_to = tl.minimum(hi, first_place + right + 1)  # before it, every row sees every key
 
     q_row = row * stride_qt + head * stride_qh
     q = load_rows(Q, q_row, valid_m, 0, DV, D, UPCAST)
@@ -94,17 +130,5 @@ def mla_kernel(
 
     if LATE:
         total = tl.sum(sums, 1)
-    if SPLITS > 1:
-        own = (row * H + head) * SPLITS
-        put_partial(PARTIAL, STATE, own + split, valid_m, acc, top, total, 0, DV, DV)
-        if not FUSED:
-            return
-        tl.debug_barrier()  # all of this program's stores come before its count
-        last = tl.atomic_add(FINISHED + item, 1, sem="acq_rel", scope="gpu") == SPLITS - 1
-        if last:
-            acc, top, total = merge_partials(PARTIAL, STATE, own, valid_m, BM, SPLITS, DV)
-            tl.store(FINISHED + item, 0)  # ready for the next launch
-        valid_m = valid_m & last
-    out = acc / tl.where(total > 0, total, 1.0)[:, None]
-    store_rows(OUT, row * stride_ot + head * stride_oh, valid_m, out, 0, DV, DV)
-    tl.store(LSE + row * H + head, lse_of(top, total), mask=valid_m)
+    finish(acc, top, total, item, split, row, head, valid_m, PARTIAL, STATE, FINISHED, OUT, LSE,
+           stride_ot, stride_oh, H, BM, DV, SPLITS, FUSED)  # fmt: skip

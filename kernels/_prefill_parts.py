@@ -191,7 +191,7 @@ def lse_of(top, total):
 @functools.cache
 def types_of(dtype: torch.dtype) -> dict[str, str]:
     """Triton's types of the arguments of these kernels that are no i32, for q's dtype."""
-    floats = ("SINKS", "SLOPES", "PARTIAL", "STATE", "LSE")
+    floats = ("SINKS", "SLOPES", "KV_SCALE", "PARTIAL", "STATE", "LSE")
     return (
         {"Q": f"*{TYPES[dtype]}", "OUT": f"*{TYPES[dtype]}"}
         | dict.fromkeys(floats, "*fp32")

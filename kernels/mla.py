@@ -9,6 +9,7 @@ KV head whose value is the front of its key. Prefill expands the latents to keys
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ import torch
 from kvcached.errors import InvalidInput
 from kvcached.kernels.attention import known_for
 from kvcached.kernels.checks import AttentionCall, check_call
+from kvcached.kernels.quant import INT4, LARGEST, require_hardware
 from kvcached.layout import cdiv
 
 if TYPE_CHECKING:
@@ -40,7 +42,8 @@ many programs would gather on the few SMs that are free."""
 def mla_with_kvcache(
     q: torch.Tensor, kv_cache: torch.Tensor, page_table: Any, cache_seqlens: Any,
     head_dim_v: int = 512, *, softmax_scale: float, causal: bool = True,
-    plan: MlaPlan | None = None, out: torch.Tensor | None = None,
+    kv_descale: torch.Tensor | None = None, plan: MlaPlan | None = None,
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Absorbed attention of ``q`` over cached latents, for decoding and verifying.
 
@@ -51,7 +54,8 @@ def mla_with_kvcache(
         DeepSeek's models, the last 64 of them rotary.
     kv_cache:
         ``[num_blocks, block_size, D]`` of q's dtype (float32, float16, bfloat16; on a CPU float64
-        too), last stride 1. The first ``head_dim_v`` elements of a row are its value.
+        too) or quantised (float8_e4m3fn, float8_e5m2, int8; on GPUs q is then of 16 bits), last
+        stride 1. The first ``head_dim_v`` elements of a row are its value.
     page_table, cache_seqlens:
         Block ids of each sequence, int32 ``[B, n]``, and its tokens in the cache, int32 ``[B]``,
         those of ``q`` included.
@@ -59,25 +63,29 @@ def mla_with_kvcache(
         Of the scores; that of the head dim before absorption, so there is no default.
     causal:
         Bottom-right aligned: the last query sees the last token, the one before it does not.
+    kv_descale:
+        Of a quantised cache: what stored numbers are multiplied by, the ``scale`` that
+        ``concat_and_cache_mla`` was given. One float32, of shape ``()`` or ``[1]``.
     plan, out:
         A ``plan_mla``, for GPUs; ``[T, H, head_dim_v]`` to write to.
 
     Returns the output and the natural-log LSE, float32 ``[T, H]``; a query that sees no token gives
     0 and -inf. Raises ``InvalidInput`` naming the argument.
     """
-    tensors = (q, kv_cache, kv_cache, page_table, None, cache_seqlens, *(None,) * 6, out)
+    tensors = (q, kv_cache, kv_cache, page_table, None, cache_seqlens, *(None,) * 4, kv_descale,
+               None, out)  # fmt: skip
     options = "mla", head_dim_v, softmax_scale, causal
     known = known_for(q, None) if plan is None else getattr(plan, "known", None)
     done = known and known.launch(tensors, options, with_lse=True)
     if done:
         return done
     call = check_mla(q, kv_cache, page_table, cache_seqlens, head_dim_v, softmax_scale,
-                     causal=causal, out=out)  # fmt: skip
+                     causal=causal, kv_descale=kv_descale, out=out)  # fmt: skip
     memory = plan_memory(call, plan)
     if call.kv.device.type == "cpu":
         from kvcached.kernels.cpu import attend
 
-        attend(call)
+        attend(replace(call, v_scale=call.k_scale))
         return call.out, call.lse
     with torch.cuda.device(call.kv.device):  # kernels are launched on the current one
         steps = prepare(call, memory=memory)
@@ -100,9 +108,13 @@ def plan_memory(call: AttentionCall, plan: MlaPlan | None) -> Memory | None:
 
 def check_mla(
     q: torch.Tensor, kv_cache: torch.Tensor, page_table: Any, cache_seqlens: Any,
-    head_dim_v: int, softmax_scale: float, *, causal: bool = True, out: torch.Tensor | None = None,
+    head_dim_v: int, softmax_scale: float, *, causal: bool = True,
+    kv_descale: torch.Tensor | None = None, out: torch.Tensor | None = None,
 ) -> AttentionCall:  # fmt: skip
-    """The checked call: attention over one KV head whose value is the front of its key."""
+    """The checked call: attention over one KV head whose value is the front of its key.
+
+    The scale of a quantised cache is its ``k_scale`` and, since the kernels take it once, no other.
+    """
     if not isinstance(kv_cache, torch.Tensor) or kv_cache.dim() != 3:
         shape = tuple(getattr(kv_cache, "shape", ()))
         raise InvalidInput(f"kv_cache must be [num_blocks, block_size, D], not of shape {shape}")
@@ -110,20 +122,48 @@ def check_mla(
         raise InvalidInput(f"head_dim_v is {head_dim_v}, but rows have {kv_cache.shape[2]}")
     if not math.isfinite(softmax_scale):
         raise InvalidInput(f"softmax_scale is {softmax_scale!r}, but must be finite")
+    _check_descale(kv_cache, kv_descale)
     batch = len(cache_seqlens)
     tokens = q.shape[0] if isinstance(q, torch.Tensor) and q.dim() == 3 else 0
     if tokens and (not batch or tokens % batch):
         raise InvalidInput(f"q has {tokens} tokens, which is no multiple of {batch} sequences")
     keys = kv_cache[:, :, None]
-    return check_call(
+    call = check_call(
         q, keys, keys[..., :head_dim_v], cache_seqlens=cache_seqlens, page_table=page_table,
         max_seqlen_q=max(1, tokens // max(1, batch)), softmax_scale=softmax_scale, causal=causal,
-        out=out,
+        k_descale=kv_descale, v_descale=kv_descale, out=out,
     )  # fmt: skip
+    return replace(call, v_scale=None)
 
 
-def mla_config(rows: int, dim: int, dim_v: int, itemsize: int) -> dict[str, int]:
-    """Compile-time sizes of ``mla_kernel`` for ``rows`` (token, head) of a sequence.
+def _check_descale(kv_cache: torch.Tensor, scale: torch.Tensor | None) -> None:
+    """A quantised cache has one scale for all, as ``concat_and_cache_mla`` writes it."""
+    dtype = kv_cache.dtype
+    if dtype == INT4:
+        raise InvalidInput(
+            "kv_cache is uint8, but latents are not stored as int4",
+            hint="If it holds fp8, pass kv_cache.view(torch.float8_e4m3fn).",
+        )
+    if (scale is not None) != (dtype in LARGEST):
+        raise InvalidInput(f"a cache of {dtype} {'takes no' if scale is not None else 'needs'} "
+                           "kv_descale")  # fmt: skip
+    if scale is None:
+        return
+    shape, kind, where = tuple(scale.shape), scale.dtype, scale.device
+    if shape not in ((), (1,)) or (kind, where) != (torch.float32, kv_cache.device):
+        raise InvalidInput(
+            f"kv_descale must be float32 of shape () or (1,) on {kv_cache.device}, not {kind} "
+            f"{shape} on {where}",
+            hint="All latents have one scale; by row or by head there are none.",
+        )
+
+
+def mla_config(
+    rows: int, dim: int, dim_v: int, itemsize: int, *, in_bytes: bool = False
+) -> dict[str, int]:
+    """Compile-time sizes of ``mla_kernel``, or of ``mla_bytes_kernel``.
+
+    They are for ``rows`` (token, head) of a sequence.
 
     64 rows take the matrix instructions of a warpgroup; an accumulator of 128 would not fit the
     registers, so more heads are two programs, the second of which finds the latents in the L2. All
@@ -132,11 +172,11 @@ def mla_config(rows: int, dim: int, dim_v: int, itemsize: int) -> dict[str, int]
     import triton
 
     most, keys = (64, 64 if rows <= 32 else 32) if itemsize < 4 else (16, 16)
-    rest = dim - dim_v
+    rest, least = dim - dim_v, 32 if in_bytes else 16  # products are of 16 elements, or pairs
     return {
-        "D": dim, "DV": dim_v, "DR": 0 if not rest else max(16, triton.next_power_of_2(rest)),
+        "D": dim, "DV": dim_v, "DR": 0 if not rest else max(least, triton.next_power_of_2(rest)),
         "BM": max(16, min(most, triton.next_power_of_2(rows))), "BN": keys,
-        "STAGES": 4 if keys == 32 else 3,
+        "STAGES": 4 if keys == 32 or in_bytes else 3,
     }  # fmt: skip
 
 
@@ -161,16 +201,14 @@ def prepare(
     from kvcached.kernels._workspace import workspace_of
 
     kv, q = call.kv, call.q
-    if kv.dtype == torch.float64:
-        raise InvalidInput("float64 attention runs on CPU tensors only", hint="Use float32.")
-    if kv.head_dim_v & (kv.head_dim_v - 1) or kv.head_dim_v < 16:
-        raise InvalidInput(f"head_dim_v is {kv.head_dim_v}, but must be a power of two >= 16")
+    _check_triton(call)
     if not q.shape[0]:
         return []
     rows = call.max_q * q.shape[1]
     if wide is None:
         wide = config is None and is_wide(call)
-    sizes = WIDE if wide else mla_config(rows, kv.head_dim, kv.head_dim_v, q.element_size())
+    sizes = WIDE if wide else mla_config(rows, kv.head_dim, kv.head_dim_v, q.element_size(),
+                                         in_bytes=kv.quantized)  # fmt: skip
     sizes = sizes | dict(config or {})
     items = len(call.lens) * -(-rows // sizes["BM"])
     splits = num_splits or splits_of(  # a program an SM is all it holds
@@ -180,6 +218,24 @@ def prepare(
         raise InvalidInput(f"num_splits is {splits}, but must be a power of two <= {MAX_SPLITS}")
     chosen = _wide(call, splits) if wide else _plain(call, sizes, splits, num_warps)
     return _steps(call, chosen, items, splits, memory or workspace_of)
+
+
+def _check_triton(call: AttentionCall) -> None:
+    """What the kernels do not take."""
+    from kvcached.kernels._launch import interpreted
+
+    kv, q = call.kv, call.q
+    if q.dtype == torch.float64:
+        raise InvalidInput("float64 attention runs on CPU tensors only", hint="Use float32.")
+    if kv.quantized and q.dtype == torch.float32 and not interpreted():
+        raise InvalidInput(
+            f"float32 queries over latents of {kv.dtype} run on CPU tensors only",
+            hint="Use bfloat16 or float16.",
+        )
+    least = 32 if kv.quantized else 16
+    if kv.head_dim_v & (kv.head_dim_v - 1) or kv.head_dim_v < least:
+        raise InvalidInput(f"head_dim_v is {kv.head_dim_v}, but must be a power of two >= {least}")
+    require_hardware(kv.dtype, q.device)
 
 
 class _Chosen(NamedTuple):
@@ -194,15 +250,26 @@ class _Chosen(NamedTuple):
 def _plain(call: AttentionCall, sizes: dict[str, int], splits: int, num_warps: int) -> _Chosen:
     """What takes all sizes and GPUs."""
     from kvcached.kernels._launch import interpreted
+    from kvcached.kernels._mla_bytes import mla_bytes_kernel
     from kvcached.kernels._mla_kernels import mla_kernel
 
     kv, fused = call.kv, splits == 1 or is_fused(sizes, splits)
     constants = sizes | {
         "H": call.q.shape[1], "SPLITS": splits, "FUSED": fused, "BLOCK_SIZE": kv.block_size,
-        "ALIGN": 16 if kv.k_ptr % 16 == 0 else call.q.element_size(),
-        "UPCAST": interpreted() and kv.dtype == torch.bfloat16,  # its bf16 arithmetic is wrong
+        "ALIGN": 16 if kv.k_ptr % 16 == 0 else max(2, kv.dtype.itemsize),
     }  # fmt: skip
+    if kv.quantized:
+        constants |= bytes_constants(call.q.dtype, kv.dtype) | {"EXACT": interpreted()}
+        return _Chosen(mla_bytes_kernel, constants, num_warps, fused, {})
+    constants["UPCAST"] = interpreted() and kv.dtype == torch.bfloat16  # its arithmetic is wrong
     return _Chosen(mla_kernel, constants, num_warps, fused, {})
+
+
+def bytes_constants(dtype: torch.dtype, stored: torch.dtype) -> dict[str, Any]:
+    """Those of ``mla_bytes_kernel`` that follow from the dtypes of queries and of the cache."""
+    from kvcached.kernels.decode import compute_type
+
+    return {"KIND": str(stored).removeprefix("torch."), "COMPUTE": compute_type(dtype, stored)}
 
 
 def _wide(call: AttentionCall, splits: int) -> _Chosen:
@@ -230,7 +297,7 @@ def merge_constants(dim_v: int, splits: int) -> dict[str, int]:
 def _steps(
     call: AttentionCall, chosen: _Chosen, items: int, splits: int, memory: Memory
 ) -> list[Launch]:
-    """The launches: both kernels take the same arguments."""
+    """The launches: the kernels take the same arguments, but for the scale of quantised caches."""
     from kvcached.kernels._prefill_parts import (
         LOG2_E,
         launch,
@@ -246,12 +313,14 @@ def _steps(
     partial, state, finished = workspace(call, splits, width, counters, memory)
     q, scale = with_positive_scale(call)
     assert call.table is not None  # check_mla takes nothing else
+    latents = (kv.k_ptr, call.k_scale) if kv.quantized else (kv.k_ptr,)
+    per = 2 if kv.quantized else 1  # bytes are read in pairs
     steps = [launch(
         chosen.kernel, (items, splits, 1), call,
-        (q, kv.k_ptr, call.table, call.lens, partial, state, finished, out, call.lse,
+        (q, *latents, call.table, call.lens, partial, state, finished, out, call.lse,
          scale * LOG2_E.value, min(call.right, 1 << 30), call.max_q,
-         call.table.stride(0), *q.stride()[:2], *out.stride()[:2], kv.block_stride,
-         kv.slot_stride),
+         call.table.stride(0), *q.stride()[:2], *out.stride()[:2], kv.block_stride // per,
+         kv.slot_stride // per),
         chosen.constants, chosen.num_warps, **chosen.options,
     )]  # fmt: skip
     if not chosen.merges:
@@ -283,6 +352,7 @@ def is_wide(call: AttentionCall) -> bool:
     strides = kv.block_stride | kv.slot_stride | q.stride(0) | q.stride(1)
     return (
         (kv.head_dim, kv.head_dim_v, q.element_size()) == (576, 512, 2)
+        and not kv.quantized
         and not (strides % 16 or (kv.k_ptr | q.data_ptr()) % 16)
         and runs_gluon(q.device)
         and not interpreted()

@@ -7,8 +7,16 @@ import math
 import pytest
 import torch
 
-from kvcached.kernels import attn_with_kvcache, mla_with_kvcache, reference
+from kvcached.kernels import (
+    attn_with_kvcache,
+    bind,
+    concat_and_cache_mla,
+    mla_with_kvcache,
+    plan_mla,
+    reference,
+)
 from kvcached.kernels.mla import attend_mla, check_mla
+from kvcached.kernels.quant import dequantize, quantize
 from kvcached.layout import cdiv
 
 pytestmark = pytest.mark.gpu
@@ -187,3 +195,33 @@ def test_latent_attention_of_a_public_call_equals_that_of_a_graph():
         [x.fill_(math.nan) for x in got]
         graph.replay()
         assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("stored", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8], ids=str)
+@pytest.mark.parametrize(("heads", "tokens"), [(16, 1), (16, 2), (128, 1), (20, 5)])
+@pytest.mark.parametrize("block_size", [1, 16, 64])
+def test_latent_attention_over_what_was_quantised(stored, heads, tokens, block_size):
+    lens, scale = (tokens, 900, 3000, 64), torch.tensor(0.03)
+    rows = [torch.randn(n, 1, 576) for n in lens]
+    cache, table = paged([quantize(x, scale, stored).view(torch.uint8) for x in rows], block_size)
+    cache = cache[:, :, 0]
+    blocks = torch.full_like(cache, 255).view(stored)  # NaN in fp8 where nobody writes
+    slots = [row[torch.arange(n) // block_size] * block_size + torch.arange(n) % block_size
+             for row, n in zip(table.cpu(), lens, strict=True)]  # fmt: skip
+    joined = torch.cat(rows)[:, 0].cuda()
+    concat_and_cache_mla(joined[:, :512], joined[:, 512:], blocks, torch.cat(slots).int().cuda(),
+                         scale=scale.cuda())  # fmt: skip
+    q = torch.randn(len(lens) * tokens, heads, 576).bfloat16()
+    keys = [dequantize(quantize(x, scale, stored), scale) for x in rows]
+    want = expect(q, keys, [x[..., :512] for x in keys], (tokens,) * len(lens), scale=192**-0.5,
+                  **PLAIN)  # fmt: skip
+    given = (q.cuda(), blocks, table, torch.tensor(lens).int().cuda())
+    options = {"softmax_scale": 192**-0.5, "kv_descale": scale.cuda()}
+    got = [tuple(mla_with_kvcache(*given, **options)) for _ in range(20)]
+    close(got[0], want, torch.bfloat16)
+    plan = plan_mla(len(lens), heads, max_q=tokens)
+    bound = bind(mla_with_kvcache, *given, **options, plan=plan)
+    got += [bound() for _ in range(2)]
+    got.append(mla_with_kvcache(*given, **options, plan=plan))
+    for again in got[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(again, got[0], strict=True))

@@ -15,11 +15,21 @@ from hypothesis import strategies as st
 from paged import TRITON, ElasticCache, assert_close, bitwise, few, owned, slots_of
 
 from kvcached.errors import InvalidInput
-from kvcached.kernels import merge_state, mla_with_kvcache, reference, reshape_and_cache
+from kvcached.kernels import (
+    concat_and_cache_mla,
+    merge_state,
+    mla_with_kvcache,
+    reference,
+    reshape_and_cache,
+)
 from kvcached.kernels.mla import attend_mla, check_mla, merge_constants
+from kvcached.kernels.quant import dequantize, quantize
 from kvcached.layout import cdiv
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, *([] if TRITON else [torch.float64])]
+STORED = [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8]
+DESCALE = torch.tensor(0.02)
+"""Of quantised latents; some of int8 are cut off at the limit."""
 SPLITS = st.sampled_from([1, 2, 4, 16])
 
 
@@ -38,15 +48,24 @@ class Latents:
     scale: float = 0.1
     causal: bool = True
     config: dict = field(default_factory=dict)
+    stored: torch.dtype | None = None
+
+    @property
+    def descale(self):
+        return None if self.stored is None else DESCALE
 
     def random(self, *shape, salt):
         generator = torch.Generator().manual_seed(self.seed + salt)
         return torch.randn(*shape, generator=generator).to(self.dtype)
 
     def rows(self):
-        """(q ``[T, H, D]``, a list of latent rows ``[L, D]``)."""
+        """(q ``[T, H, D]``, a list of latent rows ``[L, D]``: of quantised ones what they mean)."""
         q = self.random(len(self.lens) * self.queries, self.heads, self.dim, salt=0)
-        return q, [self.random(n, self.dim, salt=i + 1) for i, n in enumerate(self.lens)]
+        rows = [self.random(n, self.dim, salt=i + 1) for i, n in enumerate(self.lens)]
+        if self.stored is not None:
+            rows = [dequantize(quantize(x[:, None], DESCALE, self.stored), DESCALE)[:, 0]
+                    for x in rows]  # fmt: skip
+        return q, rows
 
     def table(self, placement=0):
         counts = [cdiv(n, self.block_size) for n in self.lens]
@@ -62,21 +81,30 @@ def solve(case, *, rows=None, placement=0, splits=1, fill=0xFF):
     """(out, lse) from latents at ``placement``: in the K part of a cache without any V of use."""
     q, latents = rows or case.rows()
     table = case.table(placement)
-    sizes = {"block_size": case.block_size, "heads": 1, "dim": case.dim, "dim_v": 1}
-    with ElasticCache(owned(table), fill=fill, dtype=case.dtype, **sizes) as cache:
+    sizes = {"block_size": case.block_size, "heads": 1, "dim": case.dim, "dim_v": 2}
+    with ElasticCache(owned(table), fill=fill, dtype=case.stored or case.dtype, **sizes) as cache:
         slots = slots_of(table, case.lens, case.block_size)
-        joined = torch.cat(latents)[:, None]
-        reshape_and_cache(joined, joined[..., :1], cache.k, cache.v, slots)
+        write(case, torch.cat(latents), cache, slots)
         lens = torch.tensor(case.lens, dtype=torch.int32)
         out = torch.full((*q.shape[:2], case.dim_v), torch.nan, dtype=q.dtype)
         arguments = (q, cache.k[:, :, 0], table, lens, case.dim_v)
         if not TRITON:
             return mla_with_kvcache(
-                *arguments, softmax_scale=case.scale, causal=case.causal, out=out
-            )
-        call = check_mla(*arguments, case.scale, causal=case.causal, out=out)
+                *arguments, softmax_scale=case.scale, causal=case.causal, out=out,
+                kv_descale=case.descale,
+            )  # fmt: skip
+        call = check_mla(*arguments, case.scale, causal=case.causal, kv_descale=case.descale,
+                         out=out)  # fmt: skip
         attend_mla(call, splits, case.config)
         return call.out, call.lse
+
+
+def write(case, rows, cache, slots):
+    """Latents to their slots, quantised on the way if the cache is."""
+    if case.stored is None:
+        reshape_and_cache(rows[:, None], rows[:, None, :2], cache.k, cache.v, slots)
+        return
+    concat_and_cache_mla(rows[:, :-8], rows[:, -8:], cache.k[:, :, 0], slots, scale=DESCALE)
 
 
 def expect(case, rows=None):
@@ -95,9 +123,11 @@ def expect(case, rows=None):
 @st.composite
 def latents(draw, most=2):
     length = st.one_of(st.sampled_from([0, 1, 15, 16, 17, 33]), st.integers(0, 60))
-    dim_v = draw(st.sampled_from([16, 32]))
+    dtype = draw(st.sampled_from(DTYPES))
+    stored = draw(st.sampled_from([None, *(STORED if dtype != torch.float64 else [])]))
+    dim_v = draw(st.sampled_from([16, 32] if stored is None else [32, 64]))
     return Latents(
-        seed=draw(st.integers(0, 2**20)), dtype=draw(st.sampled_from(DTYPES)),
+        seed=draw(st.integers(0, 2**20)), dtype=dtype, stored=stored,
         block_size=draw(st.sampled_from([1, 5, 16, 64])),
         heads=draw(st.sampled_from([1, 3, 16, 20])),
         dim=dim_v + draw(st.sampled_from([0, 8, 16])), dim_v=dim_v,
@@ -165,9 +195,28 @@ def test_10_verifying_tokens_together_equals_one_at_a_time(case):
         assert_close(case, got, (together[0][at : at + 1], together[1][at : at + 1]), factor=2)
 
 
+@pytest.mark.parametrize("stored", STORED, ids=str)
+@few(20)
+@given(case=latents(), splits=SPLITS)
+def test_12_over_stored_bytes_it_is_that_over_what_they_mean(stored, case, splits):
+    dtype = torch.float16 if case.dtype == torch.float64 else case.dtype
+    case = replace(case, stored=stored, dtype=dtype, dim=case.dim + 32, dim_v=32)
+    assert_close(case, solve(case, splits=splits), expect(case))
+
+
 @pytest.mark.parametrize("heads", [16, 64, 128])
 def test_14_the_sizes_of_deepseek_with_the_tiles_that_ship(heads):
     case = Latents(3, torch.float16, 64, heads, 576, 512, (70, 1), 1, scale=192**-0.5)
+    for splits in (1, 2):
+        assert_close(case, solve(case, splits=splits), expect(case))
+
+
+@pytest.mark.parametrize(("heads", "tokens"), [(16, 1), (16, 2), (64, 1)])
+@pytest.mark.parametrize("stored", STORED, ids=str)
+def test_14_the_same_of_quantised_latents(stored, heads, tokens):
+    """Tiles of 16, of 32 and of 64 rows; the last keep even and odd columns apart."""
+    case = Latents(3, torch.float16, 64, heads, 576, 512, (70, 2), tokens, scale=192**-0.5,
+                   stored=stored)  # fmt: skip
     for splits in (1, 2):
         assert_close(case, solve(case, splits=splits), expect(case))
 
@@ -213,6 +262,23 @@ def test_3_parts_in_16_bits_merge_to_the_whole(seed, splits, size, spread):
     assert (natural.flatten()[1:] - seen).abs().max() < 1e-5
 
 
+def test_scores_and_values_are_those_of_the_scale_and_of_no_other():
+    q, rows = torch.ones(1, 1, 34), torch.ones(2, 34).to(torch.int8)
+    rows[1] = 2
+    given = (q, rows[None], torch.zeros(1, 1).int(), torch.tensor([2]).int(), 32)
+    for scale in (torch.tensor(0.5), torch.tensor([0.125])):
+        if TRITON:
+            call = check_mla(*given, 0.1, kv_descale=scale)
+            attend_mla(call)
+            out, lse = call.out, call.lse
+        else:
+            out, lse = mla_with_kvcache(*given, softmax_scale=0.1, kv_descale=scale)
+        scores = torch.tensor([3.4, 6.8]).double() * float(scale)
+        want = float(scale) * (torch.softmax(scores, 0) * torch.tensor([1, 2])).sum()
+        assert (out.double() - want).abs().max() < 1e-6
+        assert float(lse) == pytest.approx(float(torch.logsumexp(scores, 0)), abs=1e-5)
+
+
 def _arguments(**changes):
     return {
         "q": torch.zeros(2, 4, 24), "kv_cache": torch.zeros(4, 16, 24),
@@ -228,6 +294,22 @@ BAD = {
     "q has 3 tokens": {"q": torch.zeros(3, 4, 24)},
     "q has head dim 16": {"q": torch.zeros(2, 4, 16)},
     "page_table has 1 rows": {"page_table": torch.tensor([[1, 2]]).int()},
+    "int8 needs kv_descale": {"kv_cache": torch.zeros(4, 16, 24).char()},
+    "float32 takes no kv_descale": {"kv_descale": torch.ones(())},
+    "not stored as int4": {"kv_cache": torch.zeros(4, 16, 24).byte(), "kv_descale": torch.ones(())},
+    r"of shape \(\) or \(1,\) on cpu, not torch.float32 \(2,\)": {
+        "kv_cache": torch.zeros(4, 16, 24).char(),
+        "kv_descale": torch.ones(2),
+    },
+    "kv_descale must be float32": {
+        "kv_cache": torch.zeros(4, 16, 24).char(),
+        "kv_descale": torch.ones((), dtype=torch.half),
+    },
+    "needs even head dims": {
+        "kv_cache": torch.zeros(4, 16, 25).char(),
+        "q": torch.zeros(2, 4, 25),
+        "kv_descale": torch.ones(()),
+    },
     "plan is a object, not what plan_mla": {"plan": object()},
 }
 
@@ -246,3 +328,7 @@ def test_the_triton_kernel_says_what_it_does_not_take():
     odd = check_mla(*list(_arguments().values())[:4], 20, 0.1)
     with pytest.raises(InvalidInput, match="head_dim_v is 20"):
         attend_mla(odd)
+    stored = _arguments(kv_cache=torch.zeros(4, 16, 24).char(), kv_descale=torch.ones(()))
+    call = check_mla(*list(stored.values())[:4], 16, 0.1, kv_descale=stored["kv_descale"])
+    with pytest.raises(InvalidInput, match="head_dim_v is 16, but must be a power of two >= 32"):
+        attend_mla(call)

@@ -6,9 +6,10 @@ A program of its own: ahead-of-time compilation needs a Triton that does not int
 from ahead_of_time import compile_for, print_reports, serialized, wide_copies
 
 from kvcached.kernels._launch import TYPES, attributes_of, signature_of
+from kvcached.kernels._mla_bytes import mla_bytes_kernel
 from kvcached.kernels._mla_kernels import mla_kernel
 from kvcached.kernels._prefill_parts import ALIGNED, merge_config, merge_kernel, types_of
-from kvcached.kernels.mla import is_fused, mla_config
+from kvcached.kernels.mla import bytes_constants, is_fused, mla_config
 from kvcached.kernels.prefill import prefill_kernel, tile_config, warps_of
 
 BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
@@ -45,6 +46,17 @@ def mla(dtype, heads, *, splits=4, block_size=64):
     return mla_kernel, dtype, constants, buffers * constants["BN"] * 576 * BYTES[dtype], 8
 
 
+def mla_bytes(stored, heads, *, splits=4, block_size=64):
+    """The same over latents of one byte an element, with queries in bfloat16."""
+    constants = mla_config(heads, 576, 512, 2, in_bytes=True)
+    buffered = (constants["STAGES"] - 1) * constants["BN"] * 576
+    constants |= bytes_constants(DTYPES["bf16"], DTYPES[stored]) | {
+        "H": heads, "SPLITS": splits, "FUSED": splits == 1 or is_fused(constants, splits),
+        "BLOCK_SIZE": block_size, "ALIGN": 16, "EXACT": False,
+    }  # fmt: skip
+    return mla_bytes_kernel, "bf16", constants, buffered, 8
+
+
 def configurations():
     """Name -> what ``report`` takes."""
     rows = {f"prefill bf16 {dim}": prefill("bf16", dim) for dim in (64, 80, 96, 128, 192, 256)}
@@ -75,6 +87,15 @@ def configurations():
         "mla bf16 128 heads whole": mla("bf16", 128, splits=1),
         "mla bf16 128 heads 64 parts": mla("bf16", 128, splits=64),
         "mla fp32 16 heads": mla("fp32", 16),
+        "mla e4m3 16 heads": mla_bytes("fp8e4nv", 16),
+        "mla e4m3 16 heads page 16": mla_bytes("fp8e4nv", 16, block_size=16),
+        "mla e4m3 32 heads": mla_bytes("fp8e4nv", 32),
+        "mla e4m3 128 heads": mla_bytes("fp8e4nv", 128),
+        "mla e4m3 128 heads page 16": mla_bytes("fp8e4nv", 128, splits=1, block_size=16),
+        "mla e4m3 128 heads whole": mla_bytes("fp8e4nv", 128, splits=1),
+        "mla int8 16 heads": mla_bytes("i8", 16),
+        "mla int8 128 heads": mla_bytes("i8", 128),
+        "mla e5m2 64 heads": mla_bytes("fp8e5", 64),
     }
     merge = merge_config(512, 64, 512) | {"HAS_SINKS": False}
     return rows | {"merge bf16 64 parts": (merge_kernel, "bf16", merge, 0, 4)}

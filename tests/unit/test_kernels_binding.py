@@ -60,6 +60,10 @@ def latents(**more):
             "cache_seqlens": ints(40), "head_dim_v": 64, "softmax_scale": 1.0} | more  # fmt: skip
 
 
+def stored_latents():
+    return latents(kv_cache=torch.zeros(4, 16, 96).char(), kv_descale=torch.ones(()))
+
+
 def rows(**more):
     return {"key": zeros(3, 2, 64), "value": zeros(3, 2, 64), "k_cache": zeros(4, 16, 2, 64),
             "v_cache": zeros(4, 16, 2, 64), "slot_mapping": ints(5, 6, 7)} | more  # fmt: skip
@@ -87,6 +91,8 @@ CALLS = {
                          lambda: attention(sinks=torch.ones(8), alibi_slopes=torch.ones(8)),
                          ["attend_kernel"], "Q OUT LENS TABLE K V SINKS SLOPES"),
     "mla": (kernels.mla_with_kvcache, latents, ["mla_kernel"], "Q OUT LENS TABLE"),
+    "mla int8": (kernels.mla_with_kvcache, stored_latents, ["mla_bytes_kernel"],
+                 "Q OUT LENS TABLE"),
     "append": (kernels.reshape_and_cache, rows, ["append_kernel"], "KEY VALUE SLOTS K V"),
     "append int8": (kernels.reshape_and_cache, int8_rows, ["append_quant_kernel"],
                     "KEY VALUE SLOTS K V"),
