@@ -79,7 +79,8 @@ IDS = [
     "D0", "D1", "D2", "D3", "D4", "D5", "D6", "D8", "D9", "D10", "D14", "P1", "P2", "P3", "P4",
     "M1", "M2", "M3", "M4", "S1", "S2", "C1", "W1_b256", "W1_8192", "G1_rows", "G1_blocks",
     "G1_compact", "G1_fp8", "G1_int4", "X1", "P5", "P6", "P7", "D11", "D12", "D13", "M1_fp8",
-    "D3_page1", "D3_page64", "D3_page256", "D3_contiguous", "D3_strided", "O1_d2h", "O1_h2d", "O1_both",
+    "D3_page1", "D3_page64", "D3_page256", "D3_contiguous", "D3_strided", "O1_d2h", "O1_h2d",
+    "O1_both",
 ]  # fmt: skip
 """All rows; what matters most comes first, should the time run out."""
 assert {*IDS} == {*ATTENTION, "C1", "X1", *MOVES}

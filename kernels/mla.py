@@ -159,8 +159,9 @@ def _check_descale(kv_cache: torch.Tensor, scale: torch.Tensor | None) -> None:
 
 
 def mla_config(
-    rows: int, dim: int, dim_v: int, itemsize: int, *, in_bytes: bool = False
-) -> dict[str, int]:
+    rows: int, dim: int, dim_v: int, itemsize: int, *, in_bytes: bool = False,
+    warpgroups: bool = True,
+) -> dict[str, int]:  # fmt: skip
     """Compile-time sizes of ``mla_kernel``, or of ``mla_bytes_kernel``.
 
     They are for ``rows`` (token, head) of a sequence.
@@ -172,6 +173,8 @@ def mla_config(
     import triton
 
     most, keys = (64, 64 if rows <= 32 else 32) if itemsize < 4 else (16, 16)
+    if in_bytes and not warpgroups:  # 64 rows would spill
+        most, keys = min(most, 32), min(keys * 2, 64) if itemsize < 4 else keys
     rest, least = dim - dim_v, 32 if in_bytes else 16  # products are of 16 elements, or pairs
     return {
         "D": dim, "DV": dim_v, "DR": 0 if not rest else max(least, triton.next_power_of_2(rest)),
@@ -197,6 +200,7 @@ def prepare(
 
     For tuning, ``config`` replaces entries of ``mla_config`` and ``wide`` says which kernel runs.
     """
+    from kvcached.kernels._launch import runs_gluon
     from kvcached.kernels._prefill_parts import splits_of
     from kvcached.kernels._workspace import workspace_of
 
@@ -208,7 +212,8 @@ def prepare(
     if wide is None:
         wide = config is None and is_wide(call)
     sizes = WIDE if wide else mla_config(rows, kv.head_dim, kv.head_dim_v, q.element_size(),
-                                         in_bytes=kv.quantized)  # fmt: skip
+                                         in_bytes=kv.quantized,
+                                         warpgroups=runs_gluon(q.device))  # fmt: skip
     sizes = sizes | dict(config or {})
     items = len(call.lens) * -(-rows // sizes["BM"])
     splits = num_splits or splits_of(  # a program an SM is all it holds

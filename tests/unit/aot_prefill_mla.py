@@ -103,6 +103,8 @@ def configurations():
 
 def report(kernel, dtype, constants, buffered, warps, *, arch=90):
     """Registers, stack and shared bytes; instructions that matter."""
+    if kernel is mla_bytes_kernel and constants["BM"] == 64 and arch != 90:
+        raise NotImplementedError("error: tiles of 64 rows are for the instructions of sm_90")
     signature = signature_of(kernel, types_of(DTYPES[dtype]), constants)
     aligned = attributes_of(kernel, tuple(x for x in kernel.arg_names if x in ALIGNED))
     ptx, needs = compile_for(arch, kernel, signature, constants, aligned, warps)
