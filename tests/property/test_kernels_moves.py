@@ -141,7 +141,11 @@ def test_gathered_blocks_scatter_back(case, order):
             twin = twins.gather_pages(pool, ids)
             assert torch.equal(out.view(torch.uint8), twin.view(torch.uint8))
             pool[blocks] = 0
+        twin = pool[blocks] if blocks else None
         scatter_pages(out, ids, pool)
+        if blocks:
+            twins.scatter_pages(out, torch.arange(len(ids)), twin)
+            assert torch.equal(pool[blocks].view(torch.uint8), twin.view(torch.uint8))
         k, _ = gathered(cache, table, case.lens)
         assert torch.equal(k, torch.cat(keys))
 
@@ -185,7 +189,8 @@ def test_13_compaction_moves_blocks_and_tables_in_one_call(case, both, order):
         before = gathered(cache, table, case.lens)
         compact_pages((cache.k, cache.v), moves, after)
         renamed = dict(pairs)
-        wanted = table.clone().apply_(lambda block: renamed.get(block, block))
+        wanted = table.clone()
+        twins.compact_pages((), moves, wanted)
         assert torch.equal(after, wanted)
         for pool in (cache.k, cache.v):
             pool[list(renamed)] = torch.nan
@@ -211,21 +216,34 @@ def strided_pools(draw):
 @given(made=strided_pools())
 def test_copies_touch_the_named_entries_only_whatever_the_strides(made):
     whole, pool, sources, targets = made
-    wanted = whole.clone()
-    view = wanted.as_strided(pool.shape, pool.stride())
-    view[targets.long()] = view[sources.long()].clone()
-    other = whole.clone()
+    before = whole.clone()
+
+    def again():
+        """(all of it, the pool) as it was."""
+        other = before.clone()
+        return other, other.as_strided(pool.shape, pool.stride())
+
+    wanted, view = again()
+    twins.copy_pages(view, sources, targets)
     copy_pages(pool, sources, targets)
     assert torch.equal(whole, wanted)
     out = torch.empty(len(sources), *pool.shape[1:], dtype=pool.dtype)
     gather_pages(pool, sources, out)
-    assert torch.equal(out, pool[sources.long()])
-    table = torch.stack([sources, targets])
-    pairs = torch.stack([sources, targets], 1)
+    assert torch.equal(out, twins.gather_pages(pool, sources))
+    scattered, view = again()
+    twins.scatter_pages(out, targets, view)
+    other, view = again()
+    scatter_pages(out, targets, view)
+    assert torch.equal(other, scattered)
     if len(sources):
-        compact_pages(other.as_strided(pool.shape, pool.stride()), pairs, table)
+        (other, view), (wanted, twin) = again(), again()
+        pairs = torch.stack([sources, targets], 1)
+        tables = torch.stack([sources, targets]).repeat(2, 1, 1)
+        compact_pages(view, pairs, tables[0])
+        twins.compact_pages(twin, pairs, tables[1])
         assert torch.equal(other, wanted)
-        assert torch.equal(table, torch.stack([targets, targets]))
+        assert torch.equal(*tables)
+        assert torch.equal(tables[0], torch.stack([targets, targets]))
 
 
 @few(40)
@@ -234,7 +252,7 @@ def test_blocks_are_swapped_between_pools(made):
     _, pool, sources, targets = made
     other = torch.zeros_like(pool)
     wanted = other.clone()
-    wanted[targets.long()] = pool[sources.long()]
+    twins.swap_pages(pool, wanted, sources, targets)
     swap_pages(pool, other, sources, targets)
     assert torch.equal(other, wanted)
 
@@ -272,18 +290,17 @@ def test_12_rows_are_stored_as_quant_says(dtype, scale, rows):
     key, value = torch.randn(7, 3, 24).to(rows), torch.randn(7, 3, 40).to(rows)
     key[2], value[3, 1] = 0, 1e3
     slots = torch.tensor([3, 22, -1, 0, 9, 17, 23]).int()
-    (k, v), scales = quantised_caches(dtype, scale, (24, 40))
-    reshape_and_cache(key, value, k, v, slots, NAMES[dtype], *scales)
-    for x, cache, given_scale in ((key, k, scales[0]), (value, v, scales[1])):
-        flat = cache.flatten(0, 1)
-        written, kept = flat[slots[slots >= 0].long()], x[slots >= 0]
-        made = quant.row_scales(kept, dtype) if scale is None else given_scale
-        if scale is None:
-            assert torch.equal(given_scale.flatten(0, 1)[slots[slots >= 0].long()], made)
-        assert same_bytes(written, quant.quantize(kept, made, dtype))
-        others = torch.ones(24, dtype=torch.bool)
-        others[slots[slots >= 0].long()] = False
-        assert not flat[others].view(torch.uint8).any()
+    caches, scales = quantised_caches(dtype, scale, (24, 40))
+    wanted, wanted_scales = ([x.clone() for x in part] for part in (caches, scales))
+    reshape_and_cache(key, value, *caches, slots, NAMES[dtype], *scales)
+    twins.reshape_and_cache(key, value, *wanted, slots, NAMES[dtype], *wanted_scales)
+    others = torch.ones(24, dtype=torch.bool)
+    others[slots[slots >= 0].long()] = False
+    for cache, twin in zip(caches, wanted, strict=True):
+        assert same_bytes(cache, twin)
+        assert not cache.flatten(0, 1)[others].view(torch.uint8).any()
+    for got, made in zip(scales, wanted_scales, strict=True):
+        assert torch.equal(got, made)
 
 
 def test_fp8_goes_into_byte_caches_too():
@@ -305,9 +322,8 @@ def test_11_latents_and_rotary_keys_share_a_row(kind):
     cache = torch.zeros(4, 4, 40).to(stored)
     slots = torch.tensor([7, -1, 0, 15, 2]).int()
     scale = None if kind == "auto" else torch.tensor(0.03)
+    wanted = cache.clone()
     concat_and_cache_mla(kv_c, k_pe, cache, slots, kind, scale)
-    rows = torch.cat([kv_c, k_pe], 1)[slots >= 0]
-    wanted = rows if scale is None else quant.quantize(rows[:, None], scale, stored)[:, 0]
-    got = cache.flatten(0, 1)[slots[slots >= 0].long()]
-    assert same_bytes(got, wanted)
+    twins.concat_and_cache_mla(kv_c, k_pe, wanted, slots, kind, scale)
+    assert same_bytes(cache, wanted)
     assert int((cache.float() != 0).any(-1).sum()) == 4
