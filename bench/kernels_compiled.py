@@ -1,8 +1,8 @@
 """Every shipped configuration of the kernels as the compiler makes it: ``kernels_compiled.json``.
 
-``python bench/kernels_compiled.py [--arch 90 80 100]`` compiles what the ahead-of-time tests list
-(``tests/unit/aot_*.py``) without a GPU, for sm_90 and, where Triton can, for others, and writes
-registers, stack and shared memory. What an architecture refuses is listed with the reason.
+``python bench/kernels_compiled.py [--arch 90 80 89 100 120]`` compiles what the ahead-of-time
+tests list (``tests/unit/aot_*.py``) without a GPU, with the sizes that each architecture is given,
+and writes registers, stack and shared memory. What one refuses is listed with the reason.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from common import RESULTS, SCHEMA_VERSION, commit
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "tests"))  # what the programs share lies there
-ARCHS = [90, 80, 100]
+ARCHS = [90, 80, 89, 100, 120]
 
 
 def programs() -> list[Any]:
@@ -52,7 +52,7 @@ def compiled(arch: int, only: list[str]) -> tuple[list[dict[str, Any]], list[dic
     for module in programs():
         if arch not in getattr(module, "ARCHS", [arch]):
             continue  # written for the instructions of others
-        for name, one in module.configurations().items():
+        for name, one in module.configurations(arch).items():
             if only and not any(word in name for word in only):
                 continue
             head = {"kernel": name, "arch": f"sm_{arch}"}

@@ -21,6 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from kvcached.errors import BackendUnavailable, InvalidInput
+from kvcached.kernels._fit import HOPPER, LEAST_CAPABILITY, Target
 from kvcached.kernels._packet import Layout, Packet
 from kvcached.memory.cuda import load_driver
 from kvcached.memory.driver import Calls
@@ -68,6 +69,33 @@ def runs_gluon(device: torch.device) -> bool:
         and device.type == "cuda"
         and bool(torch.cuda.get_device_capability(device) == (9, 0))
     )
+
+
+def capability_of(device: int) -> tuple[int, int]:
+    """The compute capability of device number ...; ``BackendUnavailable`` if it is too low."""
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < LEAST_CAPABILITY:
+        raise BackendUnavailable(
+            "the kernels need a GPU of compute capability "
+            f"{LEAST_CAPABILITY[0]}.{LEAST_CAPABILITY[1]} or more (Ampere); this one has "
+            f"{major}.{minor}",
+            hint="Use a newer GPU, or CPU tensors.",
+        )
+    return major, minor
+
+
+@functools.cache
+def target_of(device: torch.device) -> Target:
+    """What tiles are chosen for; an H100 where a CPU stands in for the GPU.
+
+    Raises ``BackendUnavailable`` for a GPU that is too old.
+    """
+    if device.type != "cuda":
+        return HOPPER
+    major, minor = capability_of(device.index)
+    calls = driver_calls()
+    calls.init()
+    return Target(_most_shared(calls, device.index), major, minor)
 
 
 def signature_of(kernel: Any, types: Mapping[str, str], constants: Mapping[str, Any]) -> Any:
@@ -273,8 +301,7 @@ def _loaded(calls: Calls, cubin: bytes, name: str, shared: int, device: int) -> 
     (function,) = calls("cuModuleGetFunction", module, name.encode())
     if shared <= _DEFAULT_SHARED:
         return function
-    most = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
-    (limit,) = calls("cuDeviceGetAttribute", most, *calls("cuDeviceGet", device))
+    limit = _most_shared(calls, device)
     if shared > limit:
         raise BackendUnavailable(
             f"{name} needs {shared} bytes of shared memory, but the GPU has {limit}",
@@ -284,6 +311,14 @@ def _loaded(calls: Calls, cubin: bytes, name: str, shared: int, device: int) -> 
     dynamic = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     calls("cuFuncSetAttribute", function, dynamic, shared)
     return function
+
+
+def _most_shared(calls: Calls, device: int) -> int:
+    """Bytes of shared memory that a program may ask for."""
+    kinds = _functions(calls).CUdevice_attribute
+    most = kinds.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
+    (limit,) = calls("cuDeviceGetAttribute", most, *calls("cuDeviceGet", device))
+    return int(limit)
 
 
 _handles: dict[tuple[Any, ...], Handle] = {}
@@ -305,15 +340,15 @@ def handle_of(
     Arguments named by ``aligned`` are multiples of 16; ``options`` (``num_warps``, ``launch_pdl``)
     are the compiler's. ``cluster`` programs that lie one after another in x run at the same time;
     each has ``least_shared`` bytes of shared memory, if it needs no more. Compiles at the first
-    call, for device number ``device``.
+    call, for device number ``device``; raises ``BackendUnavailable`` for a GPU that is too old.
     """
     key = (kernel, device, aligned, cluster, least_shared, tuple(types.items()),
            tuple(constants.items()), tuple(options.items()))  # fmt: skip
     handle = _handles.get(key)
     if handle is None:
+        major, minor = capability_of(device)
         signature = signature_of(kernel, types, constants)
         source = source_of(kernel, signature, constants, attributes_of(kernel, aligned))
-        major, minor = torch.cuda.get_device_capability(device)
         # Named, because Triton would build a C library to ask the driver what GPU there is.
         target = GPUTarget("cuda", 10 * major + minor, 32)
         compiled = triton.compile(source, target=target, options=options)

@@ -25,7 +25,8 @@ import triton.language as tl
 from kvcached.errors import InvalidInput
 from kvcached.kernels._bound import Launch, launch_of
 from kvcached.kernels._decode import attend_kernel
-from kvcached.kernels._launch import TYPES, interpreted, starts_early
+from kvcached.kernels._fit import HOPPER, Target, fitted, row_bytes
+from kvcached.kernels._launch import TYPES, interpreted, starts_early, target_of
 from kvcached.kernels._workspace import workspace_of
 from kvcached.kernels.quant import INT4, require_hardware
 from kvcached.layout import cdiv
@@ -91,8 +92,9 @@ def power_of_2(least: int) -> int:
 
 
 def tile_config(
-    group: int, dim: int, dim_v: int, max_q: int, dtype: torch.dtype, stored: torch.dtype
-) -> dict[str, int]:
+    group: int, dim: int, dim_v: int, max_q: int, dtype: torch.dtype, stored: torch.dtype,
+    target: Target = HOPPER,
+) -> dict[str, int]:  # fmt: skip
     """Compile-time sizes of ``attend_kernel`` for a shape and the dtypes of q and of the cache.
 
     With ids of blocks fetched a tile ahead, STAGES - 1 pairs of K and V tiles are in flight.
@@ -115,18 +117,13 @@ def tile_config(
     real = power_of_2(tokens * group)
     width = dvp * (2 if stored.itemsize == 1 else 1)
     merged = MERGED_ELEMENTS // (2 if real >= MAX_ROWS or width > 128 else 1)
-    return {
+    sizes = {
         "G": group, "D": dim, "DV": dim_v, "DP": dp, "DVP": dvp, "BM": rows, "BN": bn,
         "ROWS": real, "TOKENS": tokens,
         "GROUP": max(1, min(MAX_MERGED, merged // (real * width))),
         "STAGES": stages,
     }  # fmt: skip
-
-
-def row_bytes(dp: int, dvp: int, stored: torch.dtype) -> int:
-    """Bytes in a tile of a row of K and one of V; V of one byte an element is read by pairs."""
-    pairs = stored.itemsize == 1 and stored != INT4
-    return int(dp * stored.itemsize + dvp * (2 if pairs else stored.itemsize))
+    return fitted(sizes, dtype.itemsize, stored, target)
 
 
 def num_warps(config: dict[str, int], itemsize: int) -> int:
@@ -274,7 +271,8 @@ def prepare(
         raise InvalidInput("float64 attention runs on CPU tensors only", hint="Use float32.")
     require_hardware(kv.dtype, q.device)
     group = q.shape[1] // kv.num_kv_heads
-    config = tile_config(group, kv.head_dim, kv.head_dim_v, call.max_q, q.dtype, kv.dtype)
+    config = tile_config(group, kv.head_dim, kv.head_dim_v, call.max_q, q.dtype, kv.dtype,
+                         target_of(q.device))  # fmt: skip
     if plan is not None:
         config = plan.config_for(call)
     q_tiles = cdiv(call.max_q, config["TOKENS"])
@@ -346,6 +344,7 @@ def _start(
     if early:
         options = {"launch_pdl": True, "cluster": max(1, cluster),
                    "least_shared": _share_of_shared(call.q.device, beside)}  # fmt: skip
+    config = fitted(config, size, call.kv.dtype, target_of(call.q.device))
     constants = constants_of(call, config, split=planned or split.most > 1, planned=planned,
                              early=early, cluster=cluster)  # fmt: skip
     return _Start(split, grid, constants, warps, options)

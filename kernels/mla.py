@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from kvcached.errors import InvalidInput
+from kvcached.kernels._fit import HOPPER, Target, fit_tiles
 from kvcached.kernels.attention import known_for
 from kvcached.kernels.checks import AttentionCall, check_call
 from kvcached.kernels.quant import INT4, LARGEST, require_hardware
@@ -159,28 +160,33 @@ def _check_descale(kv_cache: torch.Tensor, scale: torch.Tensor | None) -> None:
 
 
 def mla_config(
-    rows: int, dim: int, dim_v: int, itemsize: int, *, in_bytes: bool = False,
-    warpgroups: bool = True,
+    rows: int, dim: int, dim_v: int, itemsize: int, target: Target = HOPPER, *,
+    in_bytes: bool = False,
 ) -> dict[str, int]:  # fmt: skip
-    """Compile-time sizes of ``mla_kernel``, or of ``mla_bytes_kernel``.
+    """Compile-time sizes of ``mla_kernel``, or (``in_bytes``) of ``mla_bytes_kernel``.
 
     They are for ``rows`` (token, head) of a sequence.
 
     64 rows take the matrix instructions of a warpgroup; an accumulator of 128 would not fit the
     registers, so more heads are two programs, the second of which finds the latents in the L2. All
     of shared memory is for tiles on their way; matrix instructions may still read one of them.
+    Elsewhere 64 rows would spill (or, where warps make the products, each score be made twice).
     """
     import triton
 
     most, keys = (64, 64 if rows <= 32 else 32) if itemsize < 4 else (16, 16)
-    if in_bytes and not warpgroups:  # 64 rows would spill
-        most, keys = min(most, 32), min(keys * 2, 64) if itemsize < 4 else keys
+    if itemsize < 4 and not target.warpgroups:
+        most, keys = 32, 64
     rest, least = dim - dim_v, 32 if in_bytes else 16  # products are of 16 elements, or pairs
-    return {
+    sizes = {
         "D": dim, "DV": dim_v, "DR": 0 if not rest else max(least, triton.next_power_of_2(rest)),
         "BM": max(16, min(most, triton.next_power_of_2(rows))), "BN": keys,
         "STAGES": 4 if keys == 32 or in_bytes else 3,
     }  # fmt: skip
+    width = sizes["DV"] + sizes["DR"]
+    row, fewest = (width, 32) if in_bytes else (width * itemsize, 16)
+    return fit_tiles(sizes, target, {"STAGES": 2, "BM": 16, "BN": fewest}, row=row, dim=width,
+                     itemsize=itemsize)  # fmt: skip
 
 
 def attend_mla(
@@ -200,7 +206,7 @@ def prepare(
 
     For tuning, ``config`` replaces entries of ``mla_config`` and ``wide`` says which kernel runs.
     """
-    from kvcached.kernels._launch import runs_gluon
+    from kvcached.kernels._launch import target_of
     from kvcached.kernels._prefill_parts import splits_of
     from kvcached.kernels._workspace import workspace_of
 
@@ -212,8 +218,7 @@ def prepare(
     if wide is None:
         wide = config is None and is_wide(call)
     sizes = WIDE if wide else mla_config(rows, kv.head_dim, kv.head_dim_v, q.element_size(),
-                                         in_bytes=kv.quantized,
-                                         warpgroups=runs_gluon(q.device))  # fmt: skip
+                                         target_of(q.device), in_bytes=kv.quantized)  # fmt: skip
     sizes = sizes | dict(config or {})
     items = len(call.lens) * -(-rows // sizes["BM"])
     splits = num_splits or splits_of(  # a program an SM is all it holds

@@ -17,7 +17,7 @@ import triton.language as tl
 from kvcached.errors import InvalidInput
 from kvcached.kernels import _launch
 from kvcached.kernels._decode import span
-from kvcached.kernels._launch import Handle, handle_of, interpreted
+from kvcached.kernels._launch import Handle, handle_of, interpreted, target_of
 from kvcached.kernels._repeat import Known
 from kvcached.kernels._workspace import Growing, make_workspace
 from kvcached.kernels.checks import (
@@ -128,7 +128,7 @@ class Plan:
         self.known = Known(rows, shape["device"], planned=True)
         self.config = tile_config(
             shape["group"], shape["head_dim"], shape["head_dim_v"], shape["max_q"],
-            shape["dtype"], shape["kv_dtype"],
+            shape["dtype"], shape["kv_dtype"], target_of(shape["device"]),
         )  # fmt: skip
         width = self.config["DVP"] * (2 if shape["kv_dtype"] in LARGEST else 1)
         rows = slots * shape["num_kv_heads"] * self.config["ROWS"]
@@ -275,7 +275,8 @@ def plan_attention(
         "group": group, "head_dim_v": head_dim_v or head_dim,
         "kv_dtype": kv_dtype, "dtype": queries, "device": where,
     }  # fmt: skip
-    config = tile_config(shape["group"], head_dim, shape["head_dim_v"], max_q, queries, kv_dtype)
+    config = tile_config(shape["group"], head_dim, shape["head_dim_v"], max_q, queries, kv_dtype,
+                         target_of(where))  # fmt: skip
     if max_q > config["TOKENS"]:
         raise InvalidInput(
             f"max_q is {max_q}, but a tile holds {config['TOKENS']} tokens of {shape['group']} "

@@ -20,7 +20,8 @@ import triton
 import triton.language as tl
 
 from kvcached.errors import InvalidInput
-from kvcached.kernels._launch import interpreted
+from kvcached.kernels._fit import HOPPER, Target, fit_tiles
+from kvcached.kernels._launch import interpreted, target_of
 from kvcached.kernels._prefill_parts import (
     EMPTY,
     LOG2_E,
@@ -250,9 +251,12 @@ def prefill_kernel(
 
 def tile_config(
     group: int, dim: int, dim_v: int, itemsize: int, *, varlen: bool, plain: bool = True,
-    longest: int = 1 << 30,
+    longest: int = 1 << 30, target: Target = HOPPER,
 ) -> dict[str, int]:  # fmt: skip
     """Compile-time sizes of ``prefill_kernel`` for a shape; the fastest of those tried on an H100.
+
+    For another ``target`` those that fit its shared memory and, of the sizes compiled ahead of
+    time, do not spill; none of them was measured.
 
     A tile of 128 rows gives each of 2 warpgroups the 64 rows of its matrix instructions. 128 keys
     fill the registers at 128 columns; slopes or a window would be too much then, and of ``longest``
@@ -266,21 +270,26 @@ def tile_config(
         va, vb = va // 2, va // 2
     wide = max(da + db, va + vb)
     rows, keys = (128, 64) if itemsize < 4 else (32, 16)
-    many = itemsize < 4 and plain and longest > FEW_KEYS
+    many = itemsize < 4 and plain and longest > FEW_KEYS and target.warpgroups
     if many and 128 <= wide <= 192 and va <= 128 and not vb:
         keys = 128
     rows = max(rows, triton.next_power_of_2(group))
     stages = 3 if wide <= (192 if keys == 64 else 128) else 2
-    return {
+    if itemsize < 4 and target.by_warp:  # queries lie in registers there
+        keys, stages = 64 if wide <= 64 else 32 if wide <= 192 else 16, 3
+    sizes = {
         "G": group, "D": dim, "DV": dim_v, "DA": da, "DB": db, "VA": va, "VB": vb,
         "BM": rows, "BN": keys, "TOKENS": rows // group,
         "FEW": 16 // group if varlen else 0, "STAGES": stages if itemsize < 4 else 2,
     }  # fmt: skip
+    return fit_tiles(sizes, target, {"STAGES": 2, "BN": 16}, row=(da + db + va + vb) * itemsize,
+                     dim=da + db, itemsize=itemsize)  # fmt: skip
 
 
-def warps_of(sizes: dict[str, int], itemsize: int, *, plain: bool) -> int:
+def warps_of(sizes: dict[str, int], itemsize: int, *, plain: bool, target: Target = HOPPER) -> int:
     """Warps of a program: one warpgroup of 64 columns leaves room for a second program."""
     narrow = sizes["DA"] + sizes["DB"] <= 64 and sizes["VA"] + sizes["VB"] <= 64
+    narrow = narrow and not target.by_warp
     return 4 if narrow and plain and itemsize < 4 and sizes["BM"] <= 128 else 8
 
 
@@ -323,11 +332,12 @@ def prepare(
     if config is None and not num_warps and suits_tma(call, num_splits):
         return prepare_tma(call, memory)
     group, itemsize = call.q.shape[1] // kv.num_kv_heads, call.q.element_size()
+    target = target_of(call.q.device)
     varlen = call.q_starts is not None
     plain = call.slopes is None and call.left >= UNBOUNDED
     sizes: dict[str, Any] = tile_config(
         group, kv.head_dim, kv.head_dim_v, itemsize, varlen=varlen, plain=plain,
-        longest=call.longest,
+        longest=call.longest, target=target,
     ) | (config or {})  # fmt: skip
     sizes["TOKENS"] = sizes["BM"] // group
     tokens = sizes["TOKENS"]
@@ -335,7 +345,7 @@ def prepare(
     splits = min(num_splits, MAX_SPLITS) or splits_of(
         call, tiles * kv.num_kv_heads, programs_per_sm=2, most=MAX_SPLITS, least=MIN_SPLIT_TOKENS
     )
-    warps = num_warps or warps_of(sizes, itemsize, plain=plain)
+    warps = num_warps or warps_of(sizes, itemsize, plain=plain, target=target)
     return _steps(call, sizes, tiles, splits, warps, memory)
 
 

@@ -15,7 +15,16 @@ import tempfile
 import triton
 from triton.backends.compiler import GPUTarget
 
+from kvcached.kernels._fit import Target
 from kvcached.kernels._launch import source_of
+
+LIMITS = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
+"""Bytes of shared memory that a program may ask for, which at run time the driver says."""
+
+
+def target_for(arch):
+    """What tiles for ``sm_<arch>`` are chosen for."""
+    return Target(LIMITS[arch], arch // 10, arch % 10)
 
 
 def compile_for(arch, kernel, signature, constants, attributes, num_warps):
@@ -59,4 +68,4 @@ def wide_copies(ptx):
 
 def print_reports(configurations, report):
     """The report of each configuration, for sm_90, as JSON."""
-    json.dump({name: report(*one) for name, one in configurations().items()}, sys.stdout)
+    json.dump({name: report(*one) for name, one in configurations(90).items()}, sys.stdout)

@@ -61,8 +61,8 @@ def pieces(prefix=""):
     return {f"{prefix}RUN": 8192, f"{prefix}INNER": 1, f"{prefix}NESTED": False}
 
 
-def configurations():
-    """Name -> what ``report`` takes."""
+def configurations(_arch):
+    """Name -> what ``report`` takes, on every architecture."""
     settings = move._settings(16)
     both = {"BY_TO": True, "BY_FROM": True}
     gather = {"D": 128, "DV": 128, "ROWS": 4, "WIDTH": 1024, "BLOCK_SIZE": 16, "ALIGN": 16}

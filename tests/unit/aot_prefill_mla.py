@@ -3,7 +3,9 @@
 A program of its own: ahead-of-time compilation needs a Triton that does not interpret.
 """
 
-from ahead_of_time import compile_for, print_reports, serialized, wide_copies
+import functools
+
+from ahead_of_time import compile_for, print_reports, serialized, target_for, wide_copies
 
 from kvcached.kernels._launch import TYPES, attributes_of, signature_of
 from kvcached.kernels._mla_bytes import mla_bytes_kernel
@@ -16,17 +18,18 @@ BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
 DTYPES = {name: dtype for dtype, name in TYPES.items()}
 
 
-def prefill(dtype, dim, dim_v=None, *, group=4, splits=1, block_size=16, paged=True, varlen=True,
-            extras=False, longest=1 << 20):  # fmt: skip
+def prefill_for(dtype, dim, dim_v=None, *, group=4, splits=1, block_size=16, paged=True,
+                varlen=True, extras=False, longest=1 << 20, arch=90):  # fmt: skip
     """(kernel, q's dtype, constants, bytes of its buffers of K and V, warps)."""
-    itemsize, dim_v = BYTES[dtype], dim_v or dim
+    itemsize, dim_v, target = BYTES[dtype], dim_v or dim, target_for(arch)
     constants = tile_config(
-        group, dim, dim_v, itemsize, varlen=varlen, plain=not extras, longest=longest
-    )
-    warps = warps_of(constants, itemsize, plain=not extras)
+        group, dim, dim_v, itemsize, varlen=varlen, plain=not extras, longest=longest,
+        target=target,
+    )  # fmt: skip
+    warps = warps_of(constants, itemsize, plain=not extras, target=target)
     width = sum(constants[name] for name in ("DA", "DB", "VA", "VB"))
     # A matrix instruction may still read a buffer when the next is filled: one more than ahead.
-    buffers = constants["STAGES"] - (itemsize == 4)
+    buffers = constants["STAGES"] - (itemsize == 4 or target.by_warp)
     constants |= {
         "SPLITS": splits, "BLOCK_SIZE": block_size, "PAGED": paged, "VARLEN": varlen,
         "TWINS": True, "WINDOW": extras, "HAS_SINKS": extras, "HAS_SLOPES": extras,
@@ -35,9 +38,9 @@ def prefill(dtype, dim, dim_v=None, *, group=4, splits=1, block_size=16, paged=T
     return prefill_kernel, dtype, constants, buffers * constants["BN"] * width * itemsize, warps
 
 
-def mla(dtype, heads, *, splits=4, block_size=64):
+def mla_for(dtype, heads, *, splits=4, block_size=64, arch=90):
     """The same of absorbed attention with DeepSeek's sizes."""
-    constants = mla_config(heads, 576, 512, BYTES[dtype])
+    constants = mla_config(heads, 576, 512, BYTES[dtype], target_for(arch))
     buffers = constants["STAGES"] - (constants["BM"] < 64)
     constants |= {
         "H": heads, "SPLITS": splits, "FUSED": is_fused(constants, splits),
@@ -46,9 +49,9 @@ def mla(dtype, heads, *, splits=4, block_size=64):
     return mla_kernel, dtype, constants, buffers * constants["BN"] * 576 * BYTES[dtype], 8
 
 
-def mla_bytes(stored, heads, *, splits=4, block_size=64):
+def mla_bytes(stored, heads, *, splits=4, block_size=64, arch=90):
     """The same over latents of one byte an element, with queries in bfloat16."""
-    constants = mla_config(heads, 576, 512, 2, in_bytes=True)
+    constants = mla_config(heads, 576, 512, 2, target_for(arch), in_bytes=True)
     buffered = (constants["STAGES"] - 1) * constants["BN"] * 576
     constants |= bytes_constants(DTYPES["bf16"], DTYPES[stored]) | {
         "H": heads, "SPLITS": splits, "FUSED": splits == 1 or is_fused(constants, splits),
@@ -57,8 +60,11 @@ def mla_bytes(stored, heads, *, splits=4, block_size=64):
     return mla_bytes_kernel, "bf16", constants, buffered, 8
 
 
-def configurations():
+def configurations(arch):
     """Name -> what ``report`` takes."""
+    prefill, mla, stored = (
+        functools.partial(kind, arch=arch) for kind in (prefill_for, mla_for, mla_bytes)
+    )
     rows = {f"prefill bf16 {dim}": prefill("bf16", dim) for dim in (64, 80, 96, 128, 192, 256)}
     for dim in (64, 128, 256):
         rows[f"prefill bf16 {dim} extras"] = prefill("bf16", dim, extras=True)
@@ -87,15 +93,15 @@ def configurations():
         "mla bf16 128 heads whole": mla("bf16", 128, splits=1),
         "mla bf16 128 heads 64 parts": mla("bf16", 128, splits=64),
         "mla fp32 16 heads": mla("fp32", 16),
-        "mla e4m3 16 heads": mla_bytes("fp8e4nv", 16),
-        "mla e4m3 16 heads page 16": mla_bytes("fp8e4nv", 16, block_size=16),
-        "mla e4m3 32 heads": mla_bytes("fp8e4nv", 32),
-        "mla e4m3 128 heads": mla_bytes("fp8e4nv", 128),
-        "mla e4m3 128 heads page 16": mla_bytes("fp8e4nv", 128, splits=1, block_size=16),
-        "mla e4m3 128 heads whole": mla_bytes("fp8e4nv", 128, splits=1),
-        "mla int8 16 heads": mla_bytes("i8", 16),
-        "mla int8 128 heads": mla_bytes("i8", 128),
-        "mla e5m2 64 heads": mla_bytes("fp8e5", 64),
+        "mla e4m3 16 heads": stored("fp8e4nv", 16),
+        "mla e4m3 16 heads page 16": stored("fp8e4nv", 16, block_size=16),
+        "mla e4m3 32 heads": stored("fp8e4nv", 32),
+        "mla e4m3 128 heads": stored("fp8e4nv", 128),
+        "mla e4m3 128 heads page 16": stored("fp8e4nv", 128, splits=1, block_size=16),
+        "mla e4m3 128 heads whole": stored("fp8e4nv", 128, splits=1),
+        "mla int8 16 heads": stored("i8", 16),
+        "mla int8 128 heads": stored("i8", 128),
+        "mla e5m2 64 heads": stored("fp8e5", 64),
     }
     merge = merge_config(512, 64, 512) | {"HAS_SINKS": False}
     return rows | {"merge bf16 64 parts": (merge_kernel, "bf16", merge, 0, 4)}

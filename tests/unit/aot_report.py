@@ -3,8 +3,10 @@
 A program of its own: ahead-of-time compilation needs a Triton that does not interpret.
 """
 
+import functools
+
 import torch
-from ahead_of_time import compile_for, print_reports, wide_copies
+from ahead_of_time import compile_for, print_reports, target_for, wide_copies
 
 from kvcached.kernels import decode
 from kvcached.kernels._decode import attend_kernel
@@ -42,18 +44,23 @@ def shaped(dtype, dim, *, stored=None, block_size=16, paged=True, max_q=1, heads
     )  # fmt: skip
 
 
-def attend(call, *, split=True, planned=False, alone=False, crowd=False, early=False, parts=0):
+def attend_for(
+    call, *, split=True, planned=False, alone=False, crowd=False, early=False, parts=0, arch=90
+):
     """(kernel, types, constants, warps, bytes of tiles that are to be in flight)."""
-    kv = call.kv
+    kv, target = call.kv, target_for(arch)
+    short = alone and not early and not kv.quantized
+    if target.major < 9:  # no early starts, no clusters
+        early, parts = False, 0
     config = decode.tile_config(call.q.shape[1] // kv.num_kv_heads, kv.head_dim, kv.head_dim_v,
-                                call.max_q, call.q.dtype, kv.dtype)  # fmt: skip
+                                call.max_q, call.q.dtype, kv.dtype, target)  # fmt: skip
     warps = decode.num_warps(config, call.q.element_size())
     if alone:
-        config, warps = decode.alone(config, call.q.element_size(), early=early,
-                                     short=not early and not kv.quantized)  # fmt: skip
-    if crowd:
+        config, warps = decode.alone(config, call.q.element_size(), early=early, short=short)
+    if crowd and early and config["STAGES"] == 4:
         config = config | decode.CROWD_SIZES
     config, cluster = decode.together(config, call.q.element_size(), max(1, parts), 64 * parts)
+    config = decode.fitted(config, call.q.element_size(), kv.dtype, target)
     constants = decode.constants_of(call, config, split=split, planned=planned, early=early,
                                     cluster=cluster)  # fmt: skip
     pair = config["BN"] * decode.row_bytes(config["DP"], config["DVP"], kv.dtype)
@@ -68,9 +75,9 @@ def plans(sequences):
     return plan_kernel, dict.fromkeys(("LENS", "Q_STARTS", "WORK"), "*i32"), constants, 8, 0
 
 
-def configurations():
+def configurations(arch):
     """Name -> what ``report`` takes."""
-    rows = {}
+    rows, attend = {}, functools.partial(attend_for, arch=arch)
     shapes = {
         "decode": {}, "verify": {"max_q": 4}, "tree": {"max_q": 8, "tree": True},
         "prefill": {"max_q": 99}, "extras": {"extras": True, "left": 100},
@@ -118,8 +125,6 @@ def configurations():
 
 def report(kernel, types, constants, warps, ahead, *, arch=90):
     """What the code needs: registers, stack and shared bytes, copies ahead of use."""
-    if arch < 90 and "EARLY" in constants:
-        constants = constants | {"EARLY": False, "CLUSTER": 0}
     signature = signature_of(kernel, types, constants)
     ptx, needs = compile_for(arch, kernel, signature, constants, {}, warps)
     early = ptx.count("griddepcontrol.wait"), ptx.count("griddepcontrol.launch_dependents")
