@@ -153,13 +153,14 @@ def mla_with_kvcache(
     *,
     softmax_scale: float,
     causal: bool = True,
+    kv_descale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Twin of ``kernels.mla_with_kvcache``: one KV head, whose value is the front of its key."""
     keys = kv_cache.unsqueeze(2)
     return attn_with_kvcache(
         q, keys, keys[..., :head_dim_v], cache_seqlens=cache_seqlens, page_table=page_table,
         max_seqlen_q=len(q) // max(1, len(cache_seqlens)), softmax_scale=softmax_scale,
-        causal=causal,
+        causal=causal, k_descale=kv_descale, v_descale=kv_descale,
     )  # fmt: skip
 
 

@@ -102,6 +102,14 @@ def test_latents_are_keys_and_their_front_values():
         scores = q[token].double() @ rows[:seen].T * 0.3
         torch.testing.assert_close(got[token], scores.softmax(-1) @ rows[:seen, :6])
         torch.testing.assert_close(lse[token], scores.logsumexp(-1))
+    scale = torch.tensor([0.02])
+    stored = quantize(latents, scale.reshape(()), torch.int8)
+    options = (torch.tensor([[1, 0]]), torch.tensor([5]), 6)
+    got = reference.mla_with_kvcache(q, stored, *options, softmax_scale=0.3, kv_descale=scale)
+    means = reference.mla_with_kvcache(
+        q, stored.double() * scale.double(), *options, softmax_scale=0.3
+    )
+    torch.testing.assert_close(got, means)
 
 
 @pytest.mark.parametrize("causal", [True, False])
