@@ -16,7 +16,8 @@ from ahead_of_time import LIMITS
 
 CHOSEN = {
     80: ["prefill bf16 128", "mla bf16 128 heads", "attend bf16 128 decode"],
-    89: ["prefill bf16 64", "prefill bf16 256", "mla bf16 16 heads", "attend bf16 128 verify",
+    89: ["prefill bf16 64", "prefill bf16 256", "mla bf16 16 heads", "mla e4m3 16 heads",
+         "attend bf16 128 verify",
          "attend e4m3 128 by row", "append bf16 128", "append e4m3 128 by row",
          "gather e4m3 128 as bf16", "merge 4 of 128", "copy"],
     100: ["prefill bf16 128", "mla bf16 128 heads", "attend bf16 128 prefill"],

@@ -42,10 +42,11 @@ def prefilling(target, group, dims, itemsize, longest):
                              itemsize=itemsize)  # fmt: skip
 
 
-def latent(target, rows, itemsize):
+def latent(target, rows, itemsize, *, in_bytes=False):
     """The same of ``mla_kernel``."""
-    sizes = mla_config(rows, 576, 512, itemsize, target)
-    return sizes, tile_bytes(sizes, target, row=576 * itemsize, dim=576, itemsize=itemsize)
+    sizes = mla_config(rows, 576, 512, itemsize, target, in_bytes=in_bytes)
+    row = 576 * (1 if in_bytes else itemsize)
+    return sizes, tile_bytes(sizes, target, row=row, dim=576, itemsize=itemsize)
 
 
 def all_sizes(target):
@@ -64,6 +65,7 @@ def all_sizes(target):
         yield (group, pair, itemsize), *prefilling(target, group, pair, itemsize, longest)
     for rows, itemsize in itertools.product((1, 16, 20, 32, 64, 128, 512), (2, 4)):
         yield (rows, itemsize), *latent(target, rows, itemsize)
+        yield (rows, "bytes"), *latent(target, rows, 2, in_bytes=True)
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: f"sm_{target.major}{target.minor}")
@@ -113,6 +115,7 @@ def test_the_bytes_that_are_reckoned_with_are_those_that_the_compiler_takes():
             "mla bf16 16 heads": latent(target, 16, 2),
             "mla bf16 128 heads": latent(target, 128, 2),
             "mla fp32 16 heads": latent(target, 16, 4),
+            "mla int8 16 heads": latent(target, 16, 2, in_bytes=True),
         }.items():
             # Copies of queries and weights may turn out to be needless; of MLA on Hopper, which has
             # room for it, weights of 4 KiB are kept.
@@ -154,7 +157,7 @@ def test_an_old_gpu_is_refused_before_anything_is_compiled_for_it():
 def test_kernels_compile_for_other_gpus_within_their_shared_memory():
     said = run_python(str(Path(__file__).with_name("archs_report.py")), timeout=280)
     compiled = json.loads(said)
-    assert len(compiled) == 19
+    assert len(compiled) == 20
     for name, needs in compiled.items():
         assert needs["shared"] <= needs["limit"], (name, needs)
         assert needs["stack"] <= 64, f"{name} spills: {needs}"
