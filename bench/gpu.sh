@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # The whole report of a GPU machine in one command: tests, upstream beside us, figures, the table last.
-#   bench/gpu.sh [tests|peer|bench|demo ...]     default: tests peer bench
+#   bench/gpu.sh [tests|peer|bench|demo|kernels|transformers ...]     default: tests peer bench
 # OUT: where the results go (default bench/results). STRESS_SECONDS: how long the stress test runs
-# (default 20). PEERS: a folder with upstream's sdist and wheels, for "peer".
+# (default 20). PEERS: a folder with upstream's sdist and wheels, for "peer". ROWS, KERNEL_PEERS and
+# KERNEL_SECONDS: of "kernels", which rows (default all), a folder of peers, and how long.
 set -u
 cd "$(dirname "$0")/.."
 export PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
@@ -26,6 +27,10 @@ for part in "${@:-tests peer bench}"; do for step in $part; do
       cat "$built"/peer/*.log > "$OUT/peer.log" 2>/dev/null ;;
     bench) "$python" bench/gpu.py ${PARTS:-} "${peers[@]}" ;;
     demo) "$python" bench/bench_demo.py --device cuda ;;
+    kernels)
+      "$python" bench/kernels.py ${ROWS:-} ${KERNEL_PEERS:+--peers "$KERNEL_PEERS"} \
+        --seconds "${KERNEL_SECONDS:-240}" ;;
+    transformers) "$python" bench/gpu_transformers.py ;;
     *) echo "unknown part: $step" >&2; exit 2 ;;
   esac
 done; done
