@@ -60,7 +60,7 @@ def test_every_row_runs_or_says_what_it_lacks(tmp_path):
 @pytest.mark.slow
 def test_rows_are_run_once_in_other_processes_and_parts_of_a_run_are_merged(tmp_path):
     """As on two GPUs: what one lacks comes from the other, and a row that ran wins."""
-    for name, rows in (("a", ["D0", "M1"]), ("b", ["W1_b256", "D0"])):
+    for name, rows in (("a", ["D0", "M2"]), ("b", ["W1_b256", "D0"])):
         done = _bench(tmp_path / name, *rows, "--processes", "1")
         assert done.returncode == 0, done.stderr
         assert "compiled in" in done.stdout
@@ -72,10 +72,10 @@ def test_rows_are_run_once_in_other_processes_and_parts_of_a_run_are_merged(tmp_
     parts = [str(tmp_path / name / "kernels.json") for name in "ab"]
     assert _bench(tmp_path / "whole", "--merge", *parts).returncode == 0
     whole = json.loads((tmp_path / "whole/kernels.json").read_text())
-    assert [row["id"] for row in whole["rows"]] == ["D0", "M1", "W1_b256"]
+    assert [row["id"] for row in whole["rows"]] == ["D0", "M2", "W1_b256"]
     assert whole["rows"][0] == two["rows"][1]
     assert (whole["left"], whole["failed"]) == (["S1"], [])
-    assert [run["rows"] for run in whole["runs"]] == [["D0", "M1"], ["W1_b256", "D0"]]
+    assert [run["rows"] for run in whole["runs"]] == [["D0", "M2"], ["W1_b256", "D0"]]
     (tmp_path / "b/kernels.json").write_text(json.dumps(two | {"device": "another"}))
     refused = _bench(tmp_path / "whole", "--merge", *parts)
     assert refused.returncode == 1
