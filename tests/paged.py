@@ -37,6 +37,18 @@ def few(count: int) -> settings:
     )
 
 
+def with_threads(run, *counts):
+    """What ``run`` gives with each of these numbers of threads."""
+    before, found = torch.get_num_threads(), []
+    try:
+        for count in counts:
+            torch.set_num_threads(count)
+            found.append(run())
+    finally:
+        torch.set_num_threads(before)
+    return found
+
+
 class ElasticCache:
     """Layer 1 of a two-layer cache in which only some blocks are mapped. A context manager."""
 

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 
 
 @pytest.fixture
-def one_thread_and_no_broker():
+def one_thread():
     import torch
 
-    os.environ["KVCACHED_BROKER"] = "0"
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def no_broker(monkeypatch):
+    monkeypatch.setenv("KVCACHED_BROKER", "0")
 
 
 @pytest.fixture(scope="module")

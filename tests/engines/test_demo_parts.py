@@ -29,16 +29,9 @@ from kvcached.demo.workload import CPU, ENGINES, Request, Workload, make_workloa
 from kvcached.engines.transformers import cache_argument
 from kvcached.errors import EngineUnsupported, InvalidInput
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 NO_BROKER = Config(broker=False)
 NEW_TOKENS = 40
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # --- the engine loop --------------------------------------------------------------------------

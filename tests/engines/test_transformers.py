@@ -21,7 +21,7 @@ from kvcached.kernels import bind, binding
 
 LENGTHS = [5, 33, 16, 1, 47, 17, 2, 30]
 GREEDY = {"max_new_tokens": 24, "do_sample": False}
-pytestmark = pytest.mark.usefixtures("one_thread_and_no_broker")
+pytestmark = pytest.mark.usefixtures("one_thread", "no_broker")
 
 
 def test_a_padded_batch_gives_the_tokens_of_stock(pair, cache):

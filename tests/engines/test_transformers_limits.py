@@ -11,7 +11,7 @@ from kvcached.engines.transformers import ElasticCache, PackedCache
 from kvcached.errors import ClosedError, EngineUnsupported, InvalidInput
 
 GREEDY = {"max_new_tokens": 24, "do_sample": False}
-pytestmark = pytest.mark.usefixtures("one_thread_and_no_broker")
+pytestmark = pytest.mark.usefixtures("one_thread", "no_broker")
 
 
 def test_out_of_memory_is_a_memory_error_and_reset_mends_it(pair):

@@ -25,6 +25,7 @@ from paged import (
     sized,
     solve,
     with_options,
+    with_threads,
 )
 
 from kvcached.kernels import merge_state, merge_states, reshape_and_cache
@@ -80,14 +81,8 @@ def test_3_the_number_of_splits_makes_no_difference(case, splits):
 @few(20)
 @given(case=cases())
 def test_3_the_number_of_threads_makes_no_difference(case):
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        one = solve(case)
-        torch.set_num_threads(4)
-        assert bitwise(one, solve(case))
-    finally:
-        torch.set_num_threads(before)
+    one, four = with_threads(lambda: solve(case), 1, 4)
+    assert bitwise(one, four)
 
 
 @few(20)

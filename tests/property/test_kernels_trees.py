@@ -29,6 +29,7 @@ from paged import (
     slots_of,
     solve,
     with_options,
+    with_threads,
 )
 
 from kvcached.errors import InvalidInput
@@ -127,14 +128,8 @@ def test_6_what_lies_in_unowned_slots_makes_no_difference(case, splits):
 @few(15)
 @given(case=masked())
 def test_3_the_number_of_threads_makes_no_difference(case):
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        one = solve(case)
-        torch.set_num_threads(4)
-        assert bitwise(one, solve(case))
-    finally:
-        torch.set_num_threads(before)
+    one, four = with_threads(lambda: solve(case), 1, 4)
+    assert bitwise(one, four)
 
 
 @st.composite
