@@ -7,6 +7,7 @@ A target is (what, how much): ``ratio`` of the limit, at most so many ``us``, at
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -73,6 +74,10 @@ ATTENTION: dict[str, tuple[Shape, tuple[str, float]]] = {
     "P6": (Shape((4096,) * 2, 16, 8, 256, queries=4096), ("tflops", 380)),
     "P7": (Shape((4096,), 128, 128, 192, queries=4096, dim_v=128), ("tflops", 400)),
 }
+ON_ROWS = ("D2", "D4", "D6", "D8", "D10", "S1")
+"""Rows of which some peers read contiguous keys faster than ours do pages: ours read them too."""
+ATTENTION |= {f"{ident}_contiguous": (replace(shape, place="contiguous"), target)
+              for ident, (shape, target) in ATTENTION.items() if ident in ON_ROWS}  # fmt: skip
 MIXED = Shape((10240, *[4096] * 63), 32, 8, 128, queries=(2048, *[1] * 63))
 PREFIX, OWN, REQUESTS = 16384, 512, 64
 IDS = [
@@ -80,7 +85,7 @@ IDS = [
     "M1", "M2", "M3", "M4", "S1", "S2", "C1", "W1_b256", "W1_8192", "G1_rows", "G1_blocks",
     "G1_compact", "G1_fp8", "G1_int4", "X1", "P5", "P6", "P7", "D11", "D12", "D13", "M1_fp8",
     "D3_page1", "D3_page64", "D3_page256", "D3_contiguous", "D3_strided", "O1_d2h", "O1_h2d",
-    "O1_both",
+    "O1_both", *(f"{ident}_contiguous" for ident in ON_ROWS),
 ]  # fmt: skip
 """All rows; what matters most comes first, should the time run out."""
 assert {*IDS} == {*ATTENTION, "C1", "X1", *MOVES}
