@@ -25,8 +25,20 @@ import triton.language as tl
 from kvcached.errors import InvalidInput
 from kvcached.kernels._bound import Launch, launch_of
 from kvcached.kernels._decode import attend_kernel
-from kvcached.kernels._fit import HOPPER, Target, fitted, row_bytes
+from kvcached.kernels._fit import fitted
 from kvcached.kernels._launch import TYPES, interpreted, starts_early, target_of
+from kvcached.kernels._sizes import (
+    CROWD,
+    CROWD_SIZES,
+    INT4_SIZES,
+    SHORT_PART_TOKENS,
+    alone,
+    crowded,
+    num_warps,
+    tile_config,
+    together,
+    wide_int4,
+)
 from kvcached.kernels._workspace import workspace_of
 from kvcached.kernels.quant import INT4, require_hardware
 from kvcached.layout import cdiv
@@ -36,9 +48,6 @@ if TYPE_CHECKING:
     from kvcached.kernels.checks import AttentionCall
     from kvcached.kernels.plan import Plan
 
-MAX_ROWS = 64
-"""Rows (query tokens x heads of one KV head) of a tile, unless one token has more; half as many
-of 4-byte elements or of more than 128, since a tile of them has twice the registers."""
 MAX_SPLITS = 128
 """Parts of a sequence without a plan; the last part to finish merges them all alone."""
 MIN_SPLIT_TOKENS = 64
@@ -47,32 +56,6 @@ LONG_PART_TOKENS = 4096
 """So much work hides what a part costs."""
 PROGRAMS_PER_SM = 2
 """Parts of so many tokens are made until there are so many programs, shorter ones for one."""
-TILE_BYTES = 32 << 10
-"""Of a tile of K and one of V together."""
-AHEAD_BYTES = 96 << 10
-"""Of tiles in flight in one program; two programs fit on an SM then."""
-MAX_QUANTISED_STAGES = 4
-"""More copies ahead only wait: what is short of bytes is long on arithmetic."""
-LONE_STAGES = 3
-"""Of programs that have an SM each: with more copies ahead they read more slowly."""
-SHORT_PART_TOKENS = 64
-"""Parts of one tile have nothing to overlap; fewer warps wait less for each other."""
-SHORT_WARPS = 2
-MAX_CLUSTER = 8
-"""Programs of a cluster, on every GPU that has them."""
-CLUSTER_TILE = 128
-"""Keys of a part whose cluster merges it: its only tile."""
-LONE_TILE = 128
-"""Keys of a tile of 32 rows in programs that have an SM each."""
-CROWD = 4
-"""Programs that an SM has room for, if tiles are small."""
-CROWD_SIZES = {"BN": 32, "STAGES": 3}
-"""Of head dim 128: 32 KiB in flight in each."""
-MAX_MERGED = 8
-"""Parts that are merged at a time."""
-MERGED_ELEMENTS = 8192
-"""Of partial results that are merged at a time, 64 registers a thread; half as many beside large
-tiles, which would spill."""
 NATURAL = 1 << 30
 """A divisor that cuts no sequence: parts have ``least`` tokens each."""
 
@@ -84,93 +67,6 @@ class Split:
     most: int
     divisor: int
     least: int = MIN_SPLIT_TOKENS
-
-
-def power_of_2(least: int) -> int:
-    """The smallest that is ``least`` or more."""
-    return 1 << (least - 1).bit_length()
-
-
-def tile_config(
-    group: int, dim: int, dim_v: int, max_q: int, dtype: torch.dtype, stored: torch.dtype,
-    target: Target = HOPPER,
-) -> dict[str, int]:  # fmt: skip
-    """Compile-time sizes of ``attend_kernel`` for a shape and the dtypes of q and of the cache.
-
-    With ids of blocks fetched a tile ahead, STAGES - 1 pairs of K and V tiles are in flight.
-    """
-    dp = max(16, power_of_2(dim // (2 if stored == INT4 else 1)))
-    dvp = max(
-        32 if stored == INT4 else 16,
-        power_of_2(dim_v // (2 if stored.itemsize == 1 else 1)),
-    )
-    most = MAX_ROWS if dtype.itemsize < 4 and max(dim, dim_v) <= 128 else MAX_ROWS // 2
-    tokens = max(1, min(max_q, most // group))
-    rows = max(16, power_of_2(tokens * group))
-    tokens = 1 if max_q == 1 else rows // group  # full tiles: one kernel for many ``max_q``
-    row = row_bytes(dp, dvp, stored)
-    bn = power_of_2(TILE_BYTES // row + 1) // 2
-    bn = max(32 if stored.itemsize == 1 else 16, min(128 if rows < MAX_ROWS else 64, bn))
-    stages = 1 + max(1, AHEAD_BYTES // (bn * row))
-    if stored.itemsize == 1:
-        stages = min(stages, MAX_QUANTISED_STAGES)
-    real = power_of_2(tokens * group)
-    width = dvp * (2 if stored.itemsize == 1 else 1)
-    merged = MERGED_ELEMENTS // (2 if real >= MAX_ROWS or width > 128 else 1)
-    sizes = {
-        "G": group, "D": dim, "DV": dim_v, "DP": dp, "DVP": dvp, "BM": rows, "BN": bn,
-        "ROWS": real, "TOKENS": tokens,
-        "GROUP": max(1, min(MAX_MERGED, merged // (real * width))),
-        "STAGES": stages,
-    }  # fmt: skip
-    return fitted(sizes, dtype.itemsize, stored, target)
-
-
-def num_warps(config: dict[str, int], itemsize: int) -> int:
-    """Warps of a program: more where products are exact, which keeps their operands in registers.
-
-    With 4 warps a tile of 32 rows or 128 columns of float32 may spill by kilobytes a thread, and
-    one of 64 rows does where parts are merged.
-    """
-    exact = itemsize == 4 and (config["BM"] > 16 or config["DP"] > 64)
-    return 8 if exact or config["BM"] >= 64 else 4
-
-
-def alone(
-    config: dict[str, int], itemsize: int, *, short: bool, early: bool = False
-) -> tuple[dict[str, int], int]:
-    """(sizes, warps) of programs that have an SM each; ``short``: with one tile of keys or so."""
-    config = config | {"STAGES": min(config["STAGES"], LONE_STAGES)}
-    narrow = max(config["DP"], config["DVP"]) <= 128 and itemsize < 4
-    if early and narrow and config["BM"] == 32:
-        config["BN"] = LONE_TILE
-    small = config["BM"] == 16 and narrow
-    return config, SHORT_WARPS if short and small else num_warps(config, itemsize)
-
-
-def crowded(config: dict[str, int], programs: int, sms: int) -> bool:
-    """Whether so many programs fill a GPU all at once if their tiles are small, but not else.
-
-    Then none waits for another's end, which would leave SMs idle during the last ones. Only sizes
-    that were measured: 16 rows, head dim 128, 16 bits.
-    """
-    sizes = config["DP"], config["DVP"], config["BM"], config["BN"], config["STAGES"]
-    return sizes == (128, 128, 16, 64, 4) and 7 * CROWD * sms <= 8 * programs <= 8 * CROWD * sms
-
-
-def together(
-    config: dict[str, int], itemsize: int, parts: int, longest: int
-) -> tuple[dict[str, int], int]:
-    """(sizes, parts) of short sequences, of up to ``longest`` tokens, whose clusters merge them.
-
-    The parts are one tile each and at most ``parts``; 0 where that is not enough. A barrier of the
-    cluster takes less time than the counter, and each program merges a share of the columns.
-    """
-    size = min(MAX_CLUSTER, 1 << (parts.bit_length() - 1))
-    small = config["BM"] == 16 and max(config["DP"], config["DVP"]) <= 128 and itemsize < 4
-    if size < 2 or not small or longest > size * CLUSTER_TILE:
-        return config, 0
-    return config | {"BN": CLUSTER_TILE, "STAGES": 2}, size
 
 
 def compute_type(dtype: torch.dtype, stored: torch.dtype) -> Any:
@@ -327,20 +223,23 @@ def _start(
     fixed = plan is not None and plan.fixed  # then the size of the batch must not show
     plain = not (fixed or planned or call.kv.quantized) and split.most == call.max_q == 1
     early, sms, beside = False, multiprocessors(call.q.device), 1
+    longest = call.longest if plan is None else plan.shape["max_seqlen_k"]
+    tokens = longest * items // (grid[0] * grid[1])
     if grid[0] * grid[1] <= sms and not fixed:
         early = starts_early(call.q.device)
-        longest = call.longest if plan is None else plan.shape["max_seqlen_k"]
         if early and not asked and not planned:
             config, cluster = together(config, size, split.most, longest)
         if cluster:
             split, grid = Split(cluster, cluster), (items * cluster, 1)
         else:
-            few = longest * items <= SHORT_PART_TOKENS * grid[0] * grid[1]
-            short = few and not call.kv.quantized  # which would not fit in two warps' registers
+            # Not of quantised caches, which would not fit in two warps' registers.
+            short = tokens <= SHORT_PART_TOKENS and not call.kv.quantized
             # A plan's list cuts at its own tiles: larger ones would reach over the end of a block.
             config, warps = alone(config, size, short=short, early=early and not planned)
     elif plain and crowded(config, items, sms) and starts_early(call.q.device):
         config, beside, early = config | CROWD_SIZES, CROWD, True
+    elif not (fixed or planned) and wide_int4(config, call.kv.dtype, tokens):
+        config = config | INT4_SIZES
     if early:
         options = {"launch_pdl": True, "cluster": max(1, cluster),
                    "least_shared": _share_of_shared(call.q.device, beside)}  # fmt: skip

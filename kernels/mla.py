@@ -174,19 +174,26 @@ def mla_config(
     """
     import triton
 
-    most, keys = (64, 64 if rows <= 32 else 32) if itemsize < 4 else (16, 16)
-    if itemsize < 4 and not target.warpgroups:
-        most, keys = 32, 64
+    most, keys, stages = _tile_of(rows, itemsize, target, in_bytes=in_bytes)
     rest, least = dim - dim_v, 32 if in_bytes else 16  # products are of 16 elements, or pairs
     sizes = {
         "D": dim, "DV": dim_v, "DR": 0 if not rest else max(least, triton.next_power_of_2(rest)),
         "BM": max(16, min(most, triton.next_power_of_2(rows))), "BN": keys,
-        "STAGES": 4 if keys == 32 or in_bytes else 3,
+        "STAGES": stages,
     }  # fmt: skip
     width = sizes["DV"] + sizes["DR"]
     row, fewest = (width, 32) if in_bytes else (width * itemsize, 16)
     return fit_tiles(sizes, target, {"STAGES": 2, "BM": 16, "BN": fewest}, row=row, dim=width,
                      itemsize=itemsize)  # fmt: skip
+
+
+def _tile_of(rows: int, itemsize: int, target: Target, *, in_bytes: bool) -> tuple[int, int, int]:
+    """(rows at most, keys, stages) of a tile before it is fitted to the GPU."""
+    if itemsize == 4 or not target.warpgroups:
+        return (16, 16, 4 if in_bytes else 3) if itemsize == 4 else (32, 64, 4 if in_bytes else 3)
+    if in_bytes:  # which leave room for more keys
+        return 64, *((128, 3) if rows <= 16 else (64, 4) if rows <= 32 else (64, 3))
+    return 64, *((64, 3) if rows <= 32 else (32, 4))
 
 
 def attend_mla(

@@ -19,6 +19,7 @@ from kvcached.kernels import _launch
 from kvcached.kernels._decode import span
 from kvcached.kernels._launch import Handle, handle_of, interpreted, target_of
 from kvcached.kernels._repeat import Known
+from kvcached.kernels._sizes import tile_config
 from kvcached.kernels._workspace import Growing, make_workspace
 from kvcached.kernels.checks import (
     UNBOUNDED,
@@ -34,7 +35,6 @@ from kvcached.kernels.decode import (
     Split,
     equal_parts,
     multiprocessors,
-    tile_config,
 )
 from kvcached.kernels.quant import LARGEST
 from kvcached.layout import cdiv

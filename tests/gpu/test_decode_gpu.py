@@ -295,6 +295,13 @@ def test_quantised_caches(stored, by_row):
         assert all(same(one.solve(num_splits=splits), first) for _ in range(RUNS - 1))
 
 
+def test_int4_of_many_sequences_in_wide_tiles():
+    one = problem((1500, 0, 64, 333, 513) * 8, stored=INT4)
+    want = one.expect()
+    for splits in (0, 1, 3):
+        close(one.solve(num_splits=splits), want)
+
+
 @pytest.mark.parametrize("dim", [64, 80])
 def test_int4_of_other_dims(dim):
     one = problem((700, 65), dim=dim, stored=INT4)

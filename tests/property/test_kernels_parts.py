@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from paged import (
     TRITON,
@@ -209,8 +209,13 @@ def place(rows, slots, size):
     return pool.view(rows.dtype).view(POOL, size, *rows.shape[1:])
 
 
+WIDE_INT4 = Case(1, torch.float16, 16, 1, 4, 128, 128, (540, 0, 3), (1, 1, 1)), INT4, "row"
+"""Long enough for the tiles of ``INT4_SIZES``."""
+
+
 @few(80)
 @given(given_=quantized(), splits=st.sampled_from([1, 3]))
+@example(given_=WIDE_INT4, splits=1)
 def test_12_attention_over_a_quantised_cache_is_that_over_what_it_means(given_, splits):
     case, dtype, scales = given_
     counts = [-(-n // case.block_size) for n in case.lens]

@@ -8,7 +8,7 @@ import functools
 import torch
 from ahead_of_time import compile_for, print_reports, target_for, wide_copies
 
-from kvcached.kernels import decode
+from kvcached.kernels import _fit, _sizes, decode
 from kvcached.kernels._decode import attend_kernel
 from kvcached.kernels._launch import signature_of
 from kvcached.kernels.checks import UNBOUNDED, AttentionCall
@@ -45,25 +45,28 @@ def shaped(dtype, dim, *, stored=None, block_size=16, paged=True, max_q=1, heads
 
 
 def attend_for(
-    call, *, split=True, planned=False, alone=False, crowd=False, early=False, parts=0, arch=90
-):
+    call, *, split=True, planned=False, alone=False, crowd=False, early=False, parts=0, wide=False,
+    arch=90,
+):  # fmt: skip
     """(kernel, types, constants, warps, bytes of tiles that are to be in flight)."""
     kv, target = call.kv, target_for(arch)
     short = alone and not early and not kv.quantized
     if target.major < 9:  # no early starts, no clusters
         early, parts = False, 0
-    config = decode.tile_config(call.q.shape[1] // kv.num_kv_heads, kv.head_dim, kv.head_dim_v,
+    config = _sizes.tile_config(call.q.shape[1] // kv.num_kv_heads, kv.head_dim, kv.head_dim_v,
                                 call.max_q, call.q.dtype, kv.dtype, target)  # fmt: skip
-    warps = decode.num_warps(config, call.q.element_size())
+    warps = _sizes.num_warps(config, call.q.element_size())
     if alone:
-        config, warps = decode.alone(config, call.q.element_size(), early=early, short=short)
+        config, warps = _sizes.alone(config, call.q.element_size(), early=early, short=short)
     if crowd and early and config["STAGES"] == 4:
-        config = config | decode.CROWD_SIZES
-    config, cluster = decode.together(config, call.q.element_size(), max(1, parts), 64 * parts)
-    config = decode.fitted(config, call.q.element_size(), kv.dtype, target)
+        config = config | _sizes.CROWD_SIZES
+    if wide:
+        config = config | _sizes.INT4_SIZES
+    config, cluster = _sizes.together(config, call.q.element_size(), max(1, parts), 64 * parts)
+    config = _fit.fitted(config, call.q.element_size(), kv.dtype, target)
     constants = decode.constants_of(call, config, split=split, planned=planned, early=early,
                                     cluster=cluster)  # fmt: skip
-    pair = config["BN"] * decode.row_bytes(config["DP"], config["DVP"], kv.dtype)
+    pair = config["BN"] * _fit.row_bytes(config["DP"], config["DVP"], kv.dtype)
     ahead = (config["STAGES"] - 1) * pair
     return attend_kernel, decode.types_of(call.q.dtype), constants, warps, ahead
 
@@ -118,6 +121,9 @@ def configurations(arch):
         for by_row in (True,) if stored == INT4 else (True, False):
             call = shaped(torch.bfloat16, 128, stored=stored, by_row=by_row)
             rows[f"attend {name} 128 {'by row' if by_row else 'by head'}"] = attend(call)
+    rows["attend int4 128 in wide tiles"] = attend(
+        shaped(torch.bfloat16, 128, stored=INT4), wide=True
+    )
     for sequences in (16, 256, 1024):
         rows[f"plan {sequences}"] = plans(sequences)
     return rows

@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 torch = pytest.importorskip("torch")
 
 from kvcached.errors import BackendUnavailable  # noqa: E402
-from kvcached.kernels import _launch, decode  # noqa: E402
+from kvcached.kernels import _fit, _launch, _sizes  # noqa: E402
 from kvcached.kernels._fit import HOPPER, Target, fit_tiles, tile_bytes  # noqa: E402
 from kvcached.kernels.mla import mla_config  # noqa: E402
 from kvcached.kernels.prefill import tile_config, warps_of  # noqa: E402
@@ -28,8 +28,8 @@ CARD = torch.device("cuda", 3)
 
 def decoding(target, group, dim, max_q, dtype, stored):
     """(sizes, bytes) of ``attend_kernel``."""
-    sizes = decode.tile_config(group, dim, dim, max_q, dtype, stored, target)
-    row = decode.row_bytes(sizes["DP"], sizes["DVP"], stored) + 8 * (stored.itemsize == 1)
+    sizes = _sizes.tile_config(group, dim, dim, max_q, dtype, stored, target)
+    row = _fit.row_bytes(sizes["DP"], sizes["DVP"], stored) + 8 * (stored.itemsize == 1)
     width = sizes["DP"] * (2 if stored == torch.uint8 else 1)
     return sizes, tile_bytes(sizes, target, row=row, dim=width, itemsize=dtype.itemsize)
 

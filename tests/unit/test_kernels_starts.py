@@ -10,8 +10,9 @@ pytest.importorskip("triton")
 pytest.importorskip("torch")
 import torch
 
-from kvcached.kernels import decode
+from kvcached.kernels import _sizes, decode
 from kvcached.kernels.checks import check_call
+from kvcached.kernels.quant import INT4
 
 SMS, SHARED = 132, 233_472
 
@@ -23,15 +24,17 @@ def hopper(monkeypatch):
     monkeypatch.setattr(decode, "_share_of_shared", lambda _, programs: SHARED // (programs + 1))
 
 
-def started(batch, length, *, heads=8, group=4, asked=0, plan=None):
+def started(batch, length, *, heads=8, group=4, asked=0, plan=None, stored=torch.bfloat16):
     """(start, sizes before) of a batch of one length; so cut as on a GPU of 132 SMs."""
     q = torch.empty(batch, heads * group, 128, dtype=torch.bfloat16)
-    k = torch.empty(2, 16, heads, 128, dtype=torch.bfloat16)
+    k = torch.empty(2, 16, heads, 64 if stored == INT4 else 128, dtype=stored)
+    scale = torch.empty(2, 16, heads) if stored == INT4 else None
     call = check_call(
         q, k, k, cache_seqlens=torch.empty(batch, dtype=torch.int32),
-        page_table=torch.empty(batch, length // 16, dtype=torch.int32),
+        page_table=torch.empty(batch, length // 16, dtype=torch.int32), k_descale=scale,
+        v_descale=scale,
     )  # fmt: skip
-    config = decode.tile_config(group, 128, 128, 1, q.dtype, k.dtype)
+    config = _sizes.tile_config(group, 128, 128, 1, q.dtype, k.dtype)
     parts = asked or max(1, min(SMS // (batch * heads), length // 64))
     split = decode.Split(parts, parts)
     return decode._start(call, config, batch * heads, split, asked, plan), config
@@ -96,6 +99,17 @@ def test_others_keep_their_tiles(hopper, batch, options):
     start, config = started(batch, 2048, **options)
     assert (start.constants["BN"], start.constants["STAGES"]) == (config["BN"], config["STAGES"])
     assert not start.options
+
+
+@pytest.mark.parametrize(("batch", "length", "options", "sizes"), [
+    (128, 8192, {}, (256, 2)), (1, 32768, {"asked": 33}, (256, 2)),
+    (16, 4096, {}, (128, 3)),  # an SM each
+    (128, 256, {}, (128, 4)),  # short
+    (64, 8192, {"group": 32, "heads": 4}, (128, 4)),  # tiles of more than 16 rows
+])  # fmt: skip
+def test_long_parts_of_int4_are_read_in_wide_tiles(hopper, batch, length, options, sizes):
+    start, _ = started(batch, length, stored=INT4, **options)
+    assert (start.constants["BN"], start.constants["STAGES"]) == sizes
 
 
 def test_the_parts_of_a_list_are_read_in_the_tiles_that_it_was_cut_in(hopper):
