@@ -14,19 +14,16 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
-import sys
 import traceback
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from common import commit
+from vllm_bursts import bursts, light
 from vllm_layouts import layouts
 from vllm_run import (
     GIB,
-    HERE,
-    LOGS,
     OUT,
     ROWS,
     SMALL,
@@ -35,7 +32,6 @@ from vllm_run import (
     compared,
     engine,
     in_turns,
-    read_recorded,
     require,
     same,
     share,
@@ -52,9 +48,6 @@ BACKEND_ENGINE = {"dtype": "bfloat16", "max_model_len": 4096, "max_num_seqs": 64
                   "gpu_memory_utilization": 0.25, "enable_prefix_caching": False,
                   "compilation_config": {"cudagraph_capture_sizes": [1, 8, 16, 32, 48, 64]},
                   }  # fmt: skip
-PEAKS, SLOPE = os.environ.get("PEAKS", "16,24,32,40"), os.environ.get("SLOPE", "4")
-TOTAL = int(float(os.environ.get("TOTAL_GIB", "3")) * GIB)
-"""Of the bursts: requests a second at the peak, their rise a second, memory for all caches."""
 
 
 def tokens() -> None:
@@ -127,12 +120,17 @@ def backends() -> None:
 
 
 def sleep() -> None:
-    """Memory while an engine sleeps, and its tokens after; prefixes dropped and kept."""
+    """Memory while an engine sleeps, and its tokens after; prefixes dropped and kept.
+
+    With TRITON_ATTN, whose results do not depend on the batch: prefixes that were dropped are
+    computed in another one.
+    """
     shown: dict[str, Any] = {}
     for choice in ("drop", "keep"):
         run = engine(f"sleep_{choice}", elastic=True, sleep=1,
                      env={"KVCACHED_SLEEP": choice, "VLLM_BATCH_INVARIANT": "1"},
-                     engine=SMALL | {"enable_sleep_mode": True}, **TOKENS)  # fmt: skip
+                     engine=SMALL | {"enable_sleep_mode": True, "attention_backend": "TRITON_ATTN"},
+                     **TOKENS)  # fmt: skip
         shown[choice] = nap = run["nap"]
         report = nap["tenants"][0]["report"]
         least = report["split_floor_bytes"] + report["cached_bytes"]
@@ -212,90 +210,6 @@ def starts() -> None:
     alone = engine("start_cache", elastic=True, env={"VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
                    phases="1", **options)  # fmt: skip
     add("cache_start_ms", sum(alone["cache_ms"].values()), "ms", 50, parts=alone["cache_ms"])
-
-
-def ttft(burst: Any) -> list[float]:
-    """All times to first token of one burst, sorted."""
-    return sorted(row["ttft_s"] for e in burst["engines"] for row in e["rows"])
-
-
-def bursts() -> None:
-    """Three 3B-shaped engines in bursts, elastic against a static split, and what follows."""
-    found = {mode: fleet(mode) for mode in ("static", "elastic")}
-    means, tails, shown = [], [], []
-    for pair in zip(found["static"]["bursts"], found["elastic"]["bursts"], strict=True):
-        row: dict[str, Any] = {"peak_rps": pair[0]["peak_rps"], "slope": pair[0]["slope"]}
-        for mode, burst in zip(found, pair, strict=True):
-            values = ttft(burst)
-            row[mode] = {"requests": len(values), "mean_s": round(statistics.mean(values), 4),
-                         "p99_s": round(values[int(0.99 * (len(values) - 1))], 4),
-                         "failed": sum("failed" in r for e in burst["engines"] for r in e["rows"]),
-                         "peak_gib": max(s["used_gib"] for s in burst["samples"])}  # fmt: skip
-        means.append(row["static"]["mean_s"] / row["elastic"]["mean_s"])
-        tails.append(row["static"]["p99_s"] / row["elastic"]["p99_s"])
-        shown.append(row | {"mean_ratio": round(means[-1], 2), "p99_ratio": round(tails[-1], 2)})
-    add("ttft_mean_ratio_min", min(means), "x", 1.0, runs=shown, total_bytes=TOTAL)
-    add("ttft_mean_ratio_max", max(means), "x", 7.0)
-    add("ttft_p99_ratio_max", max(tails), "x", 28.0)
-    aftermath(found["elastic"])
-
-
-FLEET = {"dtype": "bfloat16", "max_model_len": 4096, "max_num_seqs": 256,
-         "gpu_memory_utilization": 0.3, "enable_prefix_caching": True,
-         "compilation_config": {"cudagraph_capture_sizes": [1, 8, 16, 32, 64, 128, 256]},
-         }  # fmt: skip
-"""Arguments of the engines that are sent requests one by one."""
-
-
-def fleet(mode: str) -> Any:
-    """The raw figures of one mode."""
-    return sent(f"burst_{mode}.json", "burst.py", "run", "--mode", mode, "--peaks", PEAKS,
-                "--slope", SLOPE)  # fmt: skip
-
-
-def sent(name: str, script: str, *arguments: str) -> Any:
-    """What ``script`` leaves: engines, each a process of its own, that are sent requests."""
-    if Recorded.folder:
-        return read_recorded(name)
-    out, scratch = OUT / "vllm" / name, LOGS / name
-    out.parent.mkdir(parents=True, exist_ok=True)
-    subprocess.run(
-        [sys.executable, str(HERE / script), *arguments, "--shape",
-         os.environ.get("SHAPE", "llama-3.2-3b"), "--total", str(TOTAL), "--out", str(scratch),
-         "--engine", json.dumps(FLEET)],
-        check=True, timeout=500,
-    )  # fmt: skip
-    out.write_bytes(scratch.read_bytes())
-    return json.loads(out.read_text(encoding="utf-8"))
-
-
-def light() -> None:
-    """Time to first token of one engine under a light load, fixed and elastic, in turns."""
-    rounds = sent("light.json", "light.py", "--rounds", os.environ.get("ROUNDS", "3"))["rounds"]
-    means = {mode: [statistics.mean(row["ttft_s"] for row in one[mode]) * 1e3 for one in rounds]
-             for mode in ("static", "elastic")}  # fmt: skip
-    add("ttft_light_ratio", sum(means["static"]) / sum(means["elastic"]), "x", 1.0,
-        repeats=len(rounds), mean_ms={m: [round(x, 2) for x in v] for m, v in means.items()},
-        peers={f"{m}, ms": statistics.mean(v) for m, v in means.items()})  # fmt: skip
-
-
-def aftermath(run: Any) -> None:
-    """Rows of a neighbour's claims and of a kill."""
-    reclaim, kill = run["reclaim"], run["kill"]
-    granted = [c for c in reclaim["claims"] if "ms" in c and c["engines_held"]]
-    if granted:
-        times = sorted(c["ms"] for c in granted)
-        left = [r for name, r in reclaim["left"].items() if name != "neighbour"]
-        add("reclaim_ms", statistics.median(times), "ms", 30, repeats=len(times), max=times[-1],
-            claims=reclaim["claims"])  # fmt: skip
-        add("idle_over_floor_reclaimed",
-            sum(r["backed_bytes"] for r in left) / sum(r["split_floor_bytes"] for r in left), "x",
-            1.02, left=reclaim["left"], kept=reclaim["kept"])  # fmt: skip
-    if loaded := run.get("under_load"):
-        waits = run["step_waited_ms"]
-        add("step_wait_ms_max", max(waits, default=float("nan")), "ms", 2, repeats=len(waits),
-            waits=waits, **loaded)  # fmt: skip
-    add("kill_ms", kill["ms"], "ms", 500, **{k: v for k, v in kill.items() if k != "ms"})
 
 
 def peer() -> None:

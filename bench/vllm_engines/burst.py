@@ -1,13 +1,15 @@
 """Several engines on one device in bursts, elastic against a static split: time to first token.
 
-    python burst.py run --mode elastic|static --out run.json [--shape ...] [--peaks 16,24@1,32]
+    python burst.py run --out burst.json [--modes static,elastic] [--shape ...] [--peaks 16,24@1,32]
     python burst.py engine ...                       (started by ``run``: one engine)
 
 Each engine gets its load in a triangle: the rate rises from 0 to the peak by ``--slope`` requests a
 second each second, and falls to 1 again. The engines start 2.25 ramps apart, so that their peaks
 overlap little. A static split gives each engine an equal part of ``--total`` for its cache; elastic
-engines share all of it. The same engines serve one peak after the other. Elastic ones are then
-asked for all that they keep by a neighbour, and one of them is killed under load (``after.py``).
+engines share all of it. All are up from the beginning, and take each peak in turns, so that what
+else the machine does in one minute meets both. Elastic ones are then asked for all that they keep
+by a neighbour, and one of them is killed under load (``after.py``). ``burst_static.json`` and
+``burst_elastic.json`` are left.
 """
 
 from __future__ import annotations
@@ -191,35 +193,58 @@ def peaks(text: str, slope: float) -> list[tuple[float, float]]:
     return [(float(peak), float(own or slope)) for peak, _, own in pairs]
 
 
-def run(options: argparse.Namespace) -> dict[str, Any]:
-    """All engines of one mode through all peaks; results are written as they come."""
-    found: dict[str, Any] = {"mode": options.mode, "total_bytes": options.total,
-                             "shape": options.shape, "bursts": []}  # fmt: skip
-    fleet = Fleet(options)
+class Modes:
+    """A fleet of each mode, and what was found of it."""
 
-    def write() -> None:
-        Path(options.out).write_text(json.dumps(found, indent=1), encoding="utf-8")
+    def __init__(self, options: argparse.Namespace) -> None:
+        self._out = Path(options.out)
+        self.fleets, self.found = {}, {}
+        for mode in options.modes.split(","):
+            own = argparse.Namespace(**vars(options) | {"mode": mode, "out": str(self._path(mode))})
+            self.fleets[mode] = Fleet(own)
+            self.found[mode] = {"mode": mode, "total_bytes": options.total,
+                                "shape": options.shape, "bursts": []}  # fmt: skip
 
+    def _path(self, mode: str) -> Path:
+        return self._out.with_name(f"{self._out.stem}_{mode}.json")
+
+    def write(self) -> None:
+        """What there is so far."""
+        for mode, found in self.found.items():
+            self._path(mode).write_text(json.dumps(found, indent=1), encoding="utf-8")
+
+    def close(self) -> None:
+        """End all; how long a step waited at most is in their logs then."""
+        for mode, fleet in self.fleets.items():
+            fleet.close()
+            logs = [Path(f"{self._path(mode)}.{index}.log") for index in range(len(fleet.children))]
+            self.found[mode]["step_waited_ms"] = after.waited(logs)
+        self.write()
+
+
+def run(options: argparse.Namespace) -> None:
+    """All engines through all peaks, the modes in turns; results are written as they come."""
+    modes = Modes(options)
     try:
-        fleet.ready()
+        for fleet in modes.fleets.values():
+            fleet.ready()
+        order = list(modes.fleets)
         for peak, slope in peaks(options.peaks, options.slope):
-            found["bursts"].append(burst(fleet, peak, slope))
-            write()
-        if options.mode == "elastic":
+            for mode in order:
+                modes.found[mode]["bursts"].append(burst(modes.fleets[mode], peak, slope))
+                modes.write()
+            order.reverse()
+        if "elastic" in modes.fleets:
+            fleet, found = modes.fleets["elastic"], modes.found["elastic"]
             time.sleep(1.5)
             found["tenants"] = tenants()
             found["reclaim"] = after.reclaim(options.total)
-            write()
+            modes.write()
             found["under_load"] = after.under_load(fleet, options.total)
-            write()
+            modes.write()
             found["kill"] = after.kill(fleet, victim=len(fleet.children) - 1)
-            write()
     finally:
-        fleet.close()
-        logs = [Path(f"{options.out}.{index}.log") for index in range(options.engines)]
-        found["step_waited_ms"] = after.waited(logs)
-        write()
-    return found
+        modes.close()
 
 
 def wait_for_line(child: subprocess.Popen[str], start: str) -> str:
@@ -235,7 +260,7 @@ def main() -> int:
     """Either role."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("role", choices=["run", "engine"])
-    parser.add_argument("--mode", choices=["elastic", "static"], default="elastic")
+    parser.add_argument("--modes", default="static,elastic", help="each of its own engines")
     parser.add_argument("--index", type=int, default=0)
     parser.add_argument("--engines", type=int, default=3)
     parser.add_argument("--shape", default="tiny")
