@@ -119,18 +119,20 @@ def backends() -> None:
             peers={f"{other} requests/s": rate for other, rate in rates.items()})  # fmt: skip
 
 
-def sleep() -> None:
-    """Memory while an engine sleeps, and its tokens after; prefixes dropped and kept.
+NAP: dict[str, Any] = {"shape": "small", "phases": "24,24", "prompt": 400, "output": 96, "settle": 0,
+       "env": {"VLLM_BATCH_INVARIANT": "1"},
+       "engine": SMALL | {"enable_sleep_mode": True, "attention_backend": "TRITON_ATTN"},
+       }  # fmt: skip
+"""Seeded weights, and kernels whose results do not depend on the batch: prefixes that were dropped
+are computed again in another one."""
 
-    With TRITON_ATTN, whose results do not depend on the batch: prefixes that were dropped are
-    computed in another one.
-    """
+
+def sleep() -> None:
+    """Memory while an engine sleeps, and its tokens after; prefixes dropped and kept."""
     shown: dict[str, Any] = {}
     for choice in ("drop", "keep"):
-        run = engine(f"sleep_{choice}", elastic=True, sleep=1,
-                     env={"KVCACHED_SLEEP": choice, "VLLM_BATCH_INVARIANT": "1"},
-                     engine=SMALL | {"enable_sleep_mode": True, "attention_backend": "TRITON_ATTN"},
-                     **TOKENS)  # fmt: skip
+        env = NAP["env"] | {"KVCACHED_SLEEP": choice}
+        run = engine(f"sleep_{choice}", elastic=True, sleep=1, **NAP | {"env": env})
         shown[choice] = nap = run["nap"]
         report = nap["tenants"][0]["report"]
         least = report["split_floor_bytes"] + report["cached_bytes"]
