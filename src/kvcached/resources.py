@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from contextlib import suppress
 from typing import Any
 
@@ -22,6 +23,8 @@ _LARGEST_HOST_PAGE = 2 << 20
 _LEAST_EXTENTS = 8
 """A full cache has at least so many: what little is in use must not hold on to all of it."""
 _DRAIN_SECONDS = 5.0
+_EARLY_SECONDS = 60.0
+"""How long a broker that was started early waits for the tenant."""
 _BOUNCE_BYTES = 64 << 20
 """Buffer of a split on a GPU (``splits.py``); memory of the host is remapped cheaply."""
 
@@ -102,6 +105,23 @@ def make_budget(
             format_size(capacity), backend.device, format_size(budget.capacity_bytes),
         )  # fmt: skip
     return budget
+
+
+def begin_budget(backend: MemoryBackend, config: Config) -> None:
+    """Have the device's broker started beside what else has to be done before ``make_budget``.
+
+    It waits for a tenant for a minute. What goes wrong here is met, and said, there.
+    """
+    if config.broker:
+        given = config, device_slug(backend), device_capacity(backend, config), _EARLY_SECONDS
+        threading.Thread(target=_start_broker, args=given, daemon=True).start()
+
+
+def _start_broker(*given: Any) -> None:
+    from kvcached.broker.link import start_early
+
+    with suppress(KvcachedError, OSError):
+        start_early(*given)
 
 
 def make_pages(

@@ -177,6 +177,12 @@ def enter(
     )
 
 
+def start_early(config: Config, device: str, capacity: int, first_tenant_s: float) -> None:
+    """Start the broker if there is none, for a tenant that comes within ``first_tenant_s``."""
+    deadline = time.monotonic() + _START_S
+    _connect_or_start(config, device, lambda: capacity, deadline, f"{first_tenant_s}").close()
+
+
 def _enter_once(
     config: Config, device: str, hello: Callable[[], dict[str, object]],
     capacity: Callable[[], int], deadline: float,
@@ -203,7 +209,7 @@ def _enter_once(
 
 
 def _connect_or_start(
-    config: Config, device: str, capacity: Callable[[], int], deadline: float
+    config: Config, device: str, capacity: Callable[[], int], deadline: float, *more: str
 ) -> Connection:
     directory = RuntimeDir(p.runtime_dir(config), p.device_slug(device))
     try:
@@ -214,7 +220,7 @@ def _connect_or_start(
         if lock is not None:
             _open_fds.add(lock)
             try:
-                _start(directory, p.device_slug(device), capacity(), lock)
+                _start(directory, p.device_slug(device), capacity(), lock, *more)
             finally:
                 _open_fds.discard(lock)
                 os.close(lock)
@@ -230,8 +236,8 @@ def _connect_or_start(
         directory.close()
 
 
-def _start(directory: RuntimeDir, slug: str, capacity: int, lock: int) -> None:
-    """Start a broker that inherits the lock, and wait until it listens.
+def _start(directory: RuntimeDir, slug: str, capacity: int, lock: int, *more: str) -> None:
+    """Start a broker that inherits the lock, and wait until it listens. ``more``: see its ``main``.
 
     ``-I -S``: neither the environment nor site-packages can put another module in its way, and
     it starts in half the time. The package is found by the path of the script.
@@ -241,7 +247,8 @@ def _start(directory: RuntimeDir, slug: str, capacity: int, lock: int) -> None:
     script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "__main__.py")
     ready, ready_child = os.pipe()
     try:
-        arguments = [directory.path, slug, str(capacity), str(ready_child), str(lock)]
+        arguments = [directory.path, slug, str(capacity), str(ready_child), str(lock),
+                     *more]  # fmt: skip
         process = subprocess.Popen(  # noqa: S603 (our own interpreter and script)
             [sys.executable, "-I", "-S", script, *arguments],
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,

@@ -71,9 +71,10 @@ class Server:
     """
 
     def __init__(
-        self, directory: RuntimeDir, device: str, capacity: int, probe: MemoryProbe | None = None
-    ) -> None:
-        self._directory = directory
+        self, directory: RuntimeDir, device: str, capacity: int, probe: MemoryProbe | None = None,
+        *, first_tenant_s: float = FIRST_TENANT_S,
+    ) -> None:  # fmt: skip
+        self._directory, self._first_tenant_s = directory, first_tenant_s
         self._selector = selectors.DefaultSelector()
         self._peers: dict[int, Peer] = {}
         self._paused: dict[Peer, float] = {}
@@ -273,7 +274,7 @@ class Server:
 
     @property
     def _patience(self) -> float:
-        return LINGER_S if self._members.had_one else FIRST_TENANT_S
+        return LINGER_S if self._members.had_one else self._first_tenant_s
 
     def _leave(self) -> None:
         """Nobody is here. Whoever is just coming finds no answer and elects the next broker."""
@@ -308,11 +309,13 @@ def _read_roster(directory: RuntimeDir) -> dict[str, Any] | None:
 def main(arguments: list[str]) -> int:
     """Run a broker: runtime directory, device slug, capacity, ready fd, lock fd (it is locked).
 
-    Writes ``ok`` or what went wrong to the ready fd.
+    Perhaps too for how many seconds it waits for its first tenant. Writes ``ok`` or what went wrong
+    to the ready fd.
     """
-    path, device, capacity, ready, _lock = arguments
+    path, device, capacity, ready, _lock, *more = arguments
+    patience = float(more[0]) if more else FIRST_TENANT_S
     try:
-        server = Server(RuntimeDir(path, device), device, int(capacity))
+        server = Server(RuntimeDir(path, device), device, int(capacity), first_tenant_s=patience)
     except OSError as error:
         os.write(int(ready), f"{error}".encode()[:2000])
         return 1

@@ -14,13 +14,13 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from kvcached.config import Config
+from kvcached.config import Config, engine_config
 from kvcached.engines.vllm.region import Region, publish
 from kvcached.errors import EngineUnsupported
 from kvcached.layout import Geometry
 from kvcached.memory.base import MemoryBackend
 from kvcached.memory.views import tensor_from_address
-from kvcached.resources import backend_for
+from kvcached.resources import backend_for, begin_budget
 
 if TYPE_CHECKING:
     from kvcached.engines.vllm.sizing import Plan
@@ -173,6 +173,7 @@ def make_backend(device: Any, block_bytes: int) -> MemoryBackend:
 def _open(plan: Plan, backend: MemoryBackend, geometry: Geometry, warm: int) -> Any:
     """Reserve, back the first ``warm`` blocks, tell the scheduler; the whole range as int8."""
     assert plan.facts is not None, "sized before it is allocated"
+    begin_budget(backend, engine_config())  # which the scheduler joins after vLLM's warm-up
     torch = import_module("torch")
     stream = 0 if backend.device == "cpu" else torch.cuda.current_stream().cuda_stream
     # A step of all stages may be a page of each layer: then the last one ends behind the blocks.

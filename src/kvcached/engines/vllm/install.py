@@ -18,8 +18,6 @@ _log = logging.getLogger("kvcached.vllm")
 _installed = False
 _LOOPS = ("_calls", "_hot", "_scan", "_bound")
 """Modules with what Numba compiles for a page pool."""
-_BROKER = "kvcached.broker.server"
-"""Started by the first engine of a device, when its model is loaded."""
 _LONGEST_LOAD_S = 60.0
 _ATTENTION = "kvcached.engines.vllm.attention.KvcachedAttentionBackend"
 
@@ -107,15 +105,13 @@ def compile_ahead() -> threading.Thread:
     """Have the loops over blocks in this process by the time that the model is loaded; the loader.
 
     On a machine where they never ran their compilation takes seconds: a process of its own leaves
-    them in Numba's cache, and the broker's files where the system finds them quickly. Numba itself
-    takes a second to import, which a thread then does where vLLM would otherwise wait for it once
-    its model is loaded. The thread holds locks of imports that no fork may find held, so whoever
-    forks waits for its end.
+    them in Numba's cache. Numba itself takes a second to import, which a thread then does where
+    vLLM would otherwise wait for it once its model is loaded. The thread holds locks of imports
+    that no fork may find held, so whoever forks waits for its end.
     """
     names = [f"kvcached.{loops}" for loops in _LOOPS]
-    said = ", ".join([*names, _BROKER])
     child = subprocess.Popen(  # noqa: S603 - modules of ours
-        [sys.executable, "-c", f"import {said}"],
+        [sys.executable, "-c", f"import {', '.join(names)}"],
         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
 
