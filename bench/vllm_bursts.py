@@ -41,9 +41,7 @@ def bursts() -> None:
                          "failed": sum("failed" in r for e in burst["engines"] for r in e["rows"]),
                          "peak_gib": max(s["used_gib"] for s in burst["samples"])}  # fmt: skip
         for name in ("mean", "p99"):
-            row[f"{name}_ratio"] = round(
-                row["static"][f"{name}_s"] / row["elastic"][f"{name}_s"], 2
-            )
+            row[f"{name}_ratio"] = round(ratio([row], f"{name}_s"), 2)
         shown.append(row)
         peaks.setdefault((row["peak_rps"], row["slope"]), []).append(row)
     means = [ratio(rows, "mean_s") for rows in peaks.values()]  # of a peak that came several times

@@ -189,11 +189,15 @@ def mla_config(
 
 def _tile_of(rows: int, itemsize: int, target: Target, *, in_bytes: bool) -> tuple[int, int, int]:
     """(rows at most, keys, stages) of a tile before it is fitted to the GPU."""
-    if itemsize == 4 or not target.warpgroups:
-        return (16, 16, 4 if in_bytes else 3) if itemsize == 4 else (32, 64, 4 if in_bytes else 3)
-    if in_bytes:  # which leave room for more keys
-        return 64, *((128, 3) if rows <= 16 else (64, 4) if rows <= 32 else (64, 3))
-    return 64, *((64, 3) if rows <= 32 else (32, 4))
+    if itemsize == 4:
+        return 16, 16, 4 if in_bytes else 3
+    if not target.warpgroups:
+        return 32, 64, 4 if in_bytes else 3
+    if in_bytes and rows <= 16:  # bytes leave room for more keys
+        return 64, 128, 3
+    if rows <= 32:
+        return 64, 64, 4 if in_bytes else 3
+    return (64, 64, 3) if in_bytes else (64, 32, 4)
 
 
 def attend_mla(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+from contextlib import contextmanager
 
+from kvcached.broker.admin import list_tenants
 from kvcached.broker.client import BrokerBudget
 from kvcached.stats import TenantReport
 
@@ -58,3 +60,23 @@ class CountingTenant:
                 return
             self.budget.give_back(self.budget.claimed_bytes)
         self.budget.close()
+
+
+@contextmanager
+def tenants():
+    """A function that makes them; all are closed in the end."""
+    made = []
+
+    def make(name, **options):
+        made.append(CountingTenant(name, **options))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+def device():
+    """What is listed of the only device."""
+    (found,) = list_tenants("cpu")
+    return found

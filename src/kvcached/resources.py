@@ -113,15 +113,15 @@ def begin_budget(backend: MemoryBackend, config: Config) -> None:
     It waits for a tenant for a minute. What goes wrong here is met, and said, there.
     """
     if config.broker:
-        given = config, device_slug(backend), device_capacity(backend, config), _EARLY_SECONDS
-        threading.Thread(target=_start_broker, args=given, daemon=True).start()
+        threading.Thread(target=_start_broker, args=(backend, config), daemon=True).start()
 
 
-def _start_broker(*given: Any) -> None:
+def _start_broker(backend: MemoryBackend, config: Config) -> None:
     from kvcached.broker.link import start_early
 
     with suppress(KvcachedError, OSError):
-        start_early(*given)
+        capacity = device_capacity(backend, config)
+        start_early(config, device_slug(backend), capacity, _EARLY_SECONDS)
 
 
 def make_pages(

@@ -8,7 +8,7 @@ import threading
 import time
 
 import pytest
-from broker_tenant import MIB, CountingTenant
+from broker_tenant import MIB, device, tenants
 from fault.broker_rig import until
 
 from kvcached.broker import link
@@ -27,20 +27,8 @@ from kvcached.errors import (
 
 @pytest.fixture
 def tenant():
-    made = []
-
-    def make(name, **options):
-        made.append(CountingTenant(name, **options))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.close()
-
-
-def device():
-    (found,) = list_tenants("cpu")
-    return found
+    with tenants() as make:
+        yield make
 
 
 def row(name):

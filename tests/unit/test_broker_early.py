@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 import pytest
-from broker_tenant import MIB, CountingTenant
+from broker_tenant import MIB, device, tenants
 from fault.broker_rig import until
 
 from kvcached.broker import link
@@ -17,20 +17,8 @@ from kvcached.resources import begin_budget
 
 @pytest.fixture
 def tenant():
-    made = []
-
-    def make(name, **options):
-        made.append(CountingTenant(name, **options))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.close()
-
-
-def device():
-    (found,) = list_tenants("cpu")
-    return found
+    with tenants() as make:
+        yield make
 
 
 def test_a_broker_that_was_started_early_is_the_one_that_tenants_find(tenant):

@@ -32,15 +32,17 @@ def compiled():
 
 
 OVER_BYTES = ("mla e4m3", "mla e5m2", "mla int8")
-SPILLED = 80
-"""Bytes a thread, outside of products. Tiles that spill none took 10 to 36 % longer on an H100."""
+SPILLED = {16: 8, 32: 0, 64: 80}
+"""Bytes a thread at most, by rows of a tile: of 16 not in the loop over keys, of 64 in it too. The
+tiles that spill none took 10 % (16 heads) and 35 % (64 and 128 heads) longer on an H100."""
 
 
 @pytest.mark.timeout(300)
 def test_every_kernel_compiles_for_sm_90_without_spills(compiled):
     assert len(compiled) == 46
     for name, needs in compiled.items():
-        assert needs["stack"] <= (SPILLED if name.startswith(OVER_BYTES) else 0), (name, needs)
+        most = SPILLED[needs["rows"]] if name.startswith(OVER_BYTES) else 0
+        assert needs["stack"] <= most, (name, needs)
         assert needs["shared"] <= SHARED_LIMIT, (name, needs)
 
 
