@@ -6,10 +6,11 @@ import threading
 
 import pytest
 from cache_rig import FOREVER, block_pool, tiny_spec
+from fault.broker_rig import until
 
 from kvcached.broker.budget import LocalBudget
 from kvcached.cache import KVCache
-from kvcached.errors import BudgetExceeded, ClosedError, OwnershipError
+from kvcached.errors import BudgetExceeded, ClosedError, OutOfPages, OwnershipError
 from kvcached.memory.cuda import CudaBackend
 from kvcached.testing import FakeBackend, FakeCudaDriver
 
@@ -93,16 +94,14 @@ def hammer(cache, backend, number, operations):
     for call in rng.choices(calls, [10, 7, 1, 1, 1], k=operations):
         try:
             call()
-        except BudgetExceeded:
+        except (BudgetExceeded, OutOfPages):  # limits go up to what there are addresses for
             give()
     while mine:
         give()
 
 
 class LockedDriver(FakeCudaDriver):
-    """The fake's own tables are no threads' game: what tests read and write holds the cache's lock,
-    as the driver's calls do. Its growth is by the journal.
-    """
+    """What tests read and write holds the cache's lock, so that no split takes the memory away."""
 
     lock = None
 
@@ -116,6 +115,7 @@ class LockedDriver(FakeCudaDriver):
 
 
 def cuda_backend(page_bytes):
+    """Its growth is by the journal."""
     driver = LockedDriver(page_bytes)
     backend = CudaBackend(driver=driver, zero="never")
     backend.read, backend.write, backend.driver = driver.read, driver.write, driver
@@ -135,9 +135,9 @@ def test_many_threads_on_one_cache(eager_switches, budget, make):
     run_threads(lambda number: hammer(cache, backend, number, OPERATIONS))
     cache.check()
     cache.trim()
-    stats = cache.stats()
+    assert until(lambda: cache.stats().backed_bytes == 32)  # the null block, once the caretaker,
+    stats = cache.stats()  # which may be giving back for a limit, is done
     assert (stats.blocks_in_use, stats.sequences) == (0, 0)
-    assert stats.backed_bytes == 32  # the null block
     cache.close()
     assert budget.claimed_bytes == 0
     backend.check()

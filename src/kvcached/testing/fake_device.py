@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import functools
+import threading
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -56,8 +57,9 @@ def driver_call(
         @functools.wraps(function)
         def call(self: FakeDevice, *args: object) -> Result:
             try:
-                self.enter(function.__name__, needs_context=context)
-                return (CUresult.CUDA_SUCCESS, *function(self, *args))
+                with self.lock:
+                    self.enter(function.__name__, needs_context=context)
+                    return (CUresult.CUDA_SUCCESS, *function(self, *args))
             except Refused as refused:
                 return (refused.status, None)
 
@@ -97,6 +99,7 @@ class FakeDevice:
         version: int = 13_000,
         dirt: int = 0,
     ) -> None:
+        self.lock = threading.RLock()  # the driver takes calls of many threads, so this does
         self.granularity, self.capacity, self.num_devices = granularity, capacity, num_devices
         self.vmm, self.exportable = vmm, exportable
         self.compute_mode, self.version, self.dirt = compute_mode, version, dirt
@@ -157,14 +160,16 @@ class FakeDevice:
     def read(self, address: int, nbytes: int) -> bytes:
         """The bytes at ``address``; ``MemoryError`` where a kernel would fault."""
         try:
-            return b"".join(bytes(piece) for piece in self.pieces(address, nbytes))
+            with self.lock:
+                return b"".join(bytes(piece) for piece in self.pieces(address, nbytes))
         except Refused as refused:
             raise MemoryError(f"{address:#x}: {refused}") from refused
 
     def write(self, address: int, data: bytes) -> None:
         """Store ``data`` at ``address``; ``MemoryError`` where a kernel would fault."""
         try:
-            self.store(address, data)
+            with self.lock:
+                self.store(address, data)
         except Refused as refused:
             raise MemoryError(f"{address:#x}: {refused}") from refused
 
