@@ -23,8 +23,6 @@ _LARGEST_HOST_PAGE = 2 << 20
 _LEAST_EXTENTS = 8
 """A full cache has at least so many: what little is in use must not hold on to all of it."""
 _DRAIN_SECONDS = 5.0
-_EARLY_SECONDS = 60.0
-"""How long a broker that was started early waits for the tenant."""
 _BOUNCE_BYTES = 64 << 20
 """Buffer of a split on a GPU (``splits.py``); memory of the host is remapped cheaply."""
 
@@ -110,18 +108,18 @@ def make_budget(
 def begin_budget(backend: MemoryBackend, config: Config) -> None:
     """Have the device's broker started beside what else has to be done before ``make_budget``.
 
-    It waits for a tenant for a minute. What goes wrong here is met, and said, there.
+    It waits for the tenant as long as this process lives. What goes wrong here is met, and said,
+    there.
     """
     if config.broker:
         threading.Thread(target=_start_broker, args=(backend, config), daemon=True).start()
 
 
 def _start_broker(backend: MemoryBackend, config: Config) -> None:
-    from kvcached.broker.link import start_early
+    from kvcached.broker.link import expect_tenant
 
     with suppress(KvcachedError, OSError):
-        capacity = device_capacity(backend, config)
-        start_early(config, device_slug(backend), capacity, _EARLY_SECONDS)
+        expect_tenant(config, device_slug(backend), device_capacity(backend, config))
 
 
 def make_pages(

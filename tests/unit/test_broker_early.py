@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import threading
+import time
 
 import pytest
 from broker_tenant import MIB, device, tenants
@@ -10,6 +14,7 @@ from fault.broker_rig import until
 
 from kvcached.broker import link
 from kvcached.broker.admin import list_tenants
+from kvcached.broker.server import FIRST_TENANT_S
 from kvcached.config import Config
 from kvcached.memory.host import HostBackend
 from kvcached.resources import begin_budget
@@ -21,19 +26,29 @@ def tenant():
         yield make
 
 
+def expect(capacity):
+    threading.Thread(target=link.expect_tenant, args=(Config.from_env(), "cpu", capacity)).start()
+
+
 def test_a_broker_that_was_started_early_is_the_one_that_tenants_find(tenant):
-    link.start_early(Config.from_env(), "cpu", 64 * MIB, 30.0)
-    pid = device().broker_pid
-    link.start_early(Config.from_env(), "cpu", 32 * MIB, 30.0)
+    expect(64 * MIB)
+    pid = until(lambda: list_tenants("cpu"))[0].broker_pid
+    expect(32 * MIB)
     one = tenant("a")
     assert (device().broker_pid, one.budget.capacity_bytes) == (pid, 64 * MIB)
     one.close()
     assert until(lambda: not list_tenants("cpu")), "it leaves as any other"
 
 
-def test_a_broker_that_was_started_early_for_nobody_leaves(runtime_dir):
-    link.start_early(Config.from_env(), "cpu", 64 * MIB, 0.1)
-    assert until(lambda: not list_tenants("cpu"))
+def test_it_waits_while_somebody_expects_a_tenant_and_leaves_after_them(runtime_dir):
+    script = "from kvcached.broker import link; from kvcached.config import Config; "
+    script += "link.expect_tenant(Config.from_env(), 'cpu', 1 << 20)"
+    with subprocess.Popen([sys.executable, "-c", script]) as process:
+        assert until(lambda: list_tenants("cpu"))
+        time.sleep(FIRST_TENANT_S + 0.5)
+        assert list_tenants("cpu")
+        process.kill()
+    assert until(lambda: not list_tenants("cpu"), FIRST_TENANT_S / 2)
 
 
 def test_a_budget_is_begun_beside_other_work_and_trouble_is_left_for_later(runtime_dir, tenant):

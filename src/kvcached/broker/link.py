@@ -84,8 +84,8 @@ class Connection:
         else:
             self._socket.send(data, flags)
 
-    def receive(self, timeout_s: float) -> tuple[Message, list[int]]:
-        """The next message and its descriptors.
+    def receive(self, timeout_s: float | None) -> tuple[Message, list[int]]:
+        """The next message and its descriptors. ``None``: however long that takes.
 
         Raises ``TimeoutError``, ``ConnectionError`` at the end, ``ProtocolError``.
         """
@@ -177,10 +177,20 @@ def enter(
     )
 
 
-def start_early(config: Config, device: str, capacity: int, first_tenant_s: float) -> None:
-    """Start the broker if there is none, for a tenant that comes within ``first_tenant_s``."""
+def expect_tenant(config: Config, device: str, capacity: int) -> None:
+    """Start the broker if there is none, and stay connected until it has had its tenants.
+
+    That is what it waits for the first one by: should this process die, it leaves. For a thread of
+    its own.
+    """
     deadline = time.monotonic() + _START_S
-    _connect_or_start(config, device, lambda: capacity, deadline, f"{first_tenant_s}").close()
+    connection = _connect_or_start(config, device, lambda: capacity, deadline)
+    try:
+        connection.receive(None)
+    except ConnectionError:
+        pass  # it has left
+    finally:
+        connection.close()
 
 
 def _enter_once(
@@ -209,7 +219,7 @@ def _enter_once(
 
 
 def _connect_or_start(
-    config: Config, device: str, capacity: Callable[[], int], deadline: float, *more: str
+    config: Config, device: str, capacity: Callable[[], int], deadline: float
 ) -> Connection:
     directory = RuntimeDir(p.runtime_dir(config), p.device_slug(device))
     try:
@@ -220,7 +230,7 @@ def _connect_or_start(
         if lock is not None:
             _open_fds.add(lock)
             try:
-                _start(directory, p.device_slug(device), capacity(), lock, *more)
+                _start(directory, p.device_slug(device), capacity(), lock)
             finally:
                 _open_fds.discard(lock)
                 os.close(lock)
@@ -236,8 +246,8 @@ def _connect_or_start(
         directory.close()
 
 
-def _start(directory: RuntimeDir, slug: str, capacity: int, lock: int, *more: str) -> None:
-    """Start a broker that inherits the lock, and wait until it listens. ``more``: see its ``main``.
+def _start(directory: RuntimeDir, slug: str, capacity: int, lock: int) -> None:
+    """Start a broker that inherits the lock, and wait until it listens.
 
     ``-I -S``: neither the environment nor site-packages can put another module in its way, and
     it starts in half the time. The package is found by the path of the script.
@@ -247,8 +257,7 @@ def _start(directory: RuntimeDir, slug: str, capacity: int, lock: int, *more: st
     script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "__main__.py")
     ready, ready_child = os.pipe()
     try:
-        arguments = [directory.path, slug, str(capacity), str(ready_child), str(lock),
-                     *more]  # fmt: skip
+        arguments = [directory.path, slug, str(capacity), str(ready_child), str(lock)]
         process = subprocess.Popen(  # noqa: S603 (our own interpreter and script)
             [sys.executable, "-I", "-S", script, *arguments],
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,

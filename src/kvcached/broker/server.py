@@ -27,8 +27,8 @@ from kvcached.errors import ProtocolError
 
 LINGER_S = 0.5
 """How long the broker stays after its last tenant has gone."""
-FIRST_TENANT_S = 3.0
-"""How long a new broker waits for its first tenant."""
+FIRST_TENANT_S, EXPECTED_TENANT_S = 3.0, 600.0
+"""How long a new broker waits for its first tenant, and at most while somebody is connected."""
 MAX_PEERS_PER_UID = 256
 _MESSAGES_PER_TURN = 16
 _MAX_LOG = 256 << 10
@@ -71,10 +71,9 @@ class Server:
     """
 
     def __init__(
-        self, directory: RuntimeDir, device: str, capacity: int, probe: MemoryProbe | None = None,
-        *, first_tenant_s: float = FIRST_TENANT_S,
-    ) -> None:  # fmt: skip
-        self._directory, self._first_tenant_s = directory, first_tenant_s
+        self, directory: RuntimeDir, device: str, capacity: int, probe: MemoryProbe | None = None
+    ) -> None:
+        self._directory = directory
         self._selector = selectors.DefaultSelector()
         self._peers: dict[int, Peer] = {}
         self._paused: dict[Peer, float] = {}
@@ -274,7 +273,9 @@ class Server:
 
     @property
     def _patience(self) -> float:
-        return LINGER_S if self._members.had_one else self._first_tenant_s
+        if self._members.had_one:
+            return LINGER_S
+        return EXPECTED_TENANT_S if self._peers else FIRST_TENANT_S
 
     def _leave(self) -> None:
         """Nobody is here. Whoever is just coming finds no answer and elects the next broker."""
@@ -309,13 +310,11 @@ def _read_roster(directory: RuntimeDir) -> dict[str, Any] | None:
 def main(arguments: list[str]) -> int:
     """Run a broker: runtime directory, device slug, capacity, ready fd, lock fd (it is locked).
 
-    Perhaps too for how many seconds it waits for its first tenant. Writes ``ok`` or what went wrong
-    to the ready fd.
+    Writes ``ok`` or what went wrong to the ready fd.
     """
-    path, device, capacity, ready, _lock, *more = arguments
-    patience = float(more[0]) if more else FIRST_TENANT_S
+    path, device, capacity, ready, _lock = arguments
     try:
-        server = Server(RuntimeDir(path, device), device, int(capacity), first_tenant_s=patience)
+        server = Server(RuntimeDir(path, device), device, int(capacity))
     except OSError as error:
         os.write(int(ready), f"{error}".encode()[:2000])
         return 1
