@@ -7,12 +7,15 @@ a test against a wheel that cannot be imported here.
 from __future__ import annotations
 
 import ast
+import functools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import NamedTuple
+
+from kvcached.engines.vllm import outline
 
 _TRIED = ((0, 24), (0, 32))
 """The oldest and the newest release that this ran with; 0.33 was only read."""
@@ -152,14 +155,31 @@ def installed_source(module: str) -> str | None:
 
 
 class _Reader:
-    """Finds seams in source text; each module is parsed once."""
+    """Finds seams in source text; each module is read, and parsed if it must be, once."""
 
     def __init__(self, source: Source) -> None:
-        self._source = source
-        self._trees: dict[str, ast.Module | None] = {}
+        self._text = functools.cache(source)
+        self._tree = functools.cache(self._parse)
 
     def has(self, seam: Seam) -> bool:
         """Whether the seam is there, with all parameters and methods that it needs."""
+        return self._seen(seam) or self._parsed(seam)
+
+    def _seen(self, seam: Seam) -> bool:
+        """As ``has``, fast; ``False`` means nothing."""
+        module, name = seam.module, seam.path
+        for _ in range(_MOST_IMPORTS):
+            text = self._text(module) or ""
+            found = outline.definition(text, name)
+            if found is not None:
+                return outline.has(found, seam.parameters, seam.methods)
+            origin = outline.origin(text, name)
+            if origin is None or not (seam.parameters or seam.methods):
+                return origin is not None
+            module, name = _resolved(module, origin, name)
+        return False
+
+    def _parsed(self, seam: Seam) -> bool:
         node: ast.AST | None = self._tree(seam.module)
         for name in seam.path.split("."):
             node = _child(node, name)
@@ -176,17 +196,20 @@ class _Reader:
         for _ in range(_MOST_IMPORTS):
             if not isinstance(node, ast.ImportFrom):
                 return node
-            above = module.split(".")[: -node.level] if node.level else []
-            module = ".".join([*above, *filter(None, [node.module])])
-            name = next(a.name for a in node.names if (a.asname or a.name) == name)
+            module, name = _resolved(module, node, name)
             node = _child(self._tree(module), name)
         return None
 
-    def _tree(self, module: str) -> ast.Module | None:
-        if module not in self._trees:
-            text = self._source(module)
-            self._trees[module] = None if text is None else ast.parse(text)
-        return self._trees[module]
+    def _parse(self, module: str) -> ast.Module | None:
+        text = self._text(module)
+        return None if text is None else ast.parse(text)
+
+
+def _resolved(module: str, node: ast.ImportFrom, name: str) -> tuple[str, str]:
+    """From where, and as what, ``module`` imports ``name`` by this statement."""
+    above = module.split(".")[: -node.level] if node.level else []
+    there = next(a.name for a in node.names if (a.asname or a.name) == name)
+    return ".".join([*above, *filter(None, [node.module])]), there
 
 
 def _child(node: ast.AST | None, name: str) -> ast.AST | None:
