@@ -135,9 +135,11 @@ def all_is_back(rig):
 def watcher(rig):
     """Keeps the broker alive, and shows at the end that all memory can be had again."""
     other = CountingTenant("other", config=rig.config, capacity=256 * MIB)
-    yield other
-    other.use(250 * MIB)
-    other.close()
+    try:
+        yield other
+        other.use(250 * MIB)
+    finally:
+        other.close()
 
 
 @pytest.mark.parametrize("first", ["parent", "child"])

@@ -22,8 +22,8 @@ _PART_BLOCKS = 256
 """Most of a part: vLLM forgets each by itself, in a microsecond or three."""
 _FIRST_PART, _LEAST_PART = 64 << 20, 2 << 20
 _WORTH_A_LINE_SECONDS = 0.0005
-_MOMENT_SECONDS = 0.001
-"""Long enough for a thread that waits for the lock to get it."""
+_MOMENT_SECONDS = 0.05
+"""How long a step that waits for the lock has to get it: longer than a busy machine takes."""
 
 
 class Turns:
@@ -61,6 +61,7 @@ class Turns:
             self._note(time.perf_counter() - began)
             yield
         finally:
+            self._free.notify_all()  # who gives memory back, and let this step go first
             self._lock.release()
 
     def _note(self, waited: float) -> None:
@@ -87,7 +88,7 @@ class Turns:
                 if not given or freed >= nbytes:
                     return freed
                 if self._waiting:
-                    self._free.wait(_MOMENT_SECONDS)
+                    self._free.wait_for(lambda: not self._waiting, _MOMENT_SECONDS)
         finally:
             self.giving = before
 
