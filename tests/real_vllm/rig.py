@@ -16,6 +16,7 @@ import urllib.request
 from pathlib import Path
 
 import openai
+from real_vllm.offline import descendants
 
 ENGINE = {
     "dtype": "float32",
@@ -124,10 +125,12 @@ class Server:
             return answer.read().decode()
 
     def kill(self):
-        """SIGKILL to the whole session: nothing is cleaned up."""
+        """SIGKILL to the whole session: nothing is cleaned up but for what Linux keeps of vLLM."""
+        shared = shared_files([self.process.pid, *descendants(self.process.pid)])
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait(30)
+        remove(shared)
 
     def end(self):
         """SIGTERM, and SIGKILL to what is left of the session."""
@@ -136,6 +139,21 @@ class Server:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(40)
         self.kill()
+
+
+def shared_files(pids):
+    """Files of vLLM's shared memory that these processes have mapped."""
+    lines = []
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            lines += Path(f"/proc/{pid}/maps").read_text().splitlines()
+    return {line.split(maxsplit=5)[5] for line in lines if " /dev/shm/" in line}
+
+
+def remove(files):
+    """Remove what is still there of these files."""
+    for file in files:
+        Path(file).unlink(missing_ok=True)
 
 
 def tenants(runtime_dir):

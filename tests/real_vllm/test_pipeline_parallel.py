@@ -116,6 +116,7 @@ def test_a_stage_that_dies_takes_its_engine_with_it_and_the_memory_is_back(model
         '--compilation-config={"mode": 2, "backend": "eager"}', KVCACHED="strict",
         KVCACHED_NAME="stages", VLLM_CPU_OMP_THREADS_BIND="0|1", VLLM_PP_LAYER_PARTITION="3,1",
     )  # fmt: skip
+    shared = set()
     try:
         server.wait(400)
         with ThreadPoolExecutor(4) as pool:
@@ -123,6 +124,7 @@ def test_a_stage_that_dies_takes_its_engine_with_it_and_the_memory_is_back(model
             end = time.monotonic() + 30
             while in_use(run_dir) == rig.BLOCK:
                 assert time.monotonic() < end, "they use nothing"
+            shared = rig.shared_files(offline.descendants(server.process.pid))
             os.kill(worker_of(server, "VLLM::Worker_PP1"), signal.SIGKILL)
             for future in doomed:
                 with pytest.raises(OSError):  # noqa: PT011 - an error, or the end of the connection
@@ -133,3 +135,4 @@ def test_a_stage_that_dies_takes_its_engine_with_it_and_the_memory_is_back(model
         assert found == []
     finally:
         server.end()
+        rig.remove(shared)
