@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from common import commit
-from vllm_bursts import bursts, light
+from vllm_bursts import bursts, core_speed, light
 from vllm_layouts import layouts
 from vllm_run import (
     GIB,
@@ -273,6 +273,7 @@ PARTS = {
     "throughput": throughput,
     "bursts": bursts,
     "light": light,
+    "core_speed": core_speed,
     "peer": peer,
 }
 

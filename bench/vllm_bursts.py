@@ -66,11 +66,11 @@ def fleets() -> dict[str, Any]:
     return {mode: kept(name) for mode, name in names.items()}
 
 
-def send(script: str, *arguments: str) -> None:
+def send(script: str, *arguments: str, total: int = TOTAL) -> None:
     """Run ``script``: engines, each a process of its own, that are sent requests."""
     subprocess.run(
         [sys.executable, str(HERE / script), *arguments, "--shape",
-         os.environ.get("SHAPE", "llama-3.2-3b"), "--total", str(TOTAL), "--engine",
+         os.environ.get("SHAPE", "llama-3.2-3b"), "--total", str(total), "--engine",
          json.dumps(FLEET)],
         check=True, timeout=580,
     )  # fmt: skip
@@ -98,6 +98,27 @@ def light() -> None:
     add("ttft_light_ratio", sum(means["static"]) / sum(means["elastic"]), "x", 1.0,
         repeats=len(rounds), mean_ms={m: [round(x, 2) for x in v] for m, v in means.items()},
         peers={f"{m}, ms": statistics.mean(v) for m, v in means.items()})  # fmt: skip
+
+
+def core_speed() -> None:
+    """What elastic adds to a time to first token if the launching core is as fast for both.
+
+    The measure is a line through the loads of the fixed engine: time over a fixed loop of Python.
+    """
+    if Recorded.folder:
+        loads = read_recorded("core_speed.json")["loads"]
+    else:
+        send("core_speed.py", "--rounds", os.environ.get("ROUNDS", "3"), "--out",
+             str(LOGS / "core_speed.json"), total=GIB)  # fmt: skip
+        loads = kept("core_speed.json")["loads"]
+    static, elastic = ([load for load in loads if load["mode"] == mode]
+                       for mode in ("static", "elastic"))  # fmt: skip
+    line = statistics.linear_regression([load["loop_us"] for load in static],
+                                        [load["ttft_ms"] for load in static])  # fmt: skip
+    above = [load["ttft_ms"] - line.intercept - line.slope * load["loop_us"] for load in elastic]
+    add("ttft_above_line_ms", statistics.mean(above), "ms", None, repeats=len(above),
+        above_ms=[round(value, 2) for value in above], loads=loads,
+        peers={"static at 0 us, ms": line.intercept, "ms per us": line.slope})  # fmt: skip
 
 
 def aftermath(run: Any) -> None:
