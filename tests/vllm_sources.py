@@ -85,11 +85,6 @@ LAYOUT = {
     "vllm.v1.worker.utils": f"""{_UTILS}
 def allocate_kv_cache(kv_cache_config, device, layout, kernel_block_sizes=None): ...
 """,
-    "vllm.v1.kv_cache_interface": """
-def create_kv_cache_views(
-    raw, spec, num_blocks, layout, kv_cache_tensor, kernel_block_size=None
-): ...
-""",
 }
 PACKED = {
     "vllm.v1.worker.gpu_model_runner": """

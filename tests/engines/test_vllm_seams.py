@@ -14,7 +14,9 @@ from kvcached.engines.vllm import seams
 from kvcached.engines.vllm.seams import SCHEDULER, WORKER, survey
 
 WHEELS = os.environ.get("KVCACHED_VLLM_WHEELS", "")
-REAL = {"0.24.0": "packed", "0.32.0": "layout", "0.33.0": "layout"}
+PACKED = ["0.24.0", "0.25.0", "0.25.1", "0.26.0", "0.27.0", "0.27.1", "0.28.0"]
+LAYOUT = ["0.29.0", "0.30.0", "0.31.0", "0.32.0", "0.33.0"]
+REAL = dict.fromkeys(PACKED, "packed") | dict.fromkeys(LAYOUT, "layout")
 
 
 def without(sources, module, text, instead=""):
@@ -97,8 +99,8 @@ def test_half_of_a_way_to_allocate_is_none(module):
     assert "allocates its KV cache in a way that is not known" in found.problem
 
 
-def test_a_view_with_other_parameters_is_another_way_to_allocate():
-    gone = without(vllm_sources.NEW, "vllm.v1.kv_cache_interface", "kv_cache_tensor, ")
+def test_other_parameters_are_another_way_to_allocate():
+    gone = without(vllm_sources.NEW, "vllm.v1.worker.utils", "layout, ")
     assert survey("0.32.0", gone.get).allocation == ""
 
 

@@ -149,15 +149,11 @@ def test_layers_that_are_in_the_way(specs, why):
 
 
 @pytest.mark.parametrize(
-    ("kind", "layout", "why"),
-    [
-        ("packed", None, ""),
-        ("packed", "NHD", ""),
-        ("packed", "HND", "the KV cache layout HND in this release"),
-        ("layout", "HND", ""),
-    ],
-)
-def test_an_order_that_vllm_cuts_wrongly_out_of_whole_blocks(kind, layout, why, monkeypatch):
+    ("kind", "layout", "by_layer"),
+    [("packed", None, False), ("packed", "NHD", False), ("packed", "HND", True),
+     ("layout", "HND", False)],
+)  # fmt: skip
+def test_an_order_that_vllm_cuts_wrongly_out_of_whole_blocks(kind, layout, by_layer, monkeypatch):
     current: list[str] = []
 
     @contextlib.contextmanager
@@ -173,7 +169,7 @@ def test_an_order_that_vllm_cuts_wrongly_out_of_whole_blocks(kind, layout, why, 
     utils = Thing(get_kv_cache_layout=ask)
     monkeypatch.setitem(sys.modules, "vllm.v1.attention.backends.utils", utils)
     monkeypatch.setitem(sys.modules, "vllm.config", Thing(set_current_vllm_config=set_current))
-    assert sizing.unsupported_layout(kind, "its configuration") == why
+    assert sizing.cuts_by_layer(kind, "its configuration") is by_layer
     assert not current
 
 

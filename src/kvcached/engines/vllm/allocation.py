@@ -10,7 +10,8 @@ import dataclasses
 import functools
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +43,7 @@ def _active(plan: _PlanOf) -> Plan | None:
     return found if found is not None and not found.profiling and found.facts else None
 
 
-# --- from 0.32 on ----------------------------------------------------------------------------
+# --- from 0.29 on ----------------------------------------------------------------------------
 
 
 def _install_layout(plan: _PlanOf) -> None:
@@ -57,8 +58,10 @@ def _install_layout(plan: _PlanOf) -> None:
         geometry, tensors = place(
             config, lambda block: make_backend(device, _common_bytes(active, block))
         )
+        moved = dataclasses.replace(config, kv_cache_tensors=tensors)
         raw = _open(active, *geometry, _warm_blocks(active, config))
-        return _views(config, tensors, raw, layout, kernel_block_sizes)
+        with in_place_of_zeros(raw, tensors[0].size):
+            return stock(moved, device, layout, kernel_block_sizes)
 
     for name in ("vllm.v1.worker.utils", "vllm.v1.worker.gpu_model_runner",
                  "vllm.v1.worker.gpu.attn_utils"):  # fmt: skip
@@ -96,24 +99,30 @@ def place(
     return (backend, geometry), moved
 
 
-def _views(config: Any, tensors: list[Any], raw: Any, layout: Any, kernel_sizes: Any) -> Any:
-    interface = import_module("vllm.v1.kv_cache_interface")
-    views: dict[str, Any] = {}
-    for tensor in tensors:
-        name = tensor.layers[0]
-        number, group = next((i, g) for i, g in enumerate(config.kv_cache_groups)
-                             if name in g.layer_names)  # fmt: skip
-        spec = group.kv_cache_spec
-        spec = getattr(spec, "kv_cache_specs", {}).get(name, spec)
-        kernel = kernel_sizes[number] if kernel_sizes and number < len(kernel_sizes) else None
-        made = interface.create_kv_cache_views(
-            raw, spec, config.num_blocks, layout, tensor, kernel_block_size=kernel
-        )
-        views.update(zip(tensor.layers, made, strict=True))
-    return views
+@contextmanager
+def in_place_of_zeros(raw: Any, nbytes: int) -> Iterator[None]:
+    """Inside, the first ``torch.zeros`` of ``nbytes`` or more is ``raw``: vLLM's views, over it.
+
+    Raises ``EngineUnsupported`` if nothing asked for it.
+    """
+    torch, overrides = import_module("torch"), import_module("torch.overrides")
+    given: list[Any] = []
+
+    class Zeros(overrides.TorchFunctionMode):  # type: ignore[name-defined]
+        def __torch_function__(self, func: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+            whole = func is torch.zeros and isinstance(args[0], int) and args[0] >= nbytes
+            if not whole or given:
+                return func(*args, **(kwargs or {}))
+            given.append(raw[: args[0]])
+            return given[0]
+
+    with Zeros():
+        yield
+    if not given:
+        raise EngineUnsupported("this vLLM makes its KV cache by something else than torch.zeros")
 
 
-# --- 0.24 ------------------------------------------------------------------------------------
+# --- to 0.28 ------------------------------------------------------------------------------------
 
 
 def _install_packed(plan: _PlanOf) -> None:
@@ -138,19 +147,24 @@ def _install_packed(plan: _PlanOf) -> None:
 
 
 def _packed(plan: Plan, config: Any, device: Any) -> dict[str, Any]:
-    """One raw tensor for all layers; vLLM cuts it by ``offset`` and ``block_stride``."""
+    """The raw tensor of each layer: one for all, which vLLM cuts, or a plane for each."""
     tensors, blocks = config.kv_cache_tensors, config.num_blocks
     pages = {tensor.size // blocks for tensor in tensors}
     if len(pages) != 1 or any(tensor.block_stride for tensor in tensors):
         raise EngineUnsupported(f"KV blocks of different sizes: {sorted(pages)} bytes")
     (page,) = pages
-    block = page * len(tensors)
-    for index, tensor in enumerate(tensors):
-        tensor.offset, tensor.block_stride, tensor.size = index * page, block, blocks * block
+    planes = len(tensors) if plan.by_layer else 1
+    block = page if plan.by_layer else page * len(tensors)
     backend = make_backend(device, _common_bytes(plan, block))
-    geometry = Geometry(block, 1, blocks, backend.page_bytes)
-    raw = _open(plan, backend, geometry, _warm_blocks(plan, config))[: blocks * block]
-    return {name: raw for tensor in tensors for name in tensor.shared_by}
+    geometry = Geometry(block, planes, blocks, backend.page_bytes)
+    raw = _open(plan, backend, geometry, _warm_blocks(plan, config))
+    if not plan.by_layer:
+        for index, tensor in enumerate(tensors):  # by these vLLM cuts
+            tensor.offset, tensor.block_stride, tensor.size = index * page, block, blocks * block
+    starts = [index * geometry.plane_bytes if plan.by_layer else 0 for index in range(len(tensors))]
+    return {name: raw[start : start + tensor.size]
+            for start, tensor in zip(starts, tensors, strict=True)
+            for name in tensor.shared_by}  # fmt: skip
 
 
 # --- common ----------------------------------------------------------------------------------

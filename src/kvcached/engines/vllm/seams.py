@@ -89,17 +89,15 @@ WORKER = (
 LAYOUT_ALLOCATION = (
     Seam(f"{_WORKER}.utils", "allocate_kv_cache",
          ("kv_cache_config", "device", "layout", "kernel_block_sizes")),
-    Seam("vllm.v1.kv_cache_interface", "create_kv_cache_views",
-         ("raw", "spec", "num_blocks", "layout", "kv_cache_tensor", "kernel_block_size")),
 )  # fmt: skip
-"""From 0.32 on (at the latest): one function allocates for all runners."""
+"""From 0.29 on: one function allocates for all runners."""
 PACKED_ALLOCATION = (
     Seam(f"{_WORKER}.gpu_model_runner", "GPUModelRunner._allocate_kv_cache_tensors",
          ("kv_cache_config",)),
     Seam(f"{_WORKER}.gpu.attn_utils", "_allocate_kv_cache",
          ("kv_cache_config", "shared_layers", "device")),
 )  # fmt: skip
-"""In 0.24: each runner allocates, and knows blocks that hold all layers."""
+"""To 0.28: each runner allocates, and knows blocks that hold all layers."""
 
 
 ALLOCATIONS = {"layout": LAYOUT_ALLOCATION, "packed": PACKED_ALLOCATION}

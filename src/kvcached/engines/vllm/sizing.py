@@ -43,6 +43,8 @@ class Plan:
     facts: Facts | None = None
     layer_bytes: int = 0
     """Bytes of a block in one layer."""
+    by_layer: bool = False
+    """Whether each layer has a place of its own: see ``cuts_by_layer``."""
 
     @property
     def staged(self) -> bool:
@@ -110,19 +112,20 @@ def unsupported_specs(specs: dict[str, Any]) -> str:
     )
 
 
-def unsupported_layout(kind: str, vllm_config: Any) -> str:
-    """Which order of heads and tokens within a block is in the way; empty if none.
+def cuts_by_layer(kind: str, vllm_config: Any) -> bool:
+    """Whether each layer needs a place of its own, since blocks that hold all cannot be cut.
 
-    Up to 0.24 vLLM cuts layers out of blocks that hold all of them as if tokens came first, and
-    turns them nevertheless where heads should (``_reshape_attention_kv_cache``): kernels would read
-    heads as tokens. FlashInfer on Blackwell asks for that order, and the environment may. Where no
-    attention backend has asked vLLM before (TRITON_MLA does not), it looks into its configuration.
+    Up to 0.25 vLLM cuts layers out of such blocks as if tokens came before heads, and turns them
+    nevertheless where heads should come first (``_reshape_attention_kv_cache``): kernels would read
+    heads as tokens. FlashInfer on Blackwell asks for that order, all on the CPU do, and the
+    environment may. Where no attention backend has asked vLLM before (TRITON_MLA does not), it
+    looks into its configuration.
     """
     if kind != "packed":
-        return ""
+        return False
     with import_module("vllm.config").set_current_vllm_config(vllm_config):
         layout = import_module("vllm.v1.attention.backends.utils").get_kv_cache_layout()
-    return "" if layout in {None, "NHD"} else f"the KV cache layout {layout} in this release"
+    return layout not in {None, "NHD"}
 
 
 def address_bytes(vllm_config: Any, specs: dict[str, Any], device_bytes: int, tokens: int) -> int:
@@ -189,12 +192,13 @@ def _wrap_determine(worker: Any, kind: str) -> None:
         if plan is None:
             return int(determine(self))
         specs = self.get_kv_cache_spec()
-        why = unsupported_specs(specs) or unsupported_layout(kind, plan.vllm_config)
+        why = unsupported_specs(specs)
         if plan.staged:
             why = _agreed(why, self.rank, plan.vllm_config.parallel_config.world_size)
         if why:
             _give_up(plan, why)
             return int(determine(self))
+        plan.by_layer = cuts_by_layer(kind, plan.vllm_config)
         plan.profiling = True
         try:
             determine(self)
