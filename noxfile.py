@@ -51,6 +51,8 @@ def _alone() -> Iterator[None]:
 
 def _install(session: nox.Session, *packages: str) -> None:
     session.env.update(ENV)
+    # Beside the modules, which sessions share, another Numba would replace what this one reads.
+    session.env["NUMBA_CACHE_DIR"] = str(Path(session.virtualenv.location).absolute() / "numba")
     with _alone():
         session.install("-q", *packages)
 

@@ -7,9 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numba
 import pytest
 
 from kvcached import _hot
+from kvcached._compile import compiled
 
 HISTORY = """
 import hashlib, random, sys
@@ -75,8 +77,8 @@ def run(steps, **environment):
 
 
 def test_compiled_and_plain_python_agree():
-    compiled, plain = run(150), run(150, NUMBA_DISABLE_JIT="1")
-    assert compiled == (plain[0], True)
+    fast, plain = run(150), run(150, NUMBA_DISABLE_JIT="1")
+    assert fast == (plain[0], True)
     assert plain[1] is False
     assert len(plain[0]) == hashlib.sha256().digest_size * 2
 
@@ -95,6 +97,29 @@ def test_a_read_only_installation_works(tmp_path):
     code = "import kvcached._hot as h, kvcached._bound; print(h.__file__, bool(h.alloc.signatures))"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=False,
-        env=os.environ | {"PYTHONPATH": str(tmp_path), "XDG_CACHE_HOME": nowhere, "HOME": nowhere},
+        env={k: v for k, v in os.environ.items() if k != "NUMBA_CACHE_DIR"}
+        | {"PYTHONPATH": str(tmp_path), "XDG_CACHE_HOME": nowhere, "HOME": nowhere},
     )  # fmt: skip
     assert done.stdout.split() == [str(package / "_hot.py"), "True"], done.stderr
+
+
+@pytest.mark.parametrize(
+    "said", ["LLVM bitcode parsing error\nUnknown attribute", "cannot cache f"]
+)
+def test_a_cache_that_is_of_no_use_is_done_without(monkeypatch, said):
+    """Another environment has written it with another LLVM, or there is no place for one."""
+    njit = numba.njit
+
+    def without_cache(*signature, cache=False, **options):
+        def decorate(function):
+            if cache:
+                raise RuntimeError(said)
+            return njit(*signature, **options)(function)
+
+        return decorate
+
+    monkeypatch.setattr(numba, "njit", without_cache)
+    assert compiled(numba.int64(numba.int64))(lambda x: x + 1)(2) == 3
+    said = "something else"
+    with pytest.raises(RuntimeError, match=said):
+        compiled(numba.int64(numba.int64))(lambda x: x + 1)
