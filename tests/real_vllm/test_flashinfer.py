@@ -7,7 +7,7 @@ follow each other; how pages lie to each other is told by their stride.
 from __future__ import annotations
 
 import re
-from types import SimpleNamespace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -29,20 +29,27 @@ def test_it_knows_the_layouts_with_heads_outside_on_every_gpu():
 
 @pytest.mark.parametrize("layout", ["LBHNC", "LBNHC", "BLHNC", "BLNHC"])
 def test_a_layers_view_is_one_that_its_wrappers_take(layout):
-    from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheGroupSpec, KVCacheTensor
+    from vllm.v1.kv_cache_interface import (
+        FullAttentionSpec,
+        KVCacheConfig,
+        KVCacheGroupSpec,
+        KVCacheTensor,
+    )
     from vllm.v1.kv_cache_layout import KVCacheLayout
+    from vllm.v1.worker.utils import allocate_kv_cache
 
     spec = FullAttentionSpec(block_size=SIZE, num_kv_heads=HEADS, head_size=DIM,
                              dtype=torch.bfloat16)  # fmt: skip
     page, order = spec.page_size_bytes, KVCacheLayout[layout]
     strides = (page * BLOCKS, page) if order.is_layer_compact else (page, page * len(LAYERS))
-    config = SimpleNamespace(
+    config = KVCacheConfig(
         kv_cache_tensors=[KVCacheTensor(page * BLOCKS * len(LAYERS), list(LAYERS), *strides)],
         kv_cache_groups=[KVCacheGroupSpec(list(LAYERS), spec)], num_blocks=BLOCKS,
     )  # fmt: skip
     (_, geometry), tensors = allocation.place(config, lambda _: FakeBackend(4096))
     raw = torch.zeros(geometry.reserved_bytes, dtype=torch.int8)
-    views = allocation._views(config, tensors, raw, order, None)
+    with allocation.in_place_of_zeros(raw, tensors[0].size):
+        views = allocate_kv_cache(replace(config, kv_cache_tensors=tensors), "cpu", order)
     assert list(views) == LAYERS
     for view in views.values():
         physical = view.permute(*order.layer_view_order)

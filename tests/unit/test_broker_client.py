@@ -76,9 +76,9 @@ def test_claims_are_leased_in_batches_and_the_rest_goes_back_when_idle(tenant):
     assert a.budget.lease_bytes >= 2 * MIB
     assert a.budget.claimed_bytes == MIB
     a.budget.check()
-    assert until(lambda: row("a").lease_bytes == a.budget.lease_bytes == MIB, 3.0)
+    assert until(lambda: row("a").lease_bytes == a.budget.lease_bytes == MIB)
     a.drop(MIB)
-    assert until(lambda: row("a").lease_bytes == 0, 3.0)
+    assert until(lambda: row("a").lease_bytes == 0)
 
 
 def test_a_claim_above_the_limit_or_the_capacity_changes_nothing(tenant):
@@ -219,7 +219,7 @@ def test_a_limit_below_what_is_in_use_is_applied_as_soon_as_that_is_over(tenant)
     a.use(100 * MIB)
     assert not set_tenant_limit("a", 10 * MIB).applied
     a.cache()
-    assert until(lambda: row("a").limit.applied, 3.0)
+    assert until(lambda: row("a").limit.applied)
     assert a.cached == 10 * MIB
 
 
