@@ -67,7 +67,7 @@ def test_parameters_are_those_of_the_head(path, parameters):
     found = outline.definition(TRAPS, path)
     assert outline.has(found, parameters.split(), ())
     assert not outline.has(found, ["inner"], ())
-    assert seams._parameters(parsed(TRAPS, path)) == set(parameters.split())
+    assert outline.parameters_of(parsed(TRAPS, path)) == set(parameters.split())
 
 
 @pytest.mark.parametrize(

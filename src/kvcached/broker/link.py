@@ -186,9 +186,8 @@ def expect_tenant(config: Config, device: str, capacity: int) -> None:
     deadline = time.monotonic() + _START_S
     connection = _connect_or_start(config, device, lambda: capacity, deadline)
     try:
-        connection.receive(None)
-    except ConnectionError:
-        pass  # it has left
+        with contextlib.suppress(ConnectionError):  # it has left
+            connection.receive(None)
     finally:
         connection.close()
 

@@ -153,18 +153,16 @@ def _packed(plan: Plan, config: Any, device: Any) -> dict[str, Any]:
     if len(pages) != 1 or any(tensor.block_stride for tensor in tensors):
         raise EngineUnsupported(f"KV blocks of different sizes: {sorted(pages)} bytes")
     (page,) = pages
-    planes = len(tensors) if plan.by_layer else 1
-    block = page if plan.by_layer else page * len(tensors)
+    planes, block = (len(tensors), page) if plan.by_layer else (1, page * len(tensors))
     backend = make_backend(device, _common_bytes(plan, block))
     geometry = Geometry(block, planes, blocks, backend.page_bytes)
     raw = _open(plan, backend, geometry, _warm_blocks(plan, config))
     if not plan.by_layer:
         for index, tensor in enumerate(tensors):  # by these vLLM cuts
             tensor.offset, tensor.block_stride, tensor.size = index * page, block, blocks * block
-    starts = [index * geometry.plane_bytes if plan.by_layer else 0 for index in range(len(tensors))]
-    return {name: raw[start : start + tensor.size]
-            for start, tensor in zip(starts, tensors, strict=True)
-            for name in tensor.shared_by}  # fmt: skip
+    step = geometry.plane_bytes if plan.by_layer else 0
+    return {name: raw[index * step : index * step + tensor.size]
+            for index, tensor in enumerate(tensors) for name in tensor.shared_by}  # fmt: skip
 
 
 # --- common ----------------------------------------------------------------------------------

@@ -32,30 +32,32 @@ def definition(text: str, path: str) -> str | None:
 
 def _begun(text: str, name: str, indent: str) -> str | None:
     """What follows the line in front of the only definition, that line's end included."""
-    heads = f"def {name}(", f"class {name}(", f"class {name}:"
-    starts = [text.find(f"\n{indent}{head}") for head in heads]
-    (start, *more) = [start for start in starts if start >= 0] or [-1]
-    again = any(text.find(f"\n{indent}{head}", start + 1) >= 0 for head in heads)
-    return None if start < 0 or more or again else text[start:]
+    found = list(re.finditer(rf"\n{indent}(?:def {name}\(|class {name}[(:])", text))
+    return text[found[0].start() :] if len(found) == 1 else None
 
 
 def has(definition: str, parameters: Iterable[str], methods: Iterable[str]) -> bool:
     """Whether a function has all ``parameters``, or a class of a module all ``methods``."""
     if definition.lstrip().startswith("class"):
         return all(_begun(definition, name, "    ") is not None for name in methods)
-    return set(parameters) <= _parameters(definition)
+    return set(parameters) <= _head(definition)
 
 
-def _parameters(function: str) -> set[str]:
+def _head(function: str) -> set[str]:
     """The names of a function's parameters; none if its head cannot be told from what follows."""
     for colon in _COLON.finditer(function):
         try:
             (parsed,) = ast.parse(textwrap.dedent(function[: colon.start()]) + ": ...").body
         except SyntaxError:
             continue
-        a = parsed.args  # type: ignore[attr-defined]
-        return {arg.arg for arg in (*a.posonlyargs, *a.args, *a.kwonlyargs)}
+        return parameters_of(parsed) if isinstance(parsed, ast.FunctionDef) else set()
     return set()
+
+
+def parameters_of(function: ast.FunctionDef) -> set[str]:
+    """The names of a function's parameters, those of ``*`` and ``**`` left out."""
+    a = function.args
+    return {arg.arg for arg in (*a.posonlyargs, *a.args, *a.kwonlyargs)}
 
 
 def origin(text: str, name: str) -> ast.ImportFrom | None:

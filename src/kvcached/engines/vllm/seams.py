@@ -186,7 +186,7 @@ class _Reader:
         if node is None:
             return False
         if isinstance(node, ast.FunctionDef):
-            return set(seam.parameters) <= _parameters(node)
+            return set(seam.parameters) <= outline.parameters_of(node)
         return all(_child(node, name) is not None for name in seam.methods)
 
     def _imported(self, module: str, node: ast.AST | None, name: str) -> ast.AST | None:
@@ -220,8 +220,3 @@ def _child(node: ast.AST | None, name: str) -> ast.AST | None:
         ):
             return item
     return None
-
-
-def _parameters(function: ast.FunctionDef) -> set[str]:
-    a = function.args
-    return {arg.arg for arg in (*a.posonlyargs, *a.args, *a.kwonlyargs)}
