@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
+
+from kvcached.engines.vllm import install
 
 SCRIPT = """
 import os, sys, time
@@ -33,3 +36,25 @@ def test_loops_are_loaded_in_a_thread_that_a_fork_waits_for():
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True,
                           timeout=100, check=False)  # fmt: skip
     assert (done.returncode, done.stdout.strip()) == (0, "loaded"), done.stderr[-2000:]
+
+
+def test_what_is_said_goes_where_vllm_logs_by_then(monkeypatch):
+    ours, theirs, heard = logging.Logger("kvcached"), logging.Logger("vllm"), []
+    known = logging.getLogger().manager.loggerDict
+    monkeypatch.setitem(known, "kvcached", ours)
+    monkeypatch.setitem(known, "vllm", theirs)
+    install._log_as_vllm_does()
+    install._log_as_vllm_does()
+
+    class Theirs(logging.Handler):
+        def emit(self, record):
+            heard.append((record.levelname, record.getMessage()))
+
+    theirs.addHandler(Theirs())  # after ours: vLLM 0.32 configures its log once plug-ins are loaded
+    theirs.setLevel("WARNING")
+    ours.info("not yet")
+    theirs.setLevel("INFO")
+    ours.info("elastic")
+    ours.debug("no")
+    assert heard == [("INFO", "elastic")]
+    assert not ours.propagate  # or a root with handlers would say it twice

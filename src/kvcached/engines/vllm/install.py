@@ -62,10 +62,20 @@ def _attend_on_cpu(vllm_config: Any) -> None:
 
 def _log_as_vllm_does() -> None:
     """What we say appears where vLLM's own messages do."""
-    ours, theirs = logging.getLogger("kvcached"), logging.getLogger("vllm")
+    ours = logging.getLogger("kvcached")
     if not ours.handlers:
-        ours.setLevel(theirs.level or logging.INFO)
-        ours.handlers = list(theirs.handlers)
+        ours.setLevel(logging.DEBUG)  # vLLM's level decides
+        ours.addHandler(_ToVllm())
+        ours.propagate = False
+
+
+class _ToVllm(logging.Handler):
+    """Hands over to vLLM's logger as it is by then: some processes configure it after plug-ins."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        theirs = logging.getLogger("vllm")
+        if theirs.isEnabledFor(record.levelno):
+            theirs.handle(record)
 
 
 def _replace(allocation: str, *, strict: bool) -> None:
