@@ -39,10 +39,9 @@ def test_loops_are_loaded_in_a_thread_that_a_fork_waits_for():
 
 
 def test_what_is_said_goes_where_vllm_logs_by_then(monkeypatch):
-    ours, theirs, heard = logging.Logger("kvcached"), logging.Logger("vllm"), []
-    known = logging.getLogger().manager.loggerDict
-    monkeypatch.setitem(known, "kvcached", ours)
-    monkeypatch.setitem(known, "vllm", theirs)
+    for name in ("kvcached", "vllm"):  # others than those of this process, until the test ends
+        monkeypatch.delitem(logging.getLogger().manager.loggerDict, name, raising=False)
+    ours, theirs, heard = logging.getLogger("kvcached"), logging.getLogger("vllm"), []
     install._log_as_vllm_does()
     install._log_as_vllm_does()
 

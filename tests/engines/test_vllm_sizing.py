@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace as Thing
@@ -146,31 +145,6 @@ def test_choices_that_are_in_the_way(changes, why):
 )
 def test_layers_that_are_in_the_way(specs, why):
     assert unsupported_specs(specs) == why
-
-
-@pytest.mark.parametrize(
-    ("kind", "layout", "by_layer"),
-    [("packed", None, False), ("packed", "NHD", False), ("packed", "HND", True),
-     ("layout", "HND", False)],
-)  # fmt: skip
-def test_an_order_that_vllm_cuts_wrongly_out_of_whole_blocks(kind, layout, by_layer, monkeypatch):
-    current: list[str] = []
-
-    @contextlib.contextmanager
-    def set_current(given):
-        current.append(given)
-        yield
-        current.pop()
-
-    def ask():
-        assert current == ["its configuration"], "as vLLM asserts when nobody asked before"
-        return layout
-
-    utils = Thing(get_kv_cache_layout=ask)
-    monkeypatch.setitem(sys.modules, "vllm.v1.attention.backends.utils", utils)
-    monkeypatch.setitem(sys.modules, "vllm.config", Thing(set_current_vllm_config=set_current))
-    assert sizing.cuts_by_layer(kind, "its configuration") is by_layer
-    assert not current
 
 
 def test_a_refusal_is_a_warning_or_if_strict_an_error(caplog, monkeypatch):
@@ -359,3 +333,27 @@ def test_placements_that_are_refused(tensors, why):
     cache = CacheConfig(tensors)
     with pytest.raises(EngineUnsupported, match=why):
         place(cache, cache.backend)
+
+
+def test_layouts_are_left_alone_where_any_stage_wants_that(staged, monkeypatch):
+    """Of all workers alike, or vLLM ends: they must say the same."""
+    split = Thing(split_blocks=lambda specs, config: "")
+    monkeypatch.setattr(sizing, "layouts", split)
+    world, worker = staged("", "", "")
+    worker.vllm_config = "its configuration"
+    assert not sizing._stays_as_it_lies(worker)
+    assert world.heard == [(0, None), (1, ""), (2, None)]
+    world.said[2] = "blocks that are split"
+    assert sizing._stays_as_it_lies(worker) == "blocks that are split"
+    split.split_blocks = lambda specs, config: "blocks that are split"
+    sizing._stays_as_it_lies(worker)
+    assert world.heard[-2] == (1, "blocks that are split")
+
+
+def test_layouts_are_left_alone_of_what_is_not_elastic(staged, monkeypatch):
+    split = Thing(split_blocks=lambda specs, config: pytest.fail("asked of another vLLM's layers"))
+    monkeypatch.setattr(sizing, "layouts", split)
+    _, worker = staged("", stages=1, specs={"m": MambaSpec()})
+    assert sizing._stays_as_it_lies(worker) == "layers of the kind MambaSpec"
+    monkeypatch.setattr(sizing, "_plan", None)
+    assert sizing._stays_as_it_lies(worker) == "not elastic"

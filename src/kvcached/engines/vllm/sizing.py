@@ -14,7 +14,7 @@ from importlib import import_module
 from typing import Any
 
 from kvcached.config import engine_config, format_size
-from kvcached.engines.vllm import allocation
+from kvcached.engines.vllm import allocation, layouts
 from kvcached.engines.vllm.region import Facts
 from kvcached.errors import EngineUnsupported
 from kvcached.hostinfo import total_bytes
@@ -44,7 +44,7 @@ class Plan:
     layer_bytes: int = 0
     """Bytes of a block in one layer."""
     by_layer: bool = False
-    """Whether each layer has a place of its own: see ``cuts_by_layer``."""
+    """Whether each layer has a place of its own: see ``layouts.cuts_by_layer``."""
 
     @property
     def staged(self) -> bool:
@@ -112,22 +112,6 @@ def unsupported_specs(specs: dict[str, Any]) -> str:
     )
 
 
-def cuts_by_layer(kind: str, vllm_config: Any) -> bool:
-    """Whether each layer needs a place of its own, since blocks that hold all cannot be cut.
-
-    Up to 0.25 vLLM cuts layers out of such blocks as if tokens came before heads, and turns them
-    nevertheless where heads should come first (``_reshape_attention_kv_cache``): kernels would read
-    heads as tokens. FlashInfer on Blackwell asks for that order, all on the CPU do, and the
-    environment may. Where no attention backend has asked vLLM before (TRITON_MLA does not), it
-    looks into its configuration.
-    """
-    if kind != "packed":
-        return False
-    with import_module("vllm.config").set_current_vllm_config(vllm_config):
-        layout = import_module("vllm.v1.attention.backends.utils").get_kv_cache_layout()
-    return layout not in {None, "NHD"}
-
-
 def address_bytes(vllm_config: Any, specs: dict[str, Any], device_bytes: int, tokens: int) -> int:
     """Bytes of address space: for ``tokens``, or 0: for all that could ever be in use.
 
@@ -163,6 +147,8 @@ def _wrap(kind: str) -> None:
     platform = import_module("vllm.platforms").current_platform
     if platform.is_cpu():
         _wrap_determine(import_module("vllm.v1.worker.cpu_worker").CPUWorker, kind)
+    if kind == "layout":
+        layouts.wrap(_stays_as_it_lies)
     allocation.install(kind, plan)
 
 
@@ -192,13 +178,11 @@ def _wrap_determine(worker: Any, kind: str) -> None:
         if plan is None:
             return int(determine(self))
         specs = self.get_kv_cache_spec()
-        why = unsupported_specs(specs)
-        if plan.staged:
-            why = _agreed(why, self.rank, plan.vllm_config.parallel_config.world_size)
+        why = _agreed(unsupported_specs(specs), self.rank, plan)
         if why:
             _give_up(plan, why)
             return int(determine(self))
-        plan.by_layer = cuts_by_layer(kind, plan.vllm_config)
+        plan.by_layer = layouts.cuts_by_layer(kind, plan.vllm_config)
         plan.profiling = True
         try:
             determine(self)
@@ -209,15 +193,26 @@ def _wrap_determine(worker: Any, kind: str) -> None:
     worker.determine_available_memory = elastic_determine
 
 
-def _agreed(why: str, rank: int, world_size: int) -> str:
+def _agreed(why: str, rank: int, plan: Plan) -> str:
     """What is in the way in any pipeline stage, since all share one scheduler: elastic or not.
 
     Called by all workers at once.
     """
+    if not plan.staged:
+        return why
     world = import_module("vllm.distributed.parallel_state").get_world_group()
     found = [world.broadcast_object(why if source == rank else None, src=source)
-             for source in range(world_size)]  # fmt: skip
+             for source in range(plan.vllm_config.parallel_config.world_size)]  # fmt: skip
     return ", ".join(sorted({reason for reason in found if reason}))
+
+
+def _stays_as_it_lies(worker: Any) -> str:
+    """Why vLLM's own choice of a layout is left alone, of a worker; empty: there is no reason."""
+    if _plan is None:
+        return "not elastic"
+    specs = worker.get_kv_cache_spec()
+    why = unsupported_specs(specs) or layouts.split_blocks(specs, worker.vllm_config)
+    return _agreed(why, worker.rank, _plan)
 
 
 def _wrap_sleep(worker: Any) -> None:
