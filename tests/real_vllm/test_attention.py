@@ -21,6 +21,6 @@ def test_tokens_are_those_of_vllms_own_attention(model, stock, run_dir, asked, l
     ours = rig.offline(model, run_dir, run_dir / "log", phases=rig.PHASES,
                        engine={"attention_backend": "CUSTOM"} | CHUNKS, KVCACHED="strict",
                        KVCACHED_CHECK="1", KVCACHED_LIMIT="12MiB",
-                       VLLM_LOGGING_LEVEL="INFO", **asked)  # fmt: skip
+                       VLLM_LOGGING_STREAM="ext://sys.stderr", **asked)  # fmt: skip
     assert f"Using {layout} KV cache layout" in (run_dir / "log").read_text(encoding="utf-8")
     assert [p["tokens"] for p in ours["phases"]] == [p["tokens"] for p in stock["phases"]]

@@ -74,14 +74,14 @@ def test_sleep_gives_the_memory_of_all_stages_back(model, run_dir, choice):
 @pytest.mark.slow
 def test_blocks_that_hold_all_layers_of_a_stage(model, run_dir):
     """With our own attention, which takes that layout on the CPU: steps of a page of each layer."""
-    ours = staged(model, run_dir, KVCACHED_LIMIT="12MiB", VLLM_LOGGING_LEVEL="INFO",
+    ours = staged(model, run_dir, KVCACHED_LIMIT="12MiB", VLLM_LOGGING_STREAM="ext://sys.stderr",
                   engine={"attention_backend": "CUSTOM"},
                   VLLM_PP_LAYER_PARTITION="1,3")  # fmt: skip
     whole = rig.offline(
         model, run_dir, run_dir / "one.log", phases=PHASES,
         engine={"attention_backend": "CUSTOM"}, KVCACHED="strict",
     )  # fmt: skip
-    assert "Using BLNHC KV cache layout" in (run_dir / "log").read_text(encoding="utf-8")
+    assert "Using BLNHC KV cache layout" in (run_dir / "strict.log").read_text(encoding="utf-8")
     assert tokens(ours) == tokens(whole)
     assert ours["preempted"] > 0
 
