@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import logging
 import os
 import subprocess
@@ -110,6 +111,20 @@ def _wrap_worker(worker: Any, allocation: str, *, strict: bool) -> None:
     worker.__init__ = elastic_init
 
 
+def _load(*names: str) -> None:
+    """Import modules; so many objects that Python would look for garbage in all of vLLM's heap."""
+    wanted = gc.isenabled()
+    gc.disable()
+    try:
+        for name in names:
+            import_module(name)
+    except ImportError:  # as above: whoever needs it says so
+        _log.debug("not loaded ahead", exc_info=True)
+    finally:
+        if wanted:
+            gc.enable()
+
+
 @functools.cache
 def compile_ahead() -> threading.Thread:
     """Have the loops over blocks in this process by the time that the model is loaded; the loader.
@@ -126,9 +141,9 @@ def compile_ahead() -> threading.Thread:
     )  # fmt: skip
 
     def load() -> None:
+        _load("numba")  # at once, while vLLM makes its process group
         if child.wait() == 0:  # else whoever needs them says why they can't be had
-            for name in [*names, "numpy.ma"]:  # the latter by Numba, at the first call
-                import_module(name)
+            _load(*names, "numpy.ma")  # the latter by Numba, at the first call
 
     loader = threading.Thread(target=load, name="kvcached-loads", daemon=True)
     os.register_at_fork(before=lambda: loader.join(_LONGEST_LOAD_S))
