@@ -21,7 +21,7 @@ from typing import Any
 
 from common import commit
 from vllm_bursts import bursts, core_speed, light
-from vllm_layouts import layouts
+from vllm_layouts import layouts, order
 from vllm_run import (
     GIB,
     OUT,
@@ -270,6 +270,7 @@ PARTS = {
     "backends": backends,
     "sleep": sleep,
     "layouts": layouts,
+    "order": order,
     "throughput": throughput,
     "bursts": bursts,
     "light": light,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import statistics
 from typing import Any
 
-from vllm_run import GIB, SMALL, Recorded, add, compared_at_once, share
+from vllm_run import GIB, SMALL, Recorded, add, compared_at_once, in_turns, require, share
 
 EXACT = {"VLLM_BATCH_INVARIANT": "1"}
 """For vLLM: what a request gets does not depend on which others share its batch, which is a matter
@@ -89,3 +90,33 @@ def layouts() -> None:
             failed[label] = str(error)[-600:]
     add("layouts_identical", min(map(share, shown.values()), default=0.0), "share", 1.0,
         repeats=36, requests=shown, stock_again=again, failed=failed)  # fmt: skip
+
+
+ORDERED = {"dtype": "bfloat16", "max_model_len": 4096, "max_num_seqs": 96,
+           "gpu_memory_utilization": 0.22, "kv_cache_memory_bytes": 8 * GIB,
+           "enable_prefix_caching": False,
+           "compilation_config": {"cudagraph_capture_sizes": [1, 8, 16, 32, 64, 96]}}  # fmt: skip
+"""Of engines whose caches lie in different orders: all four fit on one device."""
+
+
+def order() -> None:
+    """Throughput by the order of layers (L) and blocks (B) in memory; stock and elastic, in turns.
+
+    For vLLM from 0.29 on. Stock takes LBNHC by itself, elastic BLNHC.
+    """
+    modes = {f"{mode}, {layout}": {"elastic": mode == "elastic",
+                                   "env": {"VLLM_KV_CACHE_LAYOUT": layout}}
+             for layout in ("LBNHC", "BLNHC") for mode in ("stock", "elastic")}  # fmt: skip
+    names = {mode: "order_" + mode.replace(", ", "_") for mode in modes}
+    runs = in_turns(
+        {names[mode]: options for mode, options in modes.items()}, 400,
+        os.environ.get("PHASES", "192,192,192,192,192,192,192"), settle=0, shape="llama-3.2-3b",
+        engine=ORDERED,
+    )  # fmt: skip
+    rates = {mode: [phase["requests_per_s"] for phase in require(runs[name])["phases"][1:]]
+             for mode, name in names.items()}  # fmt: skip
+    medians = {mode: statistics.median(values) for mode, values in rates.items()}
+    best = medians["stock, LBNHC"]
+    add("throughput_ratio_order", medians["elastic, BLNHC"] / best, "x", 0.995,
+        repeats=len(rates["stock, LBNHC"]), requests_per_s=rates,
+        peers={f"{mode}, requests/s": rate for mode, rate in medians.items()})  # fmt: skip
