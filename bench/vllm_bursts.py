@@ -121,15 +121,29 @@ def core_speed() -> None:
         peers={"static at 0 us, ms": line.intercept, "ms per us": line.slope})  # fmt: skip
 
 
+def given_up(claims: list[Any], left: int) -> list[Any]:
+    """Of a neighbour's claims those for which engines gave memory up; ``left``: what they kept."""
+    granted = [claim for claim in claims if "ms" in claim]
+    after = [*(claim["engines_held"] for claim in granted[1:]), left]
+    return [claim for claim, held in zip(granted, after, strict=True)
+            if held < claim["engines_held"]]  # fmt: skip
+
+
+def reclaim_row(given: list[Any]) -> dict[str, Any]:
+    """Median and longest of such claims, and each of the largest."""
+    times, most = sorted(claim["ms"] for claim in given), max(claim["bytes"] for claim in given)
+    return {"value": statistics.median(times), "unit": "ms", "target": 30, "repeats": len(times),
+            "max": times[-1], "largest_bytes": most,
+            "largest_ms": [claim["ms"] for claim in given if claim["bytes"] == most]}  # fmt: skip
+
+
 def aftermath(run: Any) -> None:
     """Rows of a neighbour's claims and of a kill."""
     reclaim, kill = run["reclaim"], run["kill"]
-    granted = [c for c in reclaim["claims"] if "ms" in c and c["engines_held"]]
-    if granted:
-        times = sorted(c["ms"] for c in granted)
-        left = [r for name, r in reclaim["left"].items() if name != "neighbour"]
-        add("reclaim_ms", statistics.median(times), "ms", 30, repeats=len(times), max=times[-1],
-            claims=reclaim["claims"])  # fmt: skip
+    left = [r for name, r in reclaim["left"].items() if name != "neighbour"]
+    given = given_up(reclaim["claims"], sum(r["backed_bytes"] for r in left))
+    if given:
+        add("reclaim_ms", **reclaim_row(given), claims=reclaim["claims"])
         add("idle_over_floor_reclaimed",
             sum(r["backed_bytes"] for r in left) / sum(r["split_floor_bytes"] for r in left), "x",
             1.02, left=reclaim["left"], kept=reclaim["kept"])  # fmt: skip

@@ -84,16 +84,6 @@ def request_memory(init_snapshot, cache_config, *more): ...
 LAYOUT = {
     "vllm.v1.worker.utils": f"""{_UTILS}
 def allocate_kv_cache(kv_cache_config, device, layout, kernel_block_sizes=None): ...
-
-def select_common_block_size(kv_manager_block_size, backends, kv_cache_specs=None): ...
-""",
-    "vllm.v1.worker.worker_base": """
-from vllm.distributed.kv_transfer.kv_connector.utils import get_current_attn_backends
-from vllm.utils.import_utils import resolve_obj_by_qualname
-
-class WorkerBase:
-    def __init__(self, vllm_config, local_rank, rank, distributed_init_method): ...
-    def get_supported_kv_cache_layouts(self) -> list[str]: ...
 """,
 }
 PACKED = {

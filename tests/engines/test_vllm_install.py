@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import logging.config
 import subprocess
 import sys
+from types import SimpleNamespace as Thing
+
+import pytest
 
 from kvcached.engines.vllm import install
 
@@ -38,22 +43,66 @@ def test_loops_are_loaded_in_a_thread_that_a_fork_waits_for():
     assert (done.returncode, done.stdout.strip()) == (0, "loaded"), done.stderr[-2000:]
 
 
-def test_what_is_said_goes_where_vllm_logs_by_then(monkeypatch):
-    for name in ("kvcached", "vllm"):  # others than those of this process, until the test ends
-        monkeypatch.delitem(logging.getLogger().manager.loggerDict, name, raising=False)
-    ours, theirs, heard = logging.getLogger("kvcached"), logging.getLogger("vllm"), []
+@pytest.fixture
+def loggers(monkeypatch):
+    """Ours and vLLM's: others than those of this process, until the test ends."""
+    known = logging.getLogger().manager.loggerDict
+    names = ("kvcached", "kvcached.pages", "vllm", "vllm.kvcached")
+    before = {name: known.pop(name) for name in names if name in known}
+    yield Thing(**{name.replace(".", "_"): logging.getLogger(name) for name in names})
+    for name in names:
+        del known[name]
+    known.update(before)
+
+
+class Heard(logging.Handler):
+    def __init__(self):
+        super().__init__()
+        self.said = []
+
+    def emit(self, record):
+        self.said.append((record.levelname, record.getMessage()))
+
+
+def test_what_is_said_goes_where_vllm_logs_by_then(loggers):
+    """Of the plug-in, and of the rest: vLLM 0.32 configures its log once plug-ins are loaded."""
     install._log_as_vllm_does()
     install._log_as_vllm_does()
+    heard = Heard()
+    loggers.vllm.addHandler(heard)
+    loggers.vllm.setLevel("WARNING")
+    loggers.kvcached.info("not yet")
+    loggers.vllm.setLevel("INFO")
+    loggers.kvcached_pages.info("a page")
+    loggers.vllm_kvcached.info("elastic")
+    loggers.kvcached_pages.debug("no")
+    assert heard.said == [("INFO", "a page"), ("INFO", "elastic")]
+    assert not loggers.kvcached.propagate  # or a root with handlers would say it twice
 
-    class Theirs(logging.Handler):
-        def emit(self, record):
-            heard.append((record.levelname, record.getMessage()))
 
-    theirs.addHandler(Theirs())  # after ours: vLLM 0.32 configures its log once plug-ins are loaded
-    theirs.setLevel("WARNING")
-    ours.info("not yet")
-    theirs.setLevel("INFO")
-    ours.info("elastic")
-    ours.debug("no")
-    assert heard == [("INFO", "elastic")]
-    assert not ours.propagate  # or a root with handlers would say it twice
+def test_what_the_plugin_says_survives_a_log_configuration_of_the_users(loggers):
+    """Python disables loggers that such a file does not name, unless they are below one it does."""
+    logging.config.dictConfig({"version": 1, "loggers": {"vllm": {"level": "INFO"}}})
+    assert not loggers.vllm_kvcached.disabled
+    assert install._log.name == loggers.vllm_kvcached.name
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+@pytest.mark.parametrize("fails", [False, True])
+def test_garbage_is_looked_for_afterwards_as_before(monkeypatch, wanted, fails):
+    seen = []
+
+    def load(name):
+        seen.append((name, gc.isenabled()))
+        if fails:
+            raise OSError("a library that does not load")
+
+    monkeypatch.setattr(install, "import_module", load)
+    was = gc.isenabled()
+    try:
+        (gc.enable if wanted else gc.disable)()
+        install._load_numba()
+        assert seen == [("numba", False)]
+        assert gc.isenabled() is wanted
+    finally:
+        (gc.enable if was else gc.disable)()

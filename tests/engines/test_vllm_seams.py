@@ -94,8 +94,7 @@ def test_imports_that_go_round_lead_nowhere():
 @pytest.mark.parametrize("module", [*vllm_sources.LAYOUT, *vllm_sources.PACKED])
 def test_half_of_a_way_to_allocate_is_none(module):
     sources = vllm_sources.NEW if module in vllm_sources.LAYOUT else vllm_sources.OLD
-    gone = vllm_sources.WORKER.get(module, vllm_sources.OLD["vllm.v1.worker.utils"])
-    found = survey("0.32.0", {**sources, module: gone}.get)
+    found = survey("0.32.0", {**sources, module: vllm_sources.OLD["vllm.v1.worker.utils"]}.get)
     assert (found.missing, found.allocation) == ((), "")
     assert "allocates its KV cache in a way that is not known" in found.problem
 

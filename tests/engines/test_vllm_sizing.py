@@ -39,8 +39,8 @@ def layers(count=32, **changes):
 
 def config(*, length=4096, seqs=256, **changes):
     parallel = {"distributed_executor_backend": "mp", "pipeline_parallel_size": 1}
-    cache = {"kv_offloading_size": None}
-    model = {"max_model_len": length, "is_encoder_decoder": False}
+    cache = {"kv_offloading_size": None, "cache_dtype": "auto"}
+    model = {"max_model_len": length, "is_encoder_decoder": False, "enable_sleep_mode": False}
     rest = {"kv_transfer_config": changes.pop("kv_transfer_config", None)}
     for part in (parallel, cache, model):
         part.update({key: changes.pop(key) for key in list(changes) if key in part})
@@ -121,6 +121,9 @@ def test_it_fits_with_groups_of_different_block_sizes_too():
         ({"kv_transfer_config": object()}, "a KV connector"),
         ({"kv_offloading_size": 1.5}, "KV offloading"),
         ({"is_encoder_decoder": True}, "encoder-decoder models"),
+        ({"cache_dtype": "fp8_e4m3"}, ""),
+        ({"cache_dtype": "int8_per_token_head"}, "scales per token and head"),
+        ({"cache_dtype": "fp8", "enable_sleep_mode": True}, "sleep mode with an fp8 cache"),
         (
             {"nnodes": 2, "decode_context_parallel_size": 2},
             "more than one machine, decode context parallelism",
@@ -335,25 +338,60 @@ def test_placements_that_are_refused(tensors, why):
         place(cache, cache.backend)
 
 
-def test_layouts_are_left_alone_where_any_stage_wants_that(staged, monkeypatch):
+@pytest.fixture
+def kept(monkeypatch):
+    """A list of what speaks against another layout here, of which the last holds."""
+    reasons = [""]
+    monkeypatch.setattr(sizing.layouts, "why_kept", lambda specs, config: reasons[-1])
+    return reasons
+
+
+def test_layouts_are_left_alone_where_any_stage_wants_that(staged, kept, caplog):
     """Of all workers alike, or vLLM ends: they must say the same."""
-    split = Thing(split_blocks=lambda specs, config: "")
-    monkeypatch.setattr(sizing, "layouts", split)
+    caplog.set_level("INFO")
     world, worker = staged("", "", "")
     worker.vllm_config = "its configuration"
     assert not sizing._stays_as_it_lies(worker)
     assert world.heard == [(0, None), (1, ""), (2, None)]
-    world.said[2] = "blocks that are split"
-    assert sizing._stays_as_it_lies(worker) == "blocks that are split"
-    split.split_blocks = lambda specs, config: "blocks that are split"
+    assert not caplog.records
+    world.said[2] = "kernels read blocks in parts"
+    assert sizing._stays_as_it_lies(worker)
+    assert "own KV cache layout: kernels read blocks in parts" in caplog.text
+    kept.append("CPU_MLA was not tried with another")
     sizing._stays_as_it_lies(worker)
-    assert world.heard[-2] == (1, "blocks that are split")
+    assert world.heard[-2] == (1, "CPU_MLA was not tried with another")
 
 
-def test_layouts_are_left_alone_of_what_is_not_elastic(staged, monkeypatch):
-    split = Thing(split_blocks=lambda specs, config: pytest.fail("asked of another vLLM's layers"))
-    monkeypatch.setattr(sizing, "layouts", split)
+def test_layouts_are_left_alone_of_what_is_not_elastic(staged, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    asked = Thing(why_kept=lambda specs, config: pytest.fail("asked of another vLLM's layers"))
+    monkeypatch.setattr(sizing, "layouts", asked)
     _, worker = staged("", stages=1, specs={"m": MambaSpec()})
-    assert sizing._stays_as_it_lies(worker) == "layers of the kind MambaSpec"
+    assert sizing._stays_as_it_lies(worker)
+    assert not caplog.records  # it will be said why it is not elastic
     monkeypatch.setattr(sizing, "_plan", None)
-    assert sizing._stays_as_it_lies(worker) == "not elastic"
+    assert sizing._stays_as_it_lies(worker)
+
+
+def test_all_that_is_replaced_in_a_worker(monkeypatch):
+    """Once a process; from 0.29 on workers are asked for layouts, before that nobody is."""
+    done = []
+    names = ("vllm.v1.worker.gpu_worker", "vllm.platforms", "vllm.v1.worker.cpu_worker")
+    gpu, platforms, cpu = (Thing(), Thing(), Thing())
+    gpu.Worker, cpu.CPUWorker = Thing(__name__="Worker"), Thing(__name__="CPUWorker")
+    platforms.current_platform = Thing(is_cpu=lambda: True)
+    for name, module in zip(names, (gpu, platforms, cpu), strict=True):
+        monkeypatch.setitem(sys.modules, name, module)
+    for name in ("_wrap_request", "_wrap_determine", "_wrap_sleep"):
+        monkeypatch.setattr(sizing, name, lambda what, *_, name=name: done.append((name, what)))
+    monkeypatch.setattr(sizing.allocation, "install", lambda kind, plan: done.append(kind))
+    monkeypatch.setattr(sizing.layouts, "wrap", done.append)
+    every = [("_wrap_request", gpu), ("_wrap_determine", gpu.Worker), ("_wrap_sleep", gpu.Worker),
+             ("_wrap_determine", cpu.CPUWorker)]  # fmt: skip
+    for kind, more in (("packed", []), ("layout", [sizing._stays_as_it_lies])):
+        monkeypatch.setattr(sizing, "_wrapped", False)
+        done.clear()
+        sizing._wrap(kind)
+        assert done == [*every, *more, kind]
+        sizing._wrap(kind)
+        assert len(done) == len(every) + len(more) + 1

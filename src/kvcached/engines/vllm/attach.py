@@ -21,7 +21,7 @@ from kvcached.memory.fences import PassedFence, fence_on
 from kvcached.memory.remote import RemoteBackend, Worker
 from kvcached.resources import make_budget
 
-_log = logging.getLogger("kvcached.vllm")
+_log = logging.getLogger("vllm.kvcached")
 
 
 _MOST_NAME = 56

@@ -15,7 +15,7 @@ from typing import Any
 from kvcached.engines.vllm import gauges, seams, sizing, steps
 from kvcached.errors import EngineUnsupported
 
-_log = logging.getLogger("kvcached.vllm")
+_log = logging.getLogger("vllm.kvcached")
 _installed = False
 _LOOPS = ("_calls", "_hot", "_scan", "_bound")
 """Modules with what Numba compiles for a page pool."""
@@ -62,7 +62,7 @@ def _attend_on_cpu(vllm_config: Any) -> None:
 
 
 def _log_as_vllm_does() -> None:
-    """What we say appears where vLLM's own messages do."""
+    """What the rest of kvcached says appears where vLLM's own messages do, as what is said here."""
     ours = logging.getLogger("kvcached")
     if not ours.handlers:
         ours.setLevel(logging.DEBUG)  # vLLM's level decides
@@ -111,14 +111,16 @@ def _wrap_worker(worker: Any, allocation: str, *, strict: bool) -> None:
     worker.__init__ = elastic_init
 
 
-def _load(*names: str) -> None:
-    """Import modules; so many objects that Python would look for garbage in all of vLLM's heap."""
+def _load_numba() -> None:
+    """Import it without looking for garbage in vLLM's heap, as so many new objects make Python do.
+
+    Only this early: vLLM keeps the collector off itself while it captures graphs.
+    """
     wanted = gc.isenabled()
     gc.disable()
     try:
-        for name in names:
-            import_module(name)
-    except ImportError:  # as above: whoever needs it says so
+        import_module("numba")
+    except Exception:  # noqa: BLE001 - whoever needs it says why it can't be had
         _log.debug("not loaded ahead", exc_info=True)
     finally:
         if wanted:
@@ -141,9 +143,10 @@ def compile_ahead() -> threading.Thread:
     )  # fmt: skip
 
     def load() -> None:
-        _load("numba")  # at once, while vLLM makes its process group
+        _load_numba()  # at once, while vLLM makes its process group
         if child.wait() == 0:  # else whoever needs them says why they can't be had
-            _load(*names, "numpy.ma")  # the latter by Numba, at the first call
+            for name in [*names, "numpy.ma"]:  # the latter by Numba, at the first call
+                import_module(name)
 
     loader = threading.Thread(target=load, name="kvcached-loads", daemon=True)
     os.register_at_fork(before=lambda: loader.join(_LONGEST_LOAD_S))

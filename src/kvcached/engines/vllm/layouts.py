@@ -7,9 +7,13 @@ else by a page of each layer, which holds many blocks. So that is chosen where k
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
+
+_TRIED_MLA = {"TRITON_MLA"}
+"""Kernels for MLA that were seen to read blocks of which each holds all layers."""
 
 
 def cuts_by_layer(kind: str, vllm_config: Any) -> bool:
@@ -38,33 +42,56 @@ def all_layers_together(names: list[str]) -> list[str]:
     return [ours, *(name for name in names if name != ours)] if ours in names else names
 
 
-def split_blocks(specs: dict[str, Any], vllm_config: Any) -> str:
-    """Whether kernels know smaller blocks only, so that vLLM would cut ours, which it cannot do.
+def why_kept(specs: dict[str, Any], vllm_config: Any) -> str:
+    """What speaks against another order than vLLM's own; empty if nothing does.
 
-    Empty if not. ``specs``: by layer, vLLM's own.
+    Kernels that know smaller blocks only read parts of ours, which must follow each other then.
+    ``specs``: by layer, vLLM's own.
     """
-    base, utils = map(import_module, ("vllm.v1.worker.worker_base", "vllm.v1.worker.utils"))
-    kernels = base.get_current_attn_backends(vllm_config)
-    for size in {spec.block_size for spec in specs.values()}:
-        try:
-            if utils.select_common_block_size(size, kernels) != size:
-                return "blocks that are split"
-        except ValueError:  # in some pairs of kernels and layers there is none; vLLM will say so
-            return "no common size of blocks"
-    return ""
+    try:
+        with import_module("vllm.config").set_current_vllm_config(vllm_config):
+            base = import_module("vllm.v1.worker.worker_base")
+            kernels = base.get_current_attn_backends(vllm_config)
+            untried = {kernel.get_name() for kernel in kernels if _may_need_rows(kernel)}
+            split = any(_kernel_block(kernels, spec) != spec.block_size for spec in specs.values())
+    except Exception as error:  # noqa: BLE001 - other stages wait for ours; vLLM will meet it again
+        return f"{type(error).__name__}: {error}"
+    if untried:
+        return f"{', '.join(sorted(untried))} was not tried with another"
+    return "kernels read blocks in parts" if split else ""
 
 
-def wrap(stays: Callable[[Any], str]) -> None:
-    """Ask for our order of layouts, of all workers but those of which ``stays`` gives a reason.
+def _may_need_rows(kernel: Any) -> bool:
+    """Whether these kernels may read blocks as if they followed each other, whatever they declare.
 
-    ``VLLM_KV_CACHE_LAYOUT`` goes before either.
+    To declare nothing is to take any order, says vLLM, but CPU_MLA and AMX_MLA do and take one.
+    """
+    declares = kernel.supported_kv_cache_layouts() is not None
+    return kernel.is_mla() and not declares and kernel.get_name() not in _TRIED_MLA
+
+
+def _kernel_block(kernels: list[Any], spec: Any) -> int:
+    """Tokens of a block as these kernels see it. Raises ``ValueError`` if they share no size."""
+    select = import_module("vllm.v1.worker.utils").select_common_block_size
+    asks = "kv_cache_specs" in inspect.signature(select).parameters  # from 0.32 on
+    more = {"kv_cache_specs": [spec] * len(kernels)} if asks else {}
+    return int(select(spec.block_size, kernels, **more))
+
+
+def wrap(stays: Callable[[Any], bool]) -> None:
+    """Ask for our order of layouts, of all workers but those of which ``stays`` is true.
+
+    ``VLLM_KV_CACHE_LAYOUT`` goes before either. A vLLM whose workers are not asked keeps its own.
     """
     base = import_module("vllm.v1.worker.worker_base").WorkerBase
-    supported = base.get_supported_kv_cache_layouts
+    supported = getattr(base, "get_supported_kv_cache_layouts", None)
+    if supported is None:
+        return
 
     @functools.wraps(supported)
     def elastic_supported(self: Any) -> list[str]:
+        kept = stays(self)  # first, since all stages talk about it, and what follows may raise
         names = list(supported(self))
-        return names if stays(self) else all_layers_together(names)
+        return names if kept else all_layers_together(names)
 
     base.get_supported_kv_cache_layouts = elastic_supported

@@ -89,11 +89,8 @@ WORKER = (
 LAYOUT_ALLOCATION = (
     Seam(f"{_WORKER}.utils", "allocate_kv_cache",
          ("kv_cache_config", "device", "layout", "kernel_block_sizes")),
-    Seam(f"{_WORKER}.utils", "select_common_block_size", ("kv_manager_block_size", "backends")),
-    Seam(f"{_WORKER}.worker_base", "WorkerBase.get_supported_kv_cache_layouts"),
-    Seam(f"{_WORKER}.worker_base", "get_current_attn_backends"),
 )  # fmt: skip
-"""From 0.29 on: workers say which layouts they take; one function allocates for all runners."""
+"""From 0.29 on: one function allocates for all runners."""
 PACKED_ALLOCATION = (
     Seam(f"{_WORKER}.gpu_model_runner", "GPUModelRunner._allocate_kv_cache_tensors",
          ("kv_cache_config",)),

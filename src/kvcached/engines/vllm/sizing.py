@@ -20,7 +20,7 @@ from kvcached.errors import EngineUnsupported
 from kvcached.hostinfo import total_bytes
 from kvcached.layout import cdiv
 
-_log = logging.getLogger("kvcached.vllm")
+_log = logging.getLogger("vllm.kvcached")
 _TOKEN = 1 << 20
 """What vLLM is told to take for its cache while it starts: next to nothing."""
 _ADDRESSES = 2
@@ -82,6 +82,7 @@ def unsupported_config(vllm_config: Any) -> str:
     """Which choice of the user is in the way; empty if none."""
     parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
     executor = parallel.distributed_executor_backend
+    cache_dtype = str(getattr(cache, "cache_dtype", ""))
     reasons = {
         f"workers started by {executor!r}": executor not in _EXECUTORS,
         "more than one machine": getattr(parallel, "nnodes", 1) > 1,
@@ -92,8 +93,9 @@ def unsupported_config(vllm_config: Any) -> str:
         "a KV connector": vllm_config.kv_transfer_config is not None,
         "KV offloading": bool(getattr(cache, "kv_offloading_size", None)),
         "encoder-decoder models": bool(vllm_config.model_config.is_encoder_decoder),
-        "sleep mode with an fp8 cache": str(getattr(cache, "cache_dtype", "")).startswith("fp8")
+        "sleep mode with an fp8 cache": cache_dtype.startswith("fp8")
         and bool(getattr(vllm_config.model_config, "enable_sleep_mode", False)),
+        "scales per token and head": cache_dtype.endswith("per_token_head"),  # filled in all blocks
         "a watermark": bool(getattr(vllm_config.scheduler_config, "watermark", 0)),
     }
     return ", ".join(reason for reason, holds in reasons.items() if holds)
@@ -206,13 +208,16 @@ def _agreed(why: str, rank: int, plan: Plan) -> str:
     return ", ".join(sorted({reason for reason in found if reason}))
 
 
-def _stays_as_it_lies(worker: Any) -> str:
-    """Why vLLM's own choice of a layout is left alone, of a worker; empty: there is no reason."""
+def _stays_as_it_lies(worker: Any) -> bool:
+    """Whether vLLM's own choice of a layout is left alone, in all workers alike."""
     if _plan is None:
-        return "not elastic"
+        return True
     specs = worker.get_kv_cache_spec()
-    why = unsupported_specs(specs) or layouts.split_blocks(specs, worker.vllm_config)
-    return _agreed(why, worker.rank, _plan)
+    refused = unsupported_specs(specs)
+    why = _agreed(refused or layouts.why_kept(specs, worker.vllm_config), worker.rank, _plan)
+    if why and not refused:  # that is said when it is refused
+        _log.info("memory comes and goes by vLLM's own KV cache layout: %s", why)
+    return bool(why)
 
 
 def _wrap_sleep(worker: Any) -> None:

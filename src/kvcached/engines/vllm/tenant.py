@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     Ids = NDArray[np.int32]
 
 
-_log = logging.getLogger("kvcached.vllm")
+_log = logging.getLogger("vllm.kvcached")
 _BUSY_SECONDS, _IDLE_SECONDS = 0.02, 0.25
 """How long others may take to give memory: in one pass while requests run here, while none do."""
 _PAUSE_SECONDS = 0.005

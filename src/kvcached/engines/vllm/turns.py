@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-_log = logging.getLogger("kvcached.vllm")
+_log = logging.getLogger("vllm.kvcached")
 _PART_SECONDS = 0.0005
 """What one part is to take: a step waits for one, and perhaps for the call that it is in."""
 _PART_HANDLES = 8
