@@ -98,22 +98,17 @@ def test_what_the_plugin_says_survives_a_log_configuration_of_the_users():
     subprocess.run([sys.executable, "-c", CONFIGURED], check=True, timeout=100)
 
 
-@pytest.mark.parametrize("wanted", [True, False])
 @pytest.mark.parametrize("fails", [False, True])
-def test_garbage_is_looked_for_afterwards_as_before(monkeypatch, wanted, fails):
-    seen = []
+def test_garbage_is_looked_for_afterwards_as_before(monkeypatch, fails):
+    before, enabled, seen = gc.get_threshold(), gc.isenabled(), []
 
     def load(name):
-        seen.append((name, gc.isenabled()))
+        seen.append((name, *gc.get_threshold(), gc.isenabled()))
         if fails:
             raise OSError("a library that does not load")
 
     monkeypatch.setattr(install, "import_module", load)
-    was = gc.isenabled()
-    try:
-        (gc.enable if wanted else gc.disable)()
-        install._load_numba()
-        assert seen == [("numba", False)]
-        assert gc.isenabled() is wanted
-    finally:
-        (gc.enable if was else gc.disable)()
+    install._load("numba", "another")
+    during = (*before[:2], install._NEVER, enabled)
+    assert seen == [("numba", *during)] if fails else [("numba", *during), ("another", *during)]
+    assert (gc.get_threshold(), gc.isenabled()) == (before, enabled)

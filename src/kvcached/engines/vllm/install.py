@@ -20,6 +20,7 @@ _installed = False
 _LOOPS = ("_calls", "_hot", "_scan", "_bound")
 """Modules with what Numba compiles for a page pool."""
 _LONGEST_LOAD_S = 60.0
+_NEVER = 1 << 30
 _ATTENTION = "kvcached.engines.vllm.attention.KvcachedAttentionBackend"
 
 
@@ -111,20 +112,20 @@ def _wrap_worker(worker: Any, allocation: str, *, strict: bool) -> None:
     worker.__init__ = elastic_init
 
 
-def _load_numba() -> None:
-    """Import it without looking for garbage in vLLM's heap, as so many new objects make Python do.
+def _load(*names: str) -> None:
+    """Import modules without a search of vLLM's heap for garbage, as so many new objects bring.
 
-    Only this early: vLLM keeps the collector off itself while it captures graphs.
+    By the threshold of such searches: vLLM switches the collector as a whole off and on.
     """
-    wanted = gc.isenabled()
-    gc.disable()
+    young, middle, old = gc.get_threshold()
+    gc.set_threshold(young, middle, _NEVER)
     try:
-        import_module("numba")
+        for name in names:
+            import_module(name)
     except Exception:  # noqa: BLE001 - whoever needs it says why it can't be had
         _log.debug("not loaded ahead", exc_info=True)
     finally:
-        if wanted:
-            gc.enable()
+        gc.set_threshold(young, middle, old)
 
 
 @functools.cache
@@ -143,10 +144,9 @@ def compile_ahead() -> threading.Thread:
     )  # fmt: skip
 
     def load() -> None:
-        _load_numba()  # at once, while vLLM makes its process group
+        _load("numba")  # at once, while vLLM makes its process group
         if child.wait() == 0:  # else whoever needs them says why they can't be had
-            for name in [*names, "numpy.ma"]:  # the latter by Numba, at the first call
-                import_module(name)
+            _load(*names, "numpy.ma")  # the latter by Numba, at the first call
 
     loader = threading.Thread(target=load, name="kvcached-loads", daemon=True)
     os.register_at_fork(before=lambda: loader.join(_LONGEST_LOAD_S))
