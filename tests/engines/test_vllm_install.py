@@ -1,4 +1,4 @@
-"""What is done ahead while vLLM loads a model."""
+"""What is done ahead while vLLM loads a model, and where the plug-in logs."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_loops_are_loaded_in_a_thread_that_a_fork_waits_for():
 
 
 @pytest.fixture
-def loggers(monkeypatch):
+def loggers():
     """Ours and vLLM's: others than those of this process, until the test ends."""
     known = logging.getLogger().manager.loggerDict
     names = ("kvcached", "kvcached.pages", "vllm", "vllm.kvcached")

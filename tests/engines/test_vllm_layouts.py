@@ -60,7 +60,7 @@ def current(monkeypatch):
 
 
 class Kernels:
-    """An attention backend; it may know one thing less while vLLM has no current configuration."""
+    """An attention backend: the block sizes that it reads, and the layouts that it declares."""
 
     def __init__(self, name="FLASH_ATTN", sizes=(16, 32, 64), *, mla=False, layouts=None):
         self.name, self.sizes, self.mla, self.layouts = name, sizes, mla, layouts

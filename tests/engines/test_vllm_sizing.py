@@ -377,9 +377,8 @@ def test_all_that_is_replaced_in_a_worker(monkeypatch):
     """Once a process; from 0.29 on workers are asked for layouts, before that nobody is."""
     done = []
     names = ("vllm.v1.worker.gpu_worker", "vllm.platforms", "vllm.v1.worker.cpu_worker")
-    gpu, platforms, cpu = (Thing(), Thing(), Thing())
-    gpu.Worker, cpu.CPUWorker = Thing(__name__="Worker"), Thing(__name__="CPUWorker")
-    platforms.current_platform = Thing(is_cpu=lambda: True)
+    gpu, cpu = Thing(Worker=Thing(of="the GPU")), Thing(CPUWorker=Thing(of="the CPU"))
+    platforms = Thing(current_platform=Thing(is_cpu=lambda: True))
     for name, module in zip(names, (gpu, platforms, cpu), strict=True):
         monkeypatch.setitem(sys.modules, name, module)
     for name in ("_wrap_request", "_wrap_determine", "_wrap_sleep"):
